@@ -1,0 +1,57 @@
+"""What a figure was measured on: without it, it means nothing.
+
+describe_environment("cpu")["processor"]
+"""
+
+from __future__ import annotations
+
+import os
+import platform
+from importlib import metadata
+from pathlib import Path
+
+import psutil  # comes with accelerate
+import torch
+
+import cottention
+
+_PACKAGES = ("torch", "triton", "flash-linear-attention", "pytorch-fast-transformers")
+
+
+def describe_environment(device: str) -> dict[str, object]:
+    """The machine, the versions, and how busy the machine is."""
+    described: dict[str, object] = {
+        "device": device,
+        "processor": _processor(),
+        "instruction_set": torch.backends.cpu.get_cpu_capability(),
+        "cores": os.cpu_count(),
+        "threads": torch.get_num_threads(),
+        "memory_gib": round(psutil.virtual_memory().total / 2**30, 1),
+        "load_at_start": round(os.getloadavg()[0], 2) if hasattr(os, "getloadavg") else None,
+        "system": f"{platform.system()} {platform.machine()}",
+        "python": platform.python_version(),
+        "cottention": cottention.__version__,
+        "packages": {name: version for name in _PACKAGES if (version := _version_of(name))},
+    }
+    if device != "cpu":
+        properties = torch.cuda.get_device_properties(0)
+        described["gpu"] = properties.name
+        described["gpu_memory_gib"] = round(properties.total_memory / 2**30, 1)
+        described["cuda"] = torch.version.cuda
+    return described
+
+
+def _processor() -> str:
+    cpuinfo = Path("/proc/cpuinfo")  # platform.processor() is empty or "x86_64" on Linux
+    if cpuinfo.exists():
+        for line in cpuinfo.read_text().splitlines():
+            if line.startswith("model name"):
+                return line.partition(":")[2].strip()
+    return platform.processor() or platform.machine()
+
+
+def _version_of(package: str) -> str | None:
+    try:
+        return metadata.version(package)
+    except metadata.PackageNotFoundError:
+        return None

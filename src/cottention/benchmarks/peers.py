@@ -1,0 +1,195 @@
+"""What is measured: every registered implementation of cosine attention, and the peers that can be had here.
+
+All take q, k, v as projections give them, `[B, T, H, K]`, and return the same layout; what a peer has to rearrange for
+that is part of its time, as it is for its users. Each comes with the plain float64 form of what it computes, so that it
+is checked before it is timed.
+
+    candidates, unavailable = find_candidates(settings)     # unavailable: {"fla-chunk": "not installed ..."}
+"""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from cottention.benchmarks.settings import AttentionSettings, Workload
+from cottention.errors import SettingsError, did_you_mean
+from cottention.ops import IMPLEMENTATIONS, cosine_attention
+from cottention.ops.naive import naive_cosine_attention
+
+# (q, k, v, norm_const, causal) -> o
+Attention = Callable[[Tensor, Tensor, Tensor, Tensor, bool], Tensor]
+
+# Not an implementation but the choice of one: measured when asked for, to see that it chooses well.
+_DISPATCH = "auto"
+
+
+class PeerUnavailableError(Exception):
+    """This peer cannot be measured here; the message says why."""
+
+
+def _takes_everything(workload: Workload) -> str | None:
+    return None
+
+
+@dataclass(frozen=True, kw_only=True)
+class Candidate:
+    """Something to measure.
+
+    Attributes:
+        name: how tables and figures call it.
+        is_peer: somebody else's, another function than cosine attention.
+        function: what is timed.
+        reference: what it computes, in its plainest form.
+        refuses: why it cannot run a workload; None when it can.
+    """
+
+    name: str
+    is_peer: bool
+    function: Attention
+    reference: Attention
+    refuses: Callable[[Workload], str | None] = _takes_everything
+
+
+def find_candidates(settings: AttentionSettings) -> tuple[list[Candidate], dict[str, str]]:
+    """Everything that was asked for and runs here.
+
+    Returns:
+        The candidates, implementations first, and for the others the reason why they are left out.
+
+    Raises:
+        SettingsError: a name is unknown, or something that was asked for by name does not run here.
+    """
+    candidates: list[Candidate] = []
+    unavailable: dict[str, str] = {}
+    for kind, known, given in (
+        ("implementation", IMPLEMENTATIONS, settings.implementations),
+        ("peer", PEERS, settings.peers),
+    ):
+        for name in _selected(kind, known, given):
+            try:
+                candidates.append(load_candidate(name, settings.device))
+            except PeerUnavailableError as reason:
+                if given is not None:
+                    raise SettingsError(f"{kind} {name!r} cannot be measured here: {reason}") from reason
+                unavailable[name] = str(reason)
+    if not candidates:
+        raise SettingsError("there is nothing to measure: name at least one implementation or peer")
+    return candidates, unavailable
+
+
+def load_candidate(name: str, device: str) -> Candidate:
+    """The candidate of that name, imported and able to run on the device.
+
+    Raises:
+        PeerUnavailableError: it is not installed, or does not run there.
+    """
+    if name in IMPLEMENTATIONS or name == _DISPATCH:
+        return _implementation(name, device)
+    return PEERS[name](device)
+
+
+def _selected(kind: str, known: Iterable[str], given: tuple[str, ...] | None) -> list[str]:
+    names = list(known)
+    if given is None:
+        return names
+    names += [_DISPATCH] if kind == "implementation" else []
+    for name in given:
+        if name not in names:
+            expected = ", ".join(names)
+            raise SettingsError(f"{kind} must be one of {expected}; got {name!r}{did_you_mean(name, names)}")
+    return list(dict.fromkeys(given))
+
+
+def cosine_reference(q: Tensor, k: Tensor, v: Tensor, norm_const: Tensor, causal: bool) -> Tensor:
+    """The paper's equations."""
+    return naive_cosine_attention(q, k, v, norm_const, causal=causal)[0]
+
+
+def softmax_reference(q: Tensor, k: Tensor, v: Tensor, norm_const: Tensor, causal: bool) -> Tensor:
+    """Softmax attention, quadratic."""
+    scores = torch.einsum("bthk,bshk->bhts", q, k) * q.shape[-1] ** -0.5
+    if causal:
+        scores = scores.masked_fill(~_lower_triangle(scores), -torch.inf)
+    return torch.einsum("bhts,bshv->bthv", scores.softmax(-1), v)
+
+
+def linear_reference(q: Tensor, k: Tensor, v: Tensor, norm_const: Tensor, causal: bool) -> Tensor:
+    """Linear attention without feature map, norm or divisor, quadratic: o_t = sum_{j <= t} (q_t . k_j) v_j."""
+    scores = torch.einsum("bthk,bshk->bhts", q, k)
+    return torch.einsum("bhts,bshv->bthv", scores * _lower_triangle(scores) if causal else scores, v)
+
+
+def _lower_triangle(scores: Tensor) -> Tensor:
+    return torch.ones(scores.shape[-2:], dtype=torch.bool, device=scores.device).tril()
+
+
+def _implementation(name: str, device: str) -> Candidate:
+    def run(q: Tensor, k: Tensor, v: Tensor, norm_const: Tensor, causal: bool) -> Tensor:
+        return cosine_attention(q, k, v, norm_const, causal=causal, implementation=name)[0]
+
+    try:  # an implementation that does not run on this device or was not built says so when it is called
+        one = torch.ones(1, 1, 1, 16, device=device)
+        run(one, one, one, torch.ones(1, device=device), True)
+    except (ValueError, RuntimeError, ImportError) as error:
+        raise PeerUnavailableError(" ".join(str(error).split())) from error
+    return Candidate(name=name, is_peer=False, function=run, reference=cosine_reference)
+
+
+def _sdpa(device: str) -> Candidate:
+    def run(q: Tensor, k: Tensor, v: Tensor, norm_const: Tensor, causal: bool) -> Tensor:
+        q, k, v = (x.transpose(1, 2) for x in (q, k, v))
+        return F.scaled_dot_product_attention(q, k, v, is_causal=causal).transpose(1, 2)
+
+    return Candidate(name="sdpa", is_peer=True, function=run, reference=softmax_reference)
+
+
+def _fla_chunk(device: str) -> Candidate:
+    """flash-linear-attention's chunked form in PyTorch: its Triton kernels do not run on a CPU."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # it says on import that there is no GPU
+        try:
+            from fla.ops.linear_attn.naive import naive_chunk_linear_attn  # pyright: ignore[reportMissingImports]
+        except ImportError as error:
+            raise PeerUnavailableError(f"not installed: pip install flash-linear-attention ({error})") from error
+
+    def run(q: Tensor, k: Tensor, v: Tensor, norm_const: Tensor, causal: bool) -> Tensor:
+        return naive_chunk_linear_attn(q, k, v, scale=1.0, normalize=False)
+
+    def refuses(workload: Workload) -> str | None:
+        if not workload.causal:
+            return "causal only"
+        return "takes multiples of 64 tokens only" if workload.length % 64 else None
+
+    return Candidate(name="fla-chunk", is_peer=True, function=run, reference=linear_reference, refuses=refuses)
+
+
+def _fast_transformers(device: str) -> Candidate:
+    """pytorch-fast-transformers' causal product, a scan over tokens in C++."""
+    try:
+        from fast_transformers.causal_product import causal_dot_product  # pyright: ignore[reportMissingImports]
+    except ImportError as error:
+        raise PeerUnavailableError(f"not installed: pip install pytorch-fast-transformers ({error})") from error
+
+    def run(q: Tensor, k: Tensor, v: Tensor, norm_const: Tensor, causal: bool) -> Tensor:
+        return causal_dot_product(*(x.transpose(1, 2).contiguous() for x in (q, k, v))).transpose(1, 2)
+
+    def refuses(workload: Workload) -> str | None:
+        if not workload.causal:
+            return "causal only"
+        return None if workload.dtype == "float32" else "float32 only"
+
+    return Candidate(name="fast-transformers", is_peer=True, function=run, reference=linear_reference, refuses=refuses)
+
+
+PEERS: dict[str, Callable[[str], Candidate]] = {
+    "sdpa": _sdpa,
+    "fla-chunk": _fla_chunk,
+    "fast-transformers": _fast_transformers,
+}
+"""Name -> what loads it for a device, or raises PeerUnavailableError."""

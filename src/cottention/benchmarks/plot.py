@@ -1,0 +1,118 @@
+"""Log-log pictures of a report, one for each group of workloads: time and memory over the length, a line a candidate.
+
+Implementations of cosine attention are solid, peers dashed; thin lines show what growth with T and with T^2 looks like.
+
+    paths = write_figures(report, Path("runs/bench"))
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+
+from matplotlib.axes import Axes
+from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.figure import Figure
+from matplotlib.ticker import FixedLocator, FuncFormatter, NullLocator
+
+from cottention.benchmarks.results import AttentionReport, Point
+from cottention.benchmarks.table import machine, title
+
+# Okabe and Ito's colours, told apart by everyone.
+_COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000", "#999999")
+_MARKERS = "osD^vPX*"
+_GUIDE = {"color": "0.6", "linewidth": 0.8, "zorder": 0}
+
+
+def write_figures(report: AttentionReport, directory: Path) -> list[Path]:
+    """Draw every group that has figures to show; returns the files."""
+    paths = []
+    names = list(dict.fromkeys(point.name for group in report.groups for point in group))
+    styles = {name: (_COLOURS[i % len(_COLOURS)], _MARKERS[i % len(_MARKERS)]) for i, name in enumerate(names)}
+    for group in report.groups:
+        if not any(point.timing or point.memory for point in group):
+            continue
+        figure = _draw(report, group, styles)
+        paths.append(directory / f"attention-{_file_stem(group[0])}.png")
+        figure.savefig(paths[-1], dpi=150)
+    return paths
+
+
+def _file_stem(point: Point) -> str:
+    shown = point.workload
+    passes = shown.passes.replace("+", "-")
+    return f"{shown.direction}-{passes}-{shown.dtype}-b{shown.batch_size}-h{shown.num_heads}-k{shown.head_dim}"
+
+
+def _draw(report: AttentionReport, group: list[Point], styles: dict[str, tuple[str, str]]) -> Figure:
+    figure = Figure(figsize=(10, 4.6), layout="constrained")
+    FigureCanvasAgg(figure)
+    time_axes, memory_axes = figure.subplots(1, 2)
+    _panel(time_axes, group, styles, lambda p: p.timing and p.timing.median_s * 1e3, "time of a call, ms")
+    _panel(memory_axes, group, styles, lambda p: p.memory and p.memory.peak_bytes / 2**20, "peak memory, MiB")
+    figure.suptitle(f"Attention, {title(group[0].workload)}\n", fontsize=12)
+    figure.text(0.5, 0.925, machine(report), ha="center", fontsize=8.5, color="0.35")
+    handles, labels = _legend_entries(time_axes, memory_axes)
+    figure.legend(handles, labels, loc="outside lower center", ncols=len(labels), frameon=False, fontsize=9)
+    return figure
+
+
+def _panel(
+    axes: Axes,
+    group: list[Point],
+    styles: dict[str, tuple[str, str]],
+    figure_of: Callable[[Point], float | None],
+    label: str,
+) -> None:
+    axes.set_xscale("log")
+    axes.set_yscale("log")
+    lengths = sorted({point.workload.length for point in group})
+    for name in dict.fromkeys(point.name for point in group):
+        points = [point for point in group if point.name == name]
+        known = [(point.workload.length, value) for point in points if (value := figure_of(point))]
+        if known:
+            colour, marker = styles[name]
+            axes.plot(
+                *zip(*known, strict=True),
+                color=colour,
+                marker=marker,
+                markersize=5,
+                linewidth=1.8,
+                linestyle="--" if points[0].is_peer else "-",
+                label=name,
+            )
+    _guides(axes, lengths)
+    axes.set_xlabel("T, tokens")
+    axes.set_ylabel(label)
+    axes.xaxis.set_major_locator(FixedLocator(lengths))
+    axes.xaxis.set_minor_locator(NullLocator())
+    axes.xaxis.set_major_formatter(FuncFormatter(lambda T, _: f"{T / 1024:g}k" if T >= 1024 else f"{T:g}"))
+    axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
+    axes.grid(True, which="major", color="0.9", linewidth=0.6)
+    axes.spines[["top", "right"]].set_visible(False)
+
+
+def _guides(axes: Axes, lengths: list[int]) -> None:
+    """Growth with T and with T^2 from the lower left corner of what is drawn."""
+    if len(lengths) < 2 or not axes.lines:
+        return
+    bottom, top = axes.get_ylim()
+    left, right = axes.get_xlim()
+    for exponent, name in ((1, "T"), (2, "T²")):
+        end = min(lengths[-1], lengths[0] * (top / bottom) ** (1 / exponent))
+        height = bottom * (end / lengths[0]) ** exponent
+        axes.plot([lengths[0], end], [bottom, height], linestyle=":", **_GUIDE)
+        axes.annotate(
+            name, (end, height), xytext=(2, -2), textcoords="offset points", fontsize=8, color="0.45", va="top"
+        )
+    axes.set_ylim(bottom, top)
+    axes.set_xlim(left, right)
+
+
+def _legend_entries(*panels: Axes) -> tuple[list, list[str]]:
+    """Each candidate once, also one that only the second panel shows."""
+    entries = {}
+    for axes in panels:
+        for handle, label in zip(*axes.get_legend_handles_labels(), strict=True):
+            entries.setdefault(label, handle)
+    return list(entries.values()), list(entries)

@@ -1,0 +1,136 @@
+"""What a run found, and its JSON form: every sample is kept, and what it was measured on.
+
+report.to_dict()["results"][0]["time"]["median_s"]
+"""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass, field
+
+from cottention.benchmarks.check import Check
+from cottention.benchmarks.measure import Timing
+from cottention.benchmarks.memory import MemoryReading
+from cottention.benchmarks.roofline import RooflineFigure
+from cottention.benchmarks.settings import AttentionSettings, Workload
+
+FORMAT = 1
+"""Raised when a reader of the JSON would have to change."""
+
+BASELINE = "sdpa"
+"""What everything is compared with, where it was measured."""
+
+
+@dataclass(kw_only=True)
+class Point:
+    """One candidate on one workload; each half is there, or the reason why it is not."""
+
+    name: str
+    is_peer: bool
+    workload: Workload
+    timing: Timing | None = None
+    time_skipped: str | None = None
+    memory: MemoryReading | None = None
+    memory_skipped: str | None = None
+
+    @property
+    def useful_gflops(self) -> float | None:
+        """Useful operations a second, in 1e9: the same count for every candidate."""
+        return None if self.timing is None else self.workload.useful_flops / self.timing.median_s / 1e9
+
+    @property
+    def bytes_per_token(self) -> float | None:
+        """Peak memory for each token of the batch."""
+        return None if self.memory is None else self.memory.peak_bytes / self.workload.num_tokens
+
+
+@dataclass(kw_only=True)
+class AttentionReport:
+    """Everything that one run found."""
+
+    settings: AttentionSettings
+    environment: dict[str, object]
+    unavailable: dict[str, str]
+    checks: list[Check]
+    roofline: dict[str, RooflineFigure] = field(default_factory=dict)
+    groups: list[list[Point]] = field(default_factory=list)
+    """Points that belong in one table and one figure, by candidate and then by length."""
+    interrupted: bool = False
+
+    def share_of_matmul(self, point: Point) -> float | None:
+        """Useful operations a second as a share of torch.mm's in the same dtype; None where that was not measured."""
+        peak = self.roofline.get(f"mm_{point.workload.dtype}")
+        return None if peak is None or point.useful_gflops is None else point.useful_gflops / peak.value
+
+    def to_dict(self) -> dict[str, object]:
+        """The report as plain data for JSON."""
+        return {
+            "benchmark": "attention",
+            "format": FORMAT,
+            "interrupted": self.interrupted,
+            "environment": self.environment,
+            "settings": asdict(self.settings),
+            "unavailable": self.unavailable,
+            "checks": [
+                {
+                    "name": check.name,
+                    **asdict(check.workload),
+                    "error": check.error,
+                    "tensor": check.tensor,
+                    "tolerance": check.tolerance,
+                }
+                for check in self.checks
+            ],
+            "roofline": {name: asdict(figure) for name, figure in self.roofline.items()},
+            "results": [self._result(point, group) for group in self.groups for point in group],
+        }
+
+    def _result(self, point: Point, group: list[Point]) -> dict[str, object]:
+        timing, memory = point.timing, point.memory
+        return {
+            "name": point.name,
+            "is_peer": point.is_peer,
+            **asdict(point.workload),
+            "time_skipped": point.time_skipped,
+            "time": None
+            if timing is None
+            else {
+                "median_s": timing.median_s,
+                "spread": timing.spread,
+                "samples_s": list(timing.samples_s),
+                "useful_gflops": point.useful_gflops,
+                "share_of_matmul": self.share_of_matmul(point),
+                "times_as_fast_as_sdpa": speed_ratio(point, group),
+            },
+            "memory_skipped": point.memory_skipped,
+            "memory": None
+            if memory is None
+            else {
+                "peak_bytes": memory.peak_bytes,
+                "allocated_bytes": memory.allocated_bytes,
+                "resident_bytes": memory.resident_bytes,
+                "result_bytes": memory.result_bytes,
+                "bytes_per_token": point.bytes_per_token,
+                "growth": memory_growth(point, group),
+            },
+        }
+
+
+def speed_ratio(point: Point, group: list[Point]) -> float | None:
+    """How many times as fast as the baseline; None where one of the two was not timed."""
+    for other in group:
+        if other.name == BASELINE and other.workload == point.workload and other.timing and point.timing:
+            return other.timing.median_s / point.timing.median_s
+    return None
+
+
+def memory_growth(point: Point, group: list[Point]) -> float | None:
+    """Peak memory divided by that at the length before; linear growth is at most the ratio of the lengths."""
+    shorter = [
+        other
+        for other in group
+        if other.name == point.name and other.memory and other.workload.length < point.workload.length
+    ]
+    if not shorter or point.memory is None:
+        return None
+    before = max(shorter, key=lambda other: other.workload.length).memory
+    return None if before is None or before.peak_bytes == 0 else point.memory.peak_bytes / before.peak_bytes

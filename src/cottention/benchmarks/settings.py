@@ -1,0 +1,151 @@
+"""What a run of the attention benchmark measures. Knows no torch, so that `--help` answers at once.
+
+settings = AttentionSettings(lengths=(4096, 16384, 65536), passes=("forward+backward",))
+"""
+
+from __future__ import annotations
+
+import itertools
+import math
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+from cottention.errors import SettingsError, did_you_mean
+
+DIRECTIONS = ("causal", "bidirectional")
+PASSES = ("forward", "forward+backward")
+DTYPES = ("float32", "bfloat16", "float16", "float64")
+DEVICES = ("cpu", "cuda")
+
+# The tile whose scores count as useful work of the causal form, in tokens: the same for every implementation, so that
+# GFLOP/s compare times and nothing else.
+_COUNTED_TILE = 64
+# Backward does 2.5 times the matrix products of forward, as is usual to count for attention.
+_FORWARD_AND_BACKWARD = 3.5
+
+
+@dataclass(frozen=True, kw_only=True)
+class Workload:
+    """One shape in one dtype, direction and pass: what all candidates are timed on side by side."""
+
+    direction: str
+    passes: str
+    dtype: str
+    batch_size: int
+    num_heads: int
+    head_dim: int
+    length: int
+
+    @property
+    def causal(self) -> bool:
+        """Whether each token sees the past alone."""
+        return self.direction == "causal"
+
+    @property
+    def backward(self) -> bool:
+        """Whether gradients are computed too."""
+        return self.passes == "forward+backward"
+
+    @property
+    def useful_flops(self) -> float:
+        """Operations of linear attention, counted alike for everyone: 4 K V a token and head, causal + 64 (K + V)."""
+        K = V = self.head_dim
+        per_token = 4 * K * V + (_COUNTED_TILE * (K + V) if self.causal else 0)
+        forward = per_token * self.batch_size * self.num_heads * self.length
+        return forward * (_FORWARD_AND_BACKWARD if self.backward else 1)
+
+    @property
+    def num_tokens(self) -> int:
+        """Tokens of the whole batch."""
+        return self.batch_size * self.length
+
+    @property
+    def shape(self) -> tuple[int, int, int, int]:
+        """`[B, T, H, K]` of q, k and v."""
+        return self.batch_size, self.length, self.num_heads, self.head_dim
+
+
+@dataclass(frozen=True, kw_only=True)
+class AttentionSettings:
+    """What `cottention bench attention` measures, and how long it may take."""
+
+    device: str = "cpu"
+    """Where to run: cpu or cuda."""
+    lengths: tuple[int, ...] = (128, 512, 2048, 8192)
+    """Tokens T of a sequence."""
+    head_dims: tuple[int, ...] = (64,)
+    """K = V, numbers per head."""
+    batch_heads: tuple[tuple[int, int], ...] = ((1, 8),)
+    """Batch size and number of heads, (B, H)."""
+    dtypes: tuple[str, ...] = ("float32",)
+    """Floating-point types of q, k and v."""
+    directions: tuple[str, ...] = ("causal",)
+    """causal, bidirectional."""
+    passes: tuple[str, ...] = PASSES
+    """forward, forward+backward."""
+    implementations: tuple[str, ...] | None = None
+    """Names of cottention.ops.IMPLEMENTATIONS; None takes all that run here."""
+    peers: tuple[str, ...] | None = None
+    """Names of cottention.benchmarks.peers.PEERS; None takes all that are installed."""
+    repeats: int = 10
+    """Timed samples of each point, as far as the time limit allows."""
+    time_limit_s: float = 10.0
+    """Seconds that one implementation may spend on one point; a longer call is skipped."""
+    memory_limit_gib: float | None = None
+    """Memory that one call and its inputs may need; None takes half of what is free."""
+
+    def __post_init__(self) -> None:
+        """Refuse what cannot be measured."""
+        _check_choice("device", (self.device,), DEVICES)
+        _check_choice("dtypes", self.dtypes, DTYPES)
+        _check_choice("directions", self.directions, DIRECTIONS)
+        _check_choice("passes", self.passes, PASSES)
+        sizes = {
+            "lengths": self.lengths,
+            "head_dims": self.head_dims,
+            "batch_heads": tuple(itertools.chain(*self.batch_heads)),
+            "repeats": (self.repeats,),
+        }
+        for name, values in sizes.items():
+            if not values or min(values) < 1:
+                raise SettingsError(f"{name} must be whole numbers of at least 1; got {values}")
+        limits = {"time_limit_s": self.time_limit_s, "memory_limit_gib": self.memory_limit_gib}
+        for name, limit in limits.items():
+            if limit is not None and not (math.isfinite(limit) and limit > 0):
+                raise SettingsError(f"{name} must be more than 0; got {limit}")
+
+    def groups(self) -> Iterator[list[Workload]]:
+        """Workloads that differ in length alone, shortest first: one table, one figure."""
+        for passes, direction, dtype, (B, H), K in itertools.product(
+            self.passes, self.directions, self.dtypes, self.batch_heads, self.head_dims
+        ):
+            yield [
+                Workload(
+                    direction=direction,
+                    passes=passes,
+                    dtype=dtype,
+                    batch_size=B,
+                    num_heads=H,
+                    head_dim=K,
+                    length=T,
+                )
+                for T in sorted(set(self.lengths))
+            ]
+
+
+FULL_GRID = {
+    "lengths": (128, 256, 512, 1024, 2048, 4096, 8192, 16384, 32768, 65536),
+    "head_dims": (32, 64, 128),
+    "batch_heads": ((1, 1), (1, 8), (8, 12)),
+    "dtypes": ("float32", "bfloat16"),
+    "directions": DIRECTIONS,
+}
+"""What `--full` measures instead of the defaults: 72 groups of ten lengths, hours on a small machine."""
+
+
+def _check_choice(name: str, given: tuple[str, ...], known: tuple[str, ...]) -> None:
+    if not given:
+        raise SettingsError(f"{name} must name at least one of {', '.join(known)}")
+    for each in given:
+        if each not in known:
+            raise SettingsError(f"{name} must be of {', '.join(known)}; got {each!r}{did_you_mean(each, known)}")

@@ -1,0 +1,123 @@
+"""The report as text: the machine, what was checked, then a table for each group of workloads.
+
+print(as_text(report))
+"""
+
+from __future__ import annotations
+
+from cottention.benchmarks.results import BASELINE, AttentionReport, Point, memory_growth, speed_ratio
+from cottention.benchmarks.settings import Workload
+
+_COLUMNS: tuple[str, ...] = (
+    "T",
+    "time",
+    "spread",
+    f"vs {BASELINE}",
+    "GFLOP/s",
+    "of mm",
+    "allocated",
+    "resident",
+    "a token",
+    "growth",
+)
+
+_LEGEND = f"""\
+time       median of interleaved samples; spread is half the width of their middle half
+vs {BASELINE}    time of scaled_dot_product_attention divided by this one: more is faster
+GFLOP/s    useful operations of linear attention a second, counted alike for all; of mm: share of torch.mm's
+allocated  most memory in tensors at once beyond the inputs; resident: growth of the process, native code included
+growth     peak memory divided by that of the length before: linear is at most the factor between the lengths"""
+
+
+def as_text(report: AttentionReport) -> str:
+    """Everything on the report that a person wants to see first."""
+    parts = ["\n".join(_head(report)), *(_table(report, group) for group in report.groups), _LEGEND]
+    if report.interrupted:
+        parts.append("The run was interrupted: what is missing was not reached.")
+    return "\n\n".join(parts)
+
+
+def title(workload: Workload) -> str:
+    """What the workloads of a group share, as a heading."""
+    return (
+        f"{workload.direction} {workload.passes}, {workload.dtype}, "
+        f"B = {workload.batch_size}, H = {workload.num_heads}, K = V = {workload.head_dim}"
+    )
+
+
+def machine(report: AttentionReport) -> str:
+    """What it was measured on, in one line."""
+    about = report.environment
+    packages = about["packages"]
+    assert isinstance(packages, dict)
+    where = about.get("gpu") or f"{about['processor']} ({about['instruction_set']}), {about['threads']} threads"
+    return f"{where}, torch {packages['torch']}"
+
+
+def _head(report: AttentionReport) -> list[str]:
+    lines = [f"{machine(report)}, load {report.environment['load_at_start']} before the start"]
+    lines += [f"{figure.description}: {figure.value:.4g} {figure.unit}" for figure in report.roofline.values()]
+    if report.checks:
+        names = ", ".join(dict.fromkeys(check.name for check in report.checks))
+        lines.append(f"values{' and gradients' if _has_backward(report) else ''} checked against float64: {names}")
+    lines += [f"left out: {name}, {reason}" for name, reason in report.unavailable.items()]
+    return lines
+
+
+def _has_backward(report: AttentionReport) -> bool:
+    return any(check.workload.backward for check in report.checks)
+
+
+def _table(report: AttentionReport, group: list[Point]) -> str:
+    rows: list[tuple[str, ...]] = [("", *_COLUMNS)]
+    notes = [""]
+    last_name = None
+    for point in group:
+        rows.append((point.name if point.name != last_name else "", *_cells(report, group, point)))
+        notes.append(_note(point))
+        last_name = point.name
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    lines = [
+        f"{row[0]:<{widths[0]}}  "
+        + "  ".join(f"{cell:>{width}}" for cell, width in zip(row[1:], widths[1:], strict=True))
+        + note
+        for row, note in zip(rows, notes, strict=True)
+    ]
+    return "\n".join([title(group[0].workload), *(line.rstrip() for line in lines)])
+
+
+def _cells(report: AttentionReport, group: list[Point], point: Point) -> tuple[str, ...]:
+    timing, memory = point.timing, point.memory
+    spread = timing.spread if timing else None
+    ratio, growth, share = speed_ratio(point, group), memory_growth(point, group), report.share_of_matmul(point)
+    gflops, per_token = point.useful_gflops, point.bytes_per_token
+    return (
+        str(point.workload.length),
+        _duration(timing.median_s) if timing else "-",
+        "-" if spread is None else f"{spread:.0%}",
+        "-" if ratio is None else f"{ratio:.3g}x",
+        "-" if gflops is None else f"{gflops:.3g}",
+        "-" if share is None else f"{share:.1%}",
+        _size(memory.allocated_bytes) if memory else "-",
+        "-" if memory is None or memory.resident_bytes is None else _size(memory.resident_bytes),
+        "-" if per_token is None else f"{per_token / 1024:.1f} KiB",
+        "-" if growth is None else f"x{growth:.2f}",
+    )
+
+
+def _note(point: Point) -> str:
+    if point.time_skipped and point.time_skipped == point.memory_skipped:
+        return f"  skipped: {point.time_skipped}"
+    halves = (("time", point.time_skipped), ("memory", point.memory_skipped))
+    return "".join(f"  {what} skipped: {reason}" for what, reason in halves if reason)
+
+
+def _duration(seconds: float) -> str:
+    for unit, factor in (("s", 1.0), ("ms", 1e-3)):
+        if seconds >= factor:
+            return f"{seconds / factor:.3g} {unit}" if seconds < 1000 * factor else f"{seconds / factor:.0f} {unit}"
+    return f"{seconds / 1e-6:.3g} us"
+
+
+def _size(num_bytes: int) -> str:
+    return f"{num_bytes / 2**20:.1f} MiB"

@@ -1,0 +1,42 @@
+"""Texts that commands read from files or stdin.
+
+for line in read_lines("questions.txt"): ...
+"""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+
+from cottention.errors import DataError
+
+
+def read_text(name: str) -> str:
+    """Read a UTF-8 file, or stdin for "-"; one newline at the very end is not part of the text.
+
+    Raises:
+        DataError: the file is not there, or is not UTF-8 text.
+    """
+    shown = "stdin" if name == "-" else name
+    try:
+        content = sys.stdin.buffer.read() if name == "-" else Path(name).expanduser().read_bytes()
+        text = content.decode("utf-8-sig")
+    except UnicodeDecodeError as error:
+        raise DataError(f"{shown} is not UTF-8 text (byte {error.start})") from error
+    except OSError as error:
+        raise DataError(f"{shown} cannot be read: {error.strerror}") from error
+    # Editors and `echo` end a file with a newline, which nobody means as the end of a prompt.
+    return text.removesuffix("\n").removesuffix("\r")
+
+
+def read_lines(name: str) -> list[str]:
+    """Read the lines of a UTF-8 file, or of stdin for "-", that are not blank.
+
+    Raises:
+        DataError: see `read_text`, or there is no such line.
+    """
+    lines = [line.removesuffix("\r") for line in read_text(name).split("\n")]
+    kept = [line for line in lines if line.strip()]
+    if not kept:
+        raise DataError(f"{'stdin' if name == '-' else name} holds no text")
+    return kept

@@ -1,0 +1,123 @@
+"""cottention bench: measures speed and memory, beside the peers and the machine's own limits.
+
+cottention bench attention --lengths 4096,16384 --backward --output-dir runs/bench
+"""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+from jsonargparse import ArgumentParser, Namespace
+
+from cottention.benchmarks.settings import DEVICES, DTYPES, FULL_GRID, PASSES, AttentionSettings
+from cottention.cli.main import new_parser
+from cottention.errors import SettingsError
+
+_DESCRIPTION = """Measure every implementation of cosine attention and every peer that is installed, interleaved in one
+run: time, peak memory, and the share of what the machine can do. Values are checked first. The defaults take about
+two minutes on two cores."""
+
+_INTERRUPTED = 130  # 128 + SIGINT, what a shell reports
+
+_DEFAULTS = AttentionSettings()
+
+
+def build_parser() -> ArgumentParser:
+    """Make the parser, with one subcommand for each benchmark."""
+    parser = new_parser("bench", "Measure time and memory against softmax attention.")
+    subcommands = parser.add_subcommands(dest="what", required=True)
+    subcommands.add_subcommand("attention", _attention_parser(), help="the operation alone")
+    return parser
+
+
+def run(args: Namespace) -> int:
+    """Measure, print, write."""
+    given = args.attention
+    settings = settings_from(given)
+    from cottention.benchmarks.attention import benchmark_attention, write_report
+    from cottention.benchmarks.table import as_text
+
+    report = benchmark_attention(settings)
+    paths = write_report(report, Path(given.output_dir))
+    if given.json:
+        print(json.dumps(report.to_dict()))
+    else:
+        print(as_text(report))
+        print("\nwritten: " + "\n         ".join(map(str, paths)))
+    return _INTERRUPTED if report.interrupted else 0
+
+
+def _attention_parser() -> ArgumentParser:
+    parser = new_parser("bench attention", _DESCRIPTION)
+    parser.add_argument("--device", choices=DEVICES, default=_DEFAULTS.device, help="where to run")
+    parser.add_argument("--full", action="store_true", help="T 128 to 65536, all sizes, dtypes, directions: hours")
+    parser.add_argument("--lengths", metavar="T,T", help="tokens of a sequence (default: 128,512,2048,8192)")
+    parser.add_argument("--head-dims", metavar="K,K", help="K = V, numbers per head (default: 64)")
+    parser.add_argument("--batch-heads", metavar="H,BxH", help="heads, or batch size x heads: 8,8x12 (default: 8)")
+    parser.add_argument("--dtypes", metavar="D,D", help=f"of {', '.join(DTYPES)} (default: float32)")
+    parser.add_argument("--causal", action="store_true", help="causal attention (the default)")
+    parser.add_argument("--bidirectional", action="store_true", help="bidirectional; with --causal both")
+    parser.add_argument("--forward", action="store_true", help="forward alone (default: both)")
+    parser.add_argument("--backward", action="store_true", help="forward and backward together alone (default: both)")
+    parser.add_argument("--implementations", metavar="N,N", help="of this package: names, or none (default: all)")
+    parser.add_argument("--peers", metavar="N,N", help="names, or none (default: all that are installed)")
+    parser.add_argument("--repeats", type=int, default=_DEFAULTS.repeats, help="samples of each point")
+    parser.add_argument(
+        "--time-limit-s", type=float, default=_DEFAULTS.time_limit_s, help="seconds for each point; longer is skipped"
+    )
+    parser.add_argument(
+        "--memory-limit-gib", type=float, help="for one call and its inputs (default: half of the free)"
+    )
+    parser.add_argument("--output-dir", default="runs/bench-attention", help="where JSON and figures go")
+    parser.add_argument("--json", action="store_true", help="print the report as JSON instead of tables")
+    return parser
+
+
+def settings_from(given: Namespace) -> AttentionSettings:
+    """The settings that the flags of `bench attention` say.
+
+    Raises:
+        SettingsError: a list holds something that is not of its kind.
+    """
+    chosen: dict = dict(FULL_GRID) if given.full else {}
+    for name in ("lengths", "head_dims"):
+        if given[name] is not None:
+            chosen[name] = tuple(_whole_number(name, word) for word in _words(given[name]))
+    if given.batch_heads is not None:
+        chosen["batch_heads"] = tuple(_batch_and_heads(word) for word in _words(given.batch_heads))
+    if given.dtypes is not None:
+        chosen["dtypes"] = _words(given.dtypes)
+    for name in ("implementations", "peers"):
+        if given[name] is not None:
+            chosen[name] = () if given[name] == "none" else _words(given[name])
+    directions = tuple(name for name in ("causal", "bidirectional") if given[name])
+    passes = tuple(name for name, flag in zip(PASSES, (given.forward, given.backward), strict=True) if flag)
+    if directions:
+        chosen["directions"] = directions
+    if passes:
+        chosen["passes"] = passes
+    return AttentionSettings(
+        device=given.device,
+        repeats=given.repeats,
+        time_limit_s=given.time_limit_s,
+        memory_limit_gib=given.memory_limit_gib,
+        **chosen,
+    )
+
+
+def _words(text: str) -> tuple[str, ...]:
+    return tuple(word.strip() for word in text.split(",") if word.strip())
+
+
+def _whole_number(name: str, word: str) -> int:
+    try:
+        return int(word)
+    except ValueError:
+        raise SettingsError(f"--{name.replace('_', '-')} takes whole numbers, as in 128,512; got {word!r}") from None
+
+
+def _batch_and_heads(word: str) -> tuple[int, int]:
+    """8 is one sequence of 8 heads, 8x12 eight of 12."""
+    batch, _, heads = word.rpartition("x")
+    return _whole_number("batch_heads", batch or "1"), _whole_number("batch_heads", heads)

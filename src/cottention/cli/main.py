@@ -1,0 +1,159 @@
+"""The entry point: finds the command, runs it, and turns a user's mistake into one line and exit code 2.
+
+Only the module of the command that was asked for is imported, and it imports torch inside `run`, so every `--help`
+answers at once. A command is a module with `build_parser()` and `run(args)` and one row in COMMANDS.
+
+    sys.exit(main(["generate", "runs/quickstart-gpt", "--prompt", "My fellow Americans"]))
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import sys
+from collections.abc import Iterator, Mapping, Sequence
+from importlib import import_module
+
+import jsonargparse
+
+import cottention
+from cottention.cli._messages import explain, one_line
+from cottention.errors import CottentionError, did_you_mean
+from cottention.logging import setup_cli_logging
+
+COMMANDS: dict[str, tuple[str, str]] = {
+    "quickstart": ("cottention.cli.quickstart", "train a small model on real text in minutes, score it, let it write"),
+    "pretrain": ("cottention.cli.pretrain", "pretrain a GPT or a BERT from a recipe"),
+    "generate": ("cottention.cli.generate", "continue a text with a GPT, at constant memory"),
+    "fill-mask": ("cottention.cli.fill_mask", "fill the masked words of a text with a BERT"),
+    "evaluate": ("cottention.cli.evaluate", "score a model: perplexity"),
+    "convert": ("cottention.cli.convert", "turn a published checkpoint into a model directory"),
+    "bench": ("cottention.cli.bench", "measure time and memory against softmax attention"),
+    "doctor": ("cottention.cli.doctor", "say what this machine can run and what is missing"),
+}
+"""Command -> (module, one line for the overview). A module has build_parser() and run(args) -> exit code or None."""
+
+_USER_MISTAKE = 2
+_INTERRUPTED = 130  # 128 + SIGINT, what a shell reports
+_PIPE_CLOSED = 141  # 128 + SIGPIPE
+_FILE_ERRORS = (FileNotFoundError, PermissionError, IsADirectoryError, NotADirectoryError, FileExistsError)
+
+
+def entry_point() -> None:
+    """Run the command line given to the process; the installed `cottention` script."""
+    sys.exit(main())
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run one command.
+
+    Args:
+        argv: the arguments behind the program's name; None takes the process's.
+
+    Returns:
+        The exit code: 0, or 2 when the user made a mistake, which stderr names in one line.
+    """
+    words = list(sys.argv[1:] if argv is None else argv)
+    try:
+        code = _dispatch(words)
+        sys.stdout.flush()
+    except BrokenPipeError:
+        # The reader (`| head`) has gone. Python flushes stdout once more at exit, which must not complain either.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return _PIPE_CLOSED
+    return code
+
+
+def new_parser(command: str, description: str, **options: object) -> jsonargparse.ArgumentParser:
+    """Make the parser of a command, or of a subcommand, so that all of them behave alike.
+
+    Args:
+        command: the words after `cottention`, e.g. "pretrain" or "convert official".
+        description: the text at the head of its --help.
+        **options: anything else that jsonargparse.ArgumentParser takes.
+
+    Returns:
+        A parser that raises argparse.ArgumentError, which `main` turns into one line, and takes no abbreviations (a
+        script that relies on one breaks when an option is added).
+    """
+    settings: dict = {"exit_on_error": False, "allow_abbrev": False, **options}
+    return jsonargparse.ArgumentParser(prog=f"cottention {command}", description=description, **settings)
+
+
+def _dispatch(words: list[str]) -> int:
+    verbose = words[:1] == ["--verbose"]
+    if verbose:
+        words = words[1:]
+    if not words or words[0] in ("-h", "--help"):
+        print(_overview())
+        return 0
+    if words[0] == "--version":
+        print(f"cottention {cottention.__version__}")
+        return 0
+    command, rest = words[0], words[1:]
+    if command not in COMMANDS:
+        kind = "option" if command.startswith("-") else "command"
+        suggestion = did_you_mean(command, [*COMMANDS, "--help", "--version", "--verbose"])
+        _complain("", f"unknown {kind} {command!r}{suggestion} (see `cottention --help`)")
+        return _USER_MISTAKE
+    setup_cli_logging(verbose)
+    return _guarded(command, rest)
+
+
+def _guarded(command: str, rest: Sequence[str]) -> int:
+    """Parse and run; what a user or the terminal did becomes a line and a code, a bug keeps its traceback."""
+    module = import_module(COMMANDS[command][0])
+    parser = module.build_parser()
+    try:
+        return module.run(parser.parse_args(rest)) or 0
+    except argparse.ArgumentError as error:
+        _complain(command, explain(str(error), _names(parser)))
+    except CottentionError as error:
+        _complain(command, one_line(str(error)))
+    except _FILE_ERRORS as error:
+        if error.filename is None:
+            raise
+        _complain(command, f"{os.fsdecode(error.filename)}: {error.strerror}")
+    except KeyboardInterrupt:
+        _complain(command, "interrupted")
+        return _INTERRUPTED
+    except SystemExit as leaving:
+        # argparse leaves like this behind --help; coming back instead lets `main` flush what was printed.
+        if leaving.code is None or isinstance(leaving.code, int):
+            return leaving.code or 0
+        raise
+    return _USER_MISTAKE
+
+
+def _complain(command: str, message: str) -> None:
+    print(f"{f'cottention {command}'.strip()}: error: {message}", file=sys.stderr)
+
+
+def _names(parser: argparse.ArgumentParser) -> Iterator[str]:
+    """Every option string and key that a parser and its subcommands know."""
+    for action in parser._actions:  # argparse has no public list of them
+        if isinstance(action.choices, Mapping):
+            for subparser in action.choices.values():
+                yield from _names(subparser)
+        else:
+            yield action.dest
+            yield from action.option_strings
+
+
+def _overview() -> str:
+    width = max(map(len, COMMANDS)) + 2
+    lines = [f"  {name:<{width}}{help_line}" for name, (_module, help_line) in COMMANDS.items()]
+    return "\n".join(
+        [
+            "usage: cottention [--verbose] COMMAND [OPTIONS]",
+            "       cottention COMMAND --help",
+            "       cottention --version",
+            "",
+            "Linear transformers with cosine attention: train, score, convert and run them.",
+            "",
+            "commands:",
+            *lines,
+            "",
+            "Start with `cottention quickstart`. Results go to stdout, logs to stderr.",
+        ]
+    )

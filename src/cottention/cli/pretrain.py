@@ -1,0 +1,67 @@
+"""`cottention pretrain gpt|bert`: train a model by a recipe.
+
+cottention pretrain gpt --config quickstart_gpt --training.max_steps 500 --output-dir runs/mine
+"""
+
+from __future__ import annotations
+
+import json
+from typing import TYPE_CHECKING
+
+from cottention.cli.main import new_parser
+from cottention.training.recipe import RECIPE_CLASSES
+from cottention.training.recipe_files import RecipeParser, recipe_from_dict
+
+if TYPE_CHECKING:
+    import jsonargparse
+
+    from cottention.training.pretrain import PretrainResult
+
+_DESCRIPTION = """Pretrain a GPT (next token) or a BERT (masked tokens) by a recipe.
+
+Settings come from the defaults (the published run), then --config, then single flags. The same command on the same
+directory continues a run that was stopped or killed."""
+
+
+def build_parser() -> jsonargparse.ArgumentParser:
+    """Make the parser: one subcommand per architecture, one flag per setting of its recipe."""
+    parser = new_parser("pretrain", _DESCRIPTION)
+    subcommands = parser.add_subcommands(dest="arch", required=True)
+    for arch, recipe_class in RECIPE_CLASSES.items():
+        subparser = RecipeParser(recipe_class=recipe_class, description=_DESCRIPTION)
+        subparser.add_argument("--output-dir", default=f"runs/{arch}", help="The run directory.")
+        subparser.add_argument("--overwrite", action="store_true", help="Delete the run in the directory first.")
+        subparser.add_argument("--json", action="store_true", help="Print the result as one JSON object.")
+        subcommands.add_subcommand(arch, subparser, help=f"pretrain a {arch.upper()}")
+    return parser
+
+
+def run(args: jsonargparse.Namespace) -> int:
+    """Train, then print where the model is and how good it is."""
+    given = args[args.arch]
+    recipe = recipe_from_dict(RECIPE_CLASSES[args.arch], given.as_dict())
+    from cottention.training.pretrain import pretrain  # seconds of torch, after the settings have been checked
+
+    result = pretrain(recipe, output_dir=given.output_dir, overwrite=given.overwrite)
+    if given.json:
+        print(json.dumps(result.as_dict()))
+    elif result.model_dir is not None:
+        print(_summary(args.arch, result))
+    return result.exit_code
+
+
+def _summary(arch: str, result: PretrainResult) -> str:
+    lines = [f"model: {result.model_dir}"]
+    if "val_loss" in result.metrics:
+        figures = (
+            f"held out: {result.metrics['val_loss']:.4f} nats per token, perplexity {result.metrics['val_ppl']:.2f}"
+        )
+        if "val_nats_per_byte" in result.metrics:
+            figures += f", {result.metrics['val_nats_per_byte']:.4f} nats per byte"
+        if "val_accuracy" in result.metrics:
+            figures += f", {result.metrics['val_accuracy']:.1%} of the masked tokens right"
+        lines.append(figures)
+    lines.append(f"curve: {result.run_dir / 'loss_curve.png'}")
+    prompt = "generate {} --prompt 'The people'" if arch == "gpt" else "fill-mask {} 'The [MASK] of the people.'"
+    lines.append(f"next:  cottention {prompt.format(result.model_dir)}")
+    return "\n".join(lines)

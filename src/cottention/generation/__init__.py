@@ -1,0 +1,20 @@
+"""Text generation and fill-mask as people call them.
+
+from cottention.generation import generate_text, load_model_and_tokenizer
+model, tokenizer = load_model_and_tokenizer("runs/quickstart", "causal-lm")
+print(generate_text(model, tokenizer, "My fellow Americans").texts[0])
+"""
+
+from cottention.generation.fill_mask import Candidate, FilledText, fill_mask
+from cottention.generation.loading import load_model_and_tokenizer
+from cottention.generation.text import GeneratedText, GenerationResult, generate_text
+
+__all__ = [
+    "Candidate",
+    "FilledText",
+    "GeneratedText",
+    "GenerationResult",
+    "fill_mask",
+    "generate_text",
+    "load_model_and_tokenizer",
+]

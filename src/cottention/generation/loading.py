@@ -1,0 +1,146 @@
+"""Opens a saved model for use, or says in one line why it cannot.
+
+transformers answers a wrong directory with a page of text, and fills missing weights with random numbers; here config,
+kind, weights and tokenizer are looked at in turn, and the first thing that is wrong is named.
+
+    model, tokenizer = load_model_and_tokenizer("runs/quickstart", "causal-lm")
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from safetensors import SafetensorError
+from transformers import AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+from transformers.utils import logging as transformers_logging
+
+from cottention import models
+from cottention.errors import CheckpointError, CottentionError, SettingsError
+from cottention.generation.source import one_line, resolve_directory
+
+Kind = Literal["causal-lm", "masked-lm"]
+
+_MODEL_TYPES: dict[Kind, str] = {"causal-lm": "cottention-gpt", "masked-lm": "cottention-bert"}
+_PURPOSES: dict[str, str] = {
+    "cottention-gpt": "a GPT, which generates text",
+    "cottention-bert": "a BERT, which fills masks",
+}
+_PUBLISHED_MODEL_TYPES = ("bert", "gptj")
+_FILES = ("*.json", "model*.safetensors", "vocab.txt", "merges.txt")
+
+
+def load_model_and_tokenizer(
+    source: str | Path, kind: Kind, *, device: str | torch.device | None = None, dtype: torch.dtype | None = None
+) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+    """Open a model directory (or a Hub name) for inference.
+
+    Args:
+        source: directory written by training, `cottention convert` or `save_pretrained`, or OWNER/NAME on the Hub.
+        kind: causal-lm opens a GPT to generate text, masked-lm a BERT to fill masks.
+        device: where to put the model; None takes a GPU when there is one.
+        dtype: type of the weights; None keeps the stored one.
+
+    Returns:
+        The model in evaluation mode, and its tokenizer.
+
+    Raises:
+        CheckpointError: nothing there, not one of our models, of the other kind, incomplete or damaged.
+        SettingsError: the device does not exist.
+    """
+    target = _device(device)
+    directory = resolve_directory(source, file_patterns=_FILES)
+    _check_config(directory, kind, source)
+    _check_weights(directory, source)
+    model = _load_model(directory, kind, source, dtype)
+    tokenizer = _load_tokenizer(directory, source)
+    if len(tokenizer) > model.config.vocab_size:
+        raise CheckpointError(
+            f"{source} has a tokenizer of {len(tokenizer)} tokens but {model.config.vocab_size} embeddings"
+        )
+    model.to(target)  # pyright: ignore[reportArgumentType]  # the stub of Module.to loses torch.device here
+    return model.eval(), tokenizer
+
+
+def _check_config(directory: Path, kind: Kind, source: str | Path) -> None:
+    path = directory / "config.json"
+    if not path.is_file():
+        inside = sorted(entry.parent.name for entry in directory.glob("*/config.json"))
+        hint = f"; it holds the model {Path(source) / inside[-1]}" if inside else ""
+        raise CheckpointError(f"{source} is not a model directory: it has no config.json{hint}")
+    try:
+        config: Any = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise CheckpointError(f"{path} cannot be read as JSON: {one_line(error)}") from error
+    model_type = config.get("model_type") if isinstance(config, dict) else None
+    if model_type == _MODEL_TYPES[kind]:
+        return
+    if model_type in _PURPOSES:
+        raise CheckpointError(f"{source} is {_PURPOSES[model_type]}; needed is {_PURPOSES[_MODEL_TYPES[kind]]}")
+    if model_type in _PUBLISHED_MODEL_TYPES:
+        raise CheckpointError(
+            f"{source} is a stock {model_type} checkpoint; convert it first: "
+            f"cottention convert official {source} NEW_DIRECTORY"
+        )
+    raise CheckpointError(f"{source} is not one of our models: model_type is {model_type!r}, not {_MODEL_TYPES[kind]}")
+
+
+def _check_weights(directory: Path, source: str | Path) -> None:
+    # Only safetensors: our own directories hold nothing else, and a pickled file would be code from a stranger.
+    if not any((directory / name).is_file() for name in ("model.safetensors", "model.safetensors.index.json")):
+        raise CheckpointError(f"{source} has no weights (model.safetensors)")
+
+
+def _load_model(directory: Path, kind: Kind, source: str | Path, dtype: torch.dtype | None) -> PreTrainedModel:
+    model_class = models.CottentionGPTForCausalLM if kind == "causal-lm" else models.CottentionBertForMaskedLM
+    try:
+        with quiet_progress():
+            model, info = model_class.from_pretrained(
+                directory,
+                dtype=dtype or "auto",
+                use_safetensors=True,
+                local_files_only=True,
+                output_loading_info=True,
+            )
+    except CottentionError:
+        raise
+    except (OSError, ValueError, TypeError, KeyError, RuntimeError, SafetensorError) as error:
+        raise CheckpointError(f"{source} cannot be opened, config or weights are damaged: {one_line(error)}") from error
+    missing = sorted(info["missing_keys"])
+    if missing:
+        raise CheckpointError(f"{source} lacks {len(missing)} of the model's tensors, such as {missing[0]}")
+    return model
+
+
+def _load_tokenizer(directory: Path, source: str | Path) -> PreTrainedTokenizerBase:
+    if not any((directory / name).is_file() for name in ("tokenizer.json", "vocab.txt", "vocab.json")):
+        raise CheckpointError(f"{source} has no tokenizer (tokenizer.json)")
+    try:
+        return AutoTokenizer.from_pretrained(directory, local_files_only=True, trust_remote_code=False)
+    except (OSError, ValueError, TypeError, KeyError) as error:
+        raise CheckpointError(f"{source} has a damaged tokenizer: {one_line(error)}") from error
+
+
+@contextmanager
+def quiet_progress() -> Iterator[None]:
+    """Hold back transformers' progress bars, which stay on the screen for work of a second."""
+    shown = transformers_logging.is_progress_bar_enabled()
+    transformers_logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        if shown:
+            transformers_logging.enable_progress_bar()
+
+
+def _device(device: str | torch.device | None) -> torch.device:
+    if device is None or device == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        return torch.empty(0, device=device).device
+    except (RuntimeError, AssertionError) as error:
+        raise SettingsError(f"device {str(device)!r} cannot be used here: {one_line(error)}") from error

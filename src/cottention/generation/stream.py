@@ -1,0 +1,138 @@
+"""Turns tokens into text while they are generated, and stops at stop strings.
+
+A token may end in the middle of a UTF-8 character, and a piece of text may be the beginning of a stop string: both are
+held back until they are settled, so that the pieces, put together, are exactly the text that is returned.
+
+    watcher = TextWatcher(tokenizer, num_rows=1, prompt_length=40, end_ids={0}, stop_strings=["END"], on_text=print)
+    model.generate(..., stopping_criteria=StoppingCriteriaList([watcher]))
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+
+import torch
+from tokenizers import Tokenizer
+from tokenizers.decoders import DecodeStream
+from torch import Tensor
+from transformers import PreTrainedTokenizerBase, StoppingCriteria
+
+
+class TextWatcher(StoppingCriteria):
+    """Follows every row of a batch; `generate` calls it after each token.
+
+    A StoppingCriteria and no streamer, because a streamer takes one row only and cannot end it.
+
+    Args:
+        tokenizer: decodes the tokens.
+        num_rows: rows of the batch.
+        prompt_length: tokens before the first generated one.
+        end_ids: tokens that end a row.
+        stop_strings: texts that end a row; they and what follows are cut off.
+        on_text: called with (row, piece of text) as soon as a piece is settled.
+    """
+
+    def __init__(
+        self,
+        tokenizer: PreTrainedTokenizerBase,
+        *,
+        num_rows: int,
+        prompt_length: int,
+        end_ids: set[int],
+        stop_strings: Sequence[str] = (),
+        on_text: Callable[[int, str], None] | None = None,
+    ) -> None:
+        self._rows = [RowText(tokenizer, end_ids=end_ids, stop_strings=stop_strings) for _ in range(num_rows)]
+        self._num_seen = prompt_length
+        self._on_text = on_text
+
+    def __call__(self, input_ids: Tensor, scores: Tensor, **kwargs: object) -> torch.BoolTensor:
+        """Take the newest token of every row; True for the rows that are finished."""
+        new_tokens = input_ids[:, self._num_seen :].tolist()
+        self._num_seen = input_ids.shape[1]
+        for row, tokens in enumerate(new_tokens):
+            for token in tokens:
+                self._tell(row, self._rows[row].add(token))
+        return torch.tensor([row.finished for row in self._rows], device=input_ids.device)  # pyright: ignore[reportReturnType]
+
+    def finish(self) -> list[RowText]:
+        """Settle what was held back, and return the rows."""
+        for row, text in enumerate(self._rows):
+            self._tell(row, text.finish())
+        return self._rows
+
+    def _tell(self, row: int, piece: str) -> None:
+        if piece and self._on_text is not None:
+            self._on_text(row, piece)
+
+
+class RowText:
+    """The text of one row, growing token by token.
+
+    Args:
+        tokenizer: decodes the tokens.
+        end_ids: tokens that end the row.
+        stop_strings: texts that end the row; they and what follows are cut off.
+    """
+
+    def __init__(
+        self, tokenizer: PreTrainedTokenizerBase, *, end_ids: set[int], stop_strings: Sequence[str] = ()
+    ) -> None:
+        self.token_ids: list[int] = []
+        """Generated tokens, without an end token."""
+        self.text = ""
+        """Settled text; all of it after `finish`."""
+        self.reason = "length"
+        """Why the row ended: "end" (an end token), "stop" (a stop string), or "length" (nothing ended it)."""
+        self._backend: Tokenizer = tokenizer.backend_tokenizer  # pyright: ignore[reportAttributeAccessIssue]
+        self._decoder = DecodeStream(skip_special_tokens=True)
+        self._end_ids = end_ids
+        self._stop_strings = [stop for stop in stop_strings if stop]
+        self._held_back = ""
+
+    @property
+    def finished(self) -> bool:
+        """An end token or a stop string came."""
+        return self.reason != "length"
+
+    def add(self, token: int) -> str:
+        """Take one token; return the text that is settled by it, which may be none."""
+        if self.finished:
+            return ""
+        if token in self._end_ids:
+            self.reason = "end"
+            return ""
+        self.token_ids.append(token)
+        piece = self._decoder.step(self._backend, token)
+        return self._settle(piece) if piece else ""
+
+    def finish(self) -> str:
+        """Say that no token follows; return the text that was held back."""
+        if self.reason == "stop":
+            return ""
+        # A character that was never completed is not in the decoder's pieces; the whole text shows it as U+FFFD.
+        whole = self._backend.decode(self.token_ids, skip_special_tokens=True)
+        settled = self._settle(whole[len(self.text) + len(self._held_back) :])
+        rest, self._held_back = self._held_back, ""
+        self.text += rest
+        return settled + rest
+
+    def _settle(self, piece: str) -> str:
+        pending = self._held_back + piece
+        stops = [start for stop in self._stop_strings if (start := pending.find(stop)) >= 0]
+        if stops:
+            self.reason, self._held_back = "stop", ""
+            settled = pending[: min(stops)]
+        else:
+            keep = self._length_of_begun_stop(pending)
+            settled, self._held_back = pending[: len(pending) - keep], pending[len(pending) - keep :]
+        self.text += settled
+        return settled
+
+    def _length_of_begun_stop(self, pending: str) -> int:
+        """Length of the longest end of `pending` with which a stop string begins."""
+        longest = max((len(stop) - 1 for stop in self._stop_strings), default=0)
+        for length in range(min(longest, len(pending)), 0, -1):
+            if any(stop.startswith(pending[-length:]) for stop in self._stop_strings):
+                return length
+        return 0

@@ -1,0 +1,19 @@
+"""Attention layers to put into any model: projections, rotary embedding, and cosine attention or its softmax twin.
+
+from cottention.layers import CosineAttention
+"""
+
+from cottention.layers.attention import CosineAttention, KeyValueState, SoftmaxAttention
+from cottention.layers.rotary import RotaryTable, apply_rotary, packed_positions, rotary_table
+from cottention.layers.softmax import softmax_attention
+
+__all__ = [
+    "CosineAttention",
+    "KeyValueState",
+    "RotaryTable",
+    "SoftmaxAttention",
+    "apply_rotary",
+    "packed_positions",
+    "rotary_table",
+    "softmax_attention",
+]

@@ -1,0 +1,95 @@
+"""Softmax attention with the arguments of `cosine_attention`, on torch's scaled_dot_product_attention.
+
+It is the other half of every comparison: same layout, same masks, same packing. Packed sequences are attended one after
+the other, so no mask over the whole pack exists; a T x T mask is built only where padding and causality meet, or where
+queries continue a cache.
+
+    o = softmax_attention(q, k, v, causal=True, attention_mask=mask)      # q: [B, T, H, K], k, v: [B, S, H, K]
+"""
+
+from __future__ import annotations
+
+from itertools import pairwise
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor
+from torch.nn.functional import scaled_dot_product_attention
+
+
+def softmax_attention(
+    q: Float[Tensor, "B T H K"],
+    k: Float[Tensor, "B S H K"],
+    v: Float[Tensor, "B S H V"],
+    *,
+    causal: bool,
+    attention_mask: Int[Tensor, "B S"] | None = None,
+    cu_seqlens: Int[Tensor, " N_plus_1"] | None = None,
+    dropout_p: float = 0.0,
+) -> Float[Tensor, "B T H V"]:
+    """softmax(q k^T / sqrt(K)) v.
+
+    Args:
+        q: queries; with causal=True they are the last T of the S positions.
+        k: keys.
+        v: values.
+        causal: whether a query sees only keys at or before its own position.
+        attention_mask: `[B, S]`, 1 = real key. Queries at padded positions give finite numbers that mean nothing.
+        cu_seqlens: `[N+1]` boundaries of packed sequences; needs B == 1, T == S and no attention_mask.
+        dropout_p: chance of dropping an attention weight.
+
+    Returns:
+        `[B, T, H, V]` in q's dtype.
+
+    Raises:
+        ValueError: shapes or arguments contradict each other.
+    """
+    T, S = q.shape[1], k.shape[1]
+    if causal and T > S:
+        raise ValueError(f"causal=True needs at least as many keys as queries; got {T} queries and {S} keys")
+    if cu_seqlens is not None:
+        _check_packing(q, k, attention_mask)
+        boundaries = cu_seqlens.tolist()
+        parts = [
+            _attend(q[:, a:b], k[:, a:b], v[:, a:b], causal, None, dropout_p) for a, b in pairwise(boundaries) if b > a
+        ]
+        return torch.cat(parts, dim=1) if parts else v.new_zeros(1, 0, *v.shape[2:])
+    if attention_mask is not None and tuple(attention_mask.shape) != (q.shape[0], S):
+        raise ValueError(f"attention_mask must have shape [B, S] = {[q.shape[0], S]}; got {list(attention_mask.shape)}")
+    return _attend(q, k, v, causal, attention_mask, dropout_p)
+
+
+def _attend(q: Tensor, k: Tensor, v: Tensor, causal: bool, attention_mask: Tensor | None, dropout_p: float) -> Tensor:
+    T, S = q.shape[1], k.shape[1]
+    needs_triangle = causal and T > 1
+    is_causal = needs_triangle and T == S and attention_mask is None
+    mask = None if is_causal else _visible(T, S, attention_mask, needs_triangle, q.device)
+    heads_first = (x.transpose(1, 2) for x in (q, k, v))
+    o = scaled_dot_product_attention(*heads_first, attn_mask=mask, dropout_p=dropout_p, is_causal=is_causal)
+    return o.transpose(1, 2)  # [B, T, H, V]
+
+
+def _visible(
+    T: int, S: int, attention_mask: Tensor | None, needs_triangle: bool, device: torch.device
+) -> Tensor | None:
+    """Which keys each query sees, broadcastable to `[B, H, T, S]`; None for all of them."""
+    visible = None if attention_mask is None else attention_mask.to(torch.bool)[:, None, None, :]
+    if needs_triangle:
+        triangle = torch.ones(T, S, dtype=torch.bool, device=device).tril(S - T)
+        if visible is None:
+            return triangle
+        # Every query also sees itself: without any key it would be 0 / 0, whose NaN reaches real tokens by gradient.
+        visible = (visible & triangle) | (triangle & triangle.new_ones(T, S).triu(S - T))
+    elif visible is not None:
+        # Likewise for a row that is padding throughout.
+        visible = visible | ~visible.any(dim=-1, keepdim=True)
+    return visible
+
+
+def _check_packing(q: Tensor, k: Tensor, attention_mask: Tensor | None) -> None:
+    if attention_mask is not None:
+        raise ValueError("attention_mask and cu_seqlens exclude each other: packed sequences hold no padding; got both")
+    if q.shape[0] != 1:
+        raise ValueError(f"cu_seqlens needs a batch of one packed row, B=1; got B={q.shape[0]}")
+    if q.shape[1] != k.shape[1]:
+        raise ValueError(f"cu_seqlens needs q and k of the same length; got T={q.shape[1]} and T={k.shape[1]}")

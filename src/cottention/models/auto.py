@@ -1,0 +1,100 @@
+"""Makes transformers' Auto classes know our models.
+
+Importing `transformers` loads almost nothing, and a registration should not change that. So each Auto table gets our
+entries when transformers loads that table, by post-import hooks: configs with the config table, models with the model
+table. Either side may be half imported when the other one arrives (our modelling imports transformers', whose table
+imports ours), so a module's classes are registered when that module has been imported to its end.
+
+    register_auto_classes()      # done by `import cottention`; again does no harm
+"""
+
+from __future__ import annotations
+
+import sys
+from importlib import import_module
+
+from cottention.logging import get_logger
+
+_CONFIG_TABLE = "transformers.models.auto.configuration_auto"
+_MODEL_TABLE = "transformers.models.auto.modeling_auto"
+_HERE = "cottention.models"
+# Which class goes under which Auto class, by the module that defines it and the table that takes it.
+_CLASSES = {
+    _CONFIG_TABLE: {
+        f"{_HERE}.bert.configuration_bert": {"AutoConfig": "CottentionBertConfig"},
+        f"{_HERE}.gpt.configuration_gpt": {"AutoConfig": "CottentionGPTConfig"},
+    },
+    _MODEL_TABLE: {
+        f"{_HERE}.bert.modeling_bert": {
+            "AutoModel": "CottentionBertModel",
+            "AutoModelForPreTraining": "CottentionBertForPreTraining",
+            "AutoModelForMaskedLM": "CottentionBertForMaskedLM",
+        },
+        f"{_HERE}.bert.tasks_bert": {
+            "AutoModelForSequenceClassification": "CottentionBertForSequenceClassification",
+            "AutoModelForTokenClassification": "CottentionBertForTokenClassification",
+            "AutoModelForQuestionAnswering": "CottentionBertForQuestionAnswering",
+        },
+        f"{_HERE}.gpt.modeling_gpt": {
+            "AutoModel": "CottentionGPTModel",
+            "AutoModelForCausalLM": "CottentionGPTForCausalLM",
+        },
+        f"{_HERE}.gpt.tasks_gpt": {"AutoModelForSequenceClassification": "CottentionGPTForSequenceClassification"},
+    },
+}
+_hooked = False
+
+
+def register_auto_classes() -> None:
+    """Register our configs and models with AutoConfig, AutoModel, AutoModelForCausalLM and their like.
+
+    What transformers has not loaded yet is registered when it does. Calling it again does no harm.
+    """
+    install_hooks()
+    if not _hooked:
+        # Without hooks everything is imported at once: slower, but as complete.
+        for table in _CLASSES:
+            import_module(table)
+            _table_is_there(table)
+
+
+def install_hooks() -> None:
+    """Have classes registered once their module and their table are imported; does nothing without wrapt.
+
+    It must run before the first of our modules is imported, so `cottention.models` calls it.
+    """
+    global _hooked
+    if _hooked:
+        return
+    try:
+        from wrapt import register_post_import_hook
+    except ImportError:
+        return
+    _hooked = True
+    for table, modules in _CLASSES.items():
+        for module in modules:
+            register_post_import_hook(lambda _, table=table, module=module: _register(table, module), module)
+        register_post_import_hook(lambda _, table=table: _table_is_there(table), table)
+
+
+def _table_is_there(table: str) -> None:
+    for module in _CLASSES[table]:
+        # A module that is half imported just now registers itself at its end.
+        if module not in sys.modules:
+            try:
+                import_module(module)
+            except ImportError as error:
+                # Another transformers than ours, beside the operation alone, must stay usable.
+                get_logger(__name__).warning("%s is not registered with transformers: %s", module, error)
+                continue
+        _register(table, module)
+
+
+def _register(table: str, module: str) -> None:
+    """Register what this module defines, as far as both sides are imported."""
+    for auto_name, class_name in _CLASSES[table][module].items():
+        auto = getattr(sys.modules.get(table), auto_name, None)
+        ours = getattr(sys.modules.get(module), class_name, None)
+        if auto is not None and ours is not None:
+            key = ours.model_type if auto_name == "AutoConfig" else ours.config_class
+            auto.register(key, ours, exist_ok=True)

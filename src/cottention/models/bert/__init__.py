@@ -1,0 +1,1 @@
+"""BERT with cosine or softmax attention."""

@@ -1,0 +1,211 @@
+"""The parts of a BERT: embeddings, attention, feed-forward, pooler, heads; named as in stock BERT's checkpoints.
+
+x = CottentionBertLayer(config)(x, attention_mask, cu_seqlens=None)      # x: [B, T, D]
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor, nn
+
+from cottention.layers import softmax_attention
+from cottention.models.bert.configuration_bert import CottentionBertConfig
+from cottention.models.pretrained import activation
+from cottention.ops import cosine_attention
+
+
+class CottentionBertEmbeddings(nn.Module):
+    """Word, learned position and token type, summed and normalised."""
+
+    def __init__(self, config: CottentionBertConfig) -> None:
+        super().__init__()
+        self.word_embeddings = nn.Embedding(config.vocab_size, config.hidden_size, padding_idx=config.pad_token_id)
+        self.position_embeddings = nn.Embedding(config.max_position_embeddings, config.hidden_size)
+        self.token_type_embeddings = nn.Embedding(config.type_vocab_size, config.hidden_size)
+        self.LayerNorm = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
+        self.dropout = nn.Dropout(config.hidden_dropout_prob)
+        self.register_load_state_dict_pre_hook(_drop_position_ids)
+
+    def forward(
+        self,
+        words: Float[Tensor, "B T D"],
+        token_type_ids: Int[Tensor, "B T"] | None,
+        position_ids: Int[Tensor, "B T"],
+    ) -> Float[Tensor, "B T D"]:
+        """Embed; token types default to 0."""
+        if token_type_ids is None:
+            types = self.token_type_embeddings.weight[0]
+        else:
+            types = self.token_type_embeddings(token_type_ids)
+        return self.dropout(self.LayerNorm(words + types + self.position_embeddings(position_ids)))
+
+
+def _drop_position_ids(module: nn.Module, state_dict: dict[str, Any], prefix: str, *_: Any) -> None:
+    """Old files carry the numbers 0 .. 511 as a buffer; they are no weight."""
+    state_dict.pop(f"{prefix}position_ids", None)
+
+
+class CottentionBertSelfAttention(nn.Module):
+    """Projections and attention; the output projection is `CottentionBertSelfOutput`'s, as in stock BERT."""
+
+    norm_const: nn.Parameter
+
+    def __init__(self, config: CottentionBertConfig) -> None:
+        super().__init__()
+        self.num_attention_heads = config.num_attention_heads
+        self.dropout = config.attention_probs_dropout_prob
+        self.is_cosine = config.attention_type == "cosine"
+        self.implementation = "auto"
+        if self.is_cosine:
+            self.norm_const = nn.Parameter(torch.full((1, config.num_attention_heads, 1, 1), config.norm_const_init))
+        self.query = nn.Linear(config.hidden_size, config.hidden_size)
+        self.key = nn.Linear(config.hidden_size, config.hidden_size)
+        self.value = nn.Linear(config.hidden_size, config.hidden_size)
+        for projection in (self.query, self.key, self.value):
+            projection.keeps_default_init = config.original_init  # type: ignore[assignment]
+
+    def forward(
+        self,
+        x: Float[Tensor, "B T D"],
+        attention_mask: Int[Tensor, "B T"] | None,
+        cu_seqlens: Int[Tensor, " N_plus_1"] | None,
+    ) -> Float[Tensor, "B T D"]:
+        """Every token asks all real tokens of its text."""
+        q, k, v = (
+            projection(x).unflatten(-1, (self.num_attention_heads, -1))
+            for projection in (self.query, self.key, self.value)
+        )
+        if self.is_cosine:
+            o, _ = cosine_attention(
+                q,
+                k,
+                v,
+                self.norm_const,
+                causal=False,
+                attention_mask=attention_mask,
+                cu_seqlens=cu_seqlens,
+                implementation=self.implementation,
+            )
+        else:
+            dropout_p = self.dropout if self.training else 0.0
+            o = softmax_attention(
+                q, k, v, causal=False, attention_mask=attention_mask, cu_seqlens=cu_seqlens, dropout_p=dropout_p
+            )
+        return o.flatten(-2)
+
+
+class CottentionBertResidual(nn.Module):
+    """Linear, dropout, then LayerNorm over the sum with the residual: the end of both sublayers."""
+
+    def __init__(self, config: CottentionBertConfig, width_in: int) -> None:
+        super().__init__()
+        self.dense = nn.Linear(width_in, config.hidden_size)
+        self.LayerNorm = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
+        self.dropout = nn.Dropout(config.hidden_dropout_prob)
+
+    def forward(self, x: Tensor, residual: Tensor) -> Tensor:
+        """LayerNorm(residual + dropout(dense(x)))."""
+        return self.LayerNorm(self.dropout(self.dense(x)) + residual)
+
+
+class CottentionBertAttention(nn.Module):
+    """The attention sublayer."""
+
+    def __init__(self, config: CottentionBertConfig) -> None:
+        super().__init__()
+        self.self = CottentionBertSelfAttention(config)
+        self.output = CottentionBertResidual(config, config.hidden_size)
+
+    def forward(self, x: Tensor, attention_mask: Tensor | None, cu_seqlens: Tensor | None) -> Tensor:
+        """Attend and add."""
+        return self.output(self.self(x, attention_mask, cu_seqlens), x)
+
+
+class CottentionBertIntermediate(nn.Module):
+    """First half of the feed-forward sublayer."""
+
+    def __init__(self, config: CottentionBertConfig) -> None:
+        super().__init__()
+        self.dense = nn.Linear(config.hidden_size, config.intermediate_size)
+        self.act = activation(config.hidden_act)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Widen and activate."""
+        return self.act(self.dense(x))
+
+
+class CottentionBertLayer(nn.Module):
+    """Attention sublayer, then feed-forward sublayer, each followed by LayerNorm."""
+
+    def __init__(self, config: CottentionBertConfig) -> None:
+        super().__init__()
+        self.attention = CottentionBertAttention(config)
+        self.intermediate = CottentionBertIntermediate(config)
+        self.output = CottentionBertResidual(config, config.intermediate_size)
+
+    def forward(self, x: Tensor, attention_mask: Tensor | None, cu_seqlens: Tensor | None) -> Tensor:
+        """One layer."""
+        x = self.attention(x, attention_mask, cu_seqlens)
+        return self.output(self.intermediate(x), x)
+
+
+class CottentionBertEncoder(nn.Module):
+    """The layers, under the name that checkpoints use."""
+
+    def __init__(self, config: CottentionBertConfig) -> None:
+        super().__init__()
+        self.layer = nn.ModuleList([CottentionBertLayer(config) for _ in range(config.num_hidden_layers)])
+
+
+class CottentionBertPooler(nn.Module):
+    """tanh of a linear map of each text's first token."""
+
+    def __init__(self, config: CottentionBertConfig) -> None:
+        super().__init__()
+        self.dense = nn.Linear(config.hidden_size, config.hidden_size)
+
+    def forward(self, x: Float[Tensor, "B T D"], cu_seqlens: Tensor | None) -> Float[Tensor, "N D"]:
+        """`[B, D]`, or `[N, D]` of N packed texts."""
+        first = x[:, 0] if cu_seqlens is None else x[0, cu_seqlens[:-1].to(torch.int64)]
+        return torch.tanh(self.dense(first))
+
+
+class CottentionBertTransform(nn.Module):
+    """Linear, activation, LayerNorm before the decoder."""
+
+    def __init__(self, config: CottentionBertConfig) -> None:
+        super().__init__()
+        self.dense = nn.Linear(config.hidden_size, config.hidden_size)
+        self.act = activation(config.hidden_act)
+        self.LayerNorm = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Each token by itself."""
+        return self.LayerNorm(self.act(self.dense(x)))
+
+
+class CottentionBertPredictionHead(nn.Module):
+    """Scores of every word; the decoder's matrix is the word embedding, its bias `bias`."""
+
+    def __init__(self, config: CottentionBertConfig) -> None:
+        super().__init__()
+        self.bias = nn.Parameter(torch.zeros(config.vocab_size))
+        self.transform = CottentionBertTransform(config)
+        self.decoder = nn.Linear(config.hidden_size, config.vocab_size)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """`[B, T, vocab_size]`."""
+        return self.decoder(self.transform(x))
+
+
+class CottentionBertHeads(nn.Module):
+    """The masked-token head, and the next-sentence head where there is one."""
+
+    def __init__(self, config: CottentionBertConfig, next_sentence: bool) -> None:
+        super().__init__()
+        self.predictions = CottentionBertPredictionHead(config)
+        if next_sentence:
+            self.seq_relationship = nn.Linear(config.hidden_size, 2)

@@ -1,0 +1,349 @@
+"""BERT with cosine or softmax attention, its masked-token and next-sentence heads.
+
+Parameter names are BERT's plus `attention.self.norm_const`, so published and stock weights load by name.
+
+    model = CottentionBertForPreTraining(CottentionBertConfig(vocab_size=2048, hidden_size=256, num_attention_heads=4))
+    out = model(input_ids, attention_mask, labels=labels, next_sentence_label=is_random)  # out.mlm_loss, out.nsp_loss
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor, nn
+from transformers.modeling_outputs import BaseModelOutputWithPooling, MaskedLMOutput
+from transformers.utils.generic import ModelOutput
+
+from cottention.models.bert.configuration_bert import CottentionBertConfig
+from cottention.models.bert.layers_bert import (
+    CottentionBertEmbeddings,
+    CottentionBertEncoder,
+    CottentionBertHeads,
+    CottentionBertPooler,
+    CottentionBertPredictionHead,
+)
+from cottention.models.losses import cross_entropy, loss_settings
+from cottention.models.pretrained import (
+    CottentionPreTrainedModel,
+    check_inputs,
+    check_length,
+    default_positions,
+    longest_text,
+    refuse_attentions,
+    wants_dict,
+)
+
+
+class CottentionBertPreTrainedModel(CottentionPreTrainedModel):
+    """Base of the BERT models."""
+
+    config: CottentionBertConfig
+    config_class = CottentionBertConfig
+    base_model_prefix = "bert"
+    _no_split_modules: ClassVar[list[str]] = ["CottentionBertEmbeddings", "CottentionBertLayer"]
+    # Heads of the sibling tasks, and a buffer that old files carry.
+    _keys_to_ignore_on_load_unexpected: ClassVar[list[str]] = [
+        r"^cls\.",
+        r"^classifier\.",
+        r"^qa_outputs\.",
+        r"(^|\.)pooler\.",
+        r"embeddings\.position_ids$",
+    ]
+
+    def _init_weights(self, module: nn.Module) -> None:
+        super()._init_weights(module)
+        if isinstance(module, CottentionBertPredictionHead):
+            nn.init.zeros_(module.bias)
+
+
+class CottentionBertModel(CottentionBertPreTrainedModel):
+    """The layers without a head.
+
+    Args:
+        config: settings.
+        add_pooling_layer: whether to add the pooler, which sentence-level heads read.
+    """
+
+    def __init__(self, config: CottentionBertConfig, add_pooling_layer: bool = True) -> None:
+        super().__init__(config)
+        self.embeddings = CottentionBertEmbeddings(config)
+        self.encoder = CottentionBertEncoder(config)
+        self.pooler = CottentionBertPooler(config) if add_pooling_layer else None
+        self.gradient_checkpointing = False
+        self.post_init()
+
+    def get_input_embeddings(self) -> nn.Module:
+        """The word embedding."""
+        return self.embeddings.word_embeddings
+
+    def set_input_embeddings(self, value: Any) -> None:
+        """Replace the word embedding."""
+        self.embeddings.word_embeddings = value
+
+    def forward(
+        self,
+        input_ids: Int[Tensor, "B T"] | None = None,
+        attention_mask: Int[Tensor, "B T"] | None = None,
+        token_type_ids: Int[Tensor, "B T"] | None = None,
+        position_ids: Int[Tensor, "B T"] | None = None,
+        inputs_embeds: Float[Tensor, "B T D"] | None = None,
+        output_attentions: bool | None = None,
+        output_hidden_states: bool | None = None,
+        return_dict: bool | None = None,
+        cu_seqlens: Int[Tensor, " N_plus_1"] | None = None,
+    ) -> BaseModelOutputWithPooling | tuple:
+        """Run the layers.
+
+        Args:
+            input_ids: tokens, or give `inputs_embeds`.
+            attention_mask: 1 = real; padding anywhere.
+            token_type_ids: 1 after the first [SEP]; None: all 0.
+            position_ids: None: 0 .. T-1 with padding counted, restarting per packed text.
+            inputs_embeds: word embeddings.
+            output_attentions: not available.
+            output_hidden_states: whether to return the normalised embedding and every layer's output.
+            return_dict: whether to return an object rather than a tuple.
+            cu_seqlens: boundaries of packed texts; needs B == 1.
+
+        Returns:
+            last_hidden_state, pooler_output (one row per text), hidden_states.
+
+        Raises:
+            ValueError: arguments contradict each other.
+            CottentionError: the text is longer than the learned positions.
+        """
+        refuse_attentions(output_attentions)
+        check_inputs(input_ids, inputs_embeds, attention_mask, cu_seqlens)
+        words = self.embeddings.word_embeddings(input_ids) if inputs_embeds is None else inputs_embeds
+        T = words.shape[1]
+        limit = self.config.max_position_embeddings
+        check_length(longest_text(cu_seqlens, position_ids, T), limit, "max_position_embeddings")
+        if position_ids is None:
+            position_ids = default_positions(T, cu_seqlens, words.device)
+        x = self.embeddings(words, token_type_ids, position_ids)
+        keep = self.config.output_hidden_states if output_hidden_states is None else output_hidden_states
+        hidden_states = (x,)
+        for layer in self.encoder.layer:
+            if self.gradient_checkpointing and self.training:
+                x = self._gradient_checkpointing_func(layer.__call__, x, attention_mask, cu_seqlens)
+            else:
+                x = layer(x, attention_mask, cu_seqlens)
+            if keep:
+                hidden_states += (x,)
+        output = BaseModelOutputWithPooling(
+            last_hidden_state=x,
+            pooler_output=None if self.pooler is None else self.pooler(x, cu_seqlens),
+            hidden_states=hidden_states if keep else None,
+        )
+        return output if wants_dict(self.config, return_dict) else output.to_tuple()
+
+
+@dataclass
+class CottentionBertForPreTrainingOutput(ModelOutput):
+    """Stock BERT's output with each loss by itself too.
+
+    Args:
+        loss: sum of the losses whose labels were given.
+        prediction_logits: `[B, T, vocab_size]`.
+        seq_relationship_logits: `[B, 2]`; column 1: the second sentence is random.
+        hidden_states: embedding and every layer's output, when asked for.
+        mlm_loss: masked-token loss.
+        nsp_loss: next-sentence loss.
+    """
+
+    loss: Tensor | None = None
+    prediction_logits: Tensor | None = None
+    seq_relationship_logits: Tensor | None = None
+    hidden_states: tuple[Tensor, ...] | None = None
+    mlm_loss: Tensor | None = None
+    nsp_loss: Tensor | None = None
+
+
+class _TiedHead(CottentionBertPreTrainedModel):
+    """What both pretraining classes share: a decoder tied to the word embeddings."""
+
+    _tied_weights_keys: ClassVar[dict[str, str]] = {
+        "cls.predictions.decoder.weight": "bert.embeddings.word_embeddings.weight",
+        "cls.predictions.decoder.bias": "cls.predictions.bias",
+    }
+    accepts_loss_kwargs = True
+    cls: CottentionBertHeads
+
+    def get_output_embeddings(self) -> nn.Module:
+        """The decoder."""
+        return self.cls.predictions.decoder
+
+    def set_output_embeddings(self, new_embeddings: Any) -> None:
+        """Replace the decoder and its bias."""
+        self.cls.predictions.decoder = new_embeddings
+        self.cls.predictions.bias = new_embeddings.bias
+
+
+class CottentionBertForPreTraining(_TiedHead):
+    """BERT with the masked-token and the next-sentence head.
+
+    Args:
+        config: settings.
+    """
+
+    def __init__(self, config: CottentionBertConfig) -> None:
+        super().__init__(config)
+        self.bert = CottentionBertModel(config)
+        self.cls = CottentionBertHeads(config, next_sentence=True)
+        self.post_init()
+
+    def forward(
+        self,
+        input_ids: Int[Tensor, "B T"] | None = None,
+        attention_mask: Int[Tensor, "B T"] | None = None,
+        token_type_ids: Int[Tensor, "B T"] | None = None,
+        position_ids: Int[Tensor, "B T"] | None = None,
+        inputs_embeds: Float[Tensor, "B T D"] | None = None,
+        labels: Int[Tensor, "B T"] | None = None,
+        next_sentence_label: Int[Tensor, " B"] | None = None,
+        output_attentions: bool | None = None,
+        output_hidden_states: bool | None = None,
+        return_dict: bool | None = None,
+        cu_seqlens: Int[Tensor, " N_plus_1"] | None = None,
+        **loss_kwargs: Any,
+    ) -> CottentionBertForPreTrainingOutput | tuple:
+        """Both heads' logits, and the losses whose labels are given.
+
+        Args:
+            input_ids: see `CottentionBertModel.forward`, as for all arguments not listed here.
+            attention_mask: see there.
+            token_type_ids: see there.
+            position_ids: see there.
+            inputs_embeds: see there.
+            labels: the original tokens at masked positions, -100 elsewhere.
+            next_sentence_label: 0: the second sentence follows the first; 1: it is random.
+            output_attentions: not available.
+            output_hidden_states: see there.
+            return_dict: see there.
+            cu_seqlens: see there.
+            **loss_kwargs: `num_items_in_batch`, masked tokens of the whole optimiser step, and
+                `num_sequences_in_batch`, its texts.
+
+        Returns:
+            loss, prediction_logits, seq_relationship_logits, hidden_states, mlm_loss, nsp_loss.
+
+        Raises:
+            TypeError: an argument is not known.
+        """
+        known = ("num_items_in_batch", "num_sequences_in_batch")
+        settings = loss_settings(loss_kwargs, known, f"{type(self).__name__}.forward")
+        outputs = self.bert(
+            input_ids,
+            attention_mask=attention_mask,
+            token_type_ids=token_type_ids,
+            position_ids=position_ids,
+            inputs_embeds=inputs_embeds,
+            output_attentions=output_attentions,
+            output_hidden_states=output_hidden_states,
+            return_dict=True,
+            cu_seqlens=cu_seqlens,
+        )
+        prediction_logits = self.cls.predictions(outputs.last_hidden_state)
+        seq_relationship_logits = self.cls.seq_relationship(outputs.pooler_output)
+        mlm_loss = nsp_loss = None
+        if labels is not None:
+            mlm_loss = cross_entropy(prediction_logits, labels, settings.get("num_items_in_batch"))
+        if next_sentence_label is not None:
+            nsp_loss = _nsp_loss(seq_relationship_logits, next_sentence_label, labels, **settings)
+        losses = [loss for loss in (mlm_loss, nsp_loss) if loss is not None]
+        output = CottentionBertForPreTrainingOutput(
+            loss=torch.stack(losses).sum() if losses else None,
+            prediction_logits=prediction_logits,
+            seq_relationship_logits=seq_relationship_logits,
+            hidden_states=outputs.hidden_states,
+            mlm_loss=mlm_loss,
+            nsp_loss=nsp_loss,
+        )
+        return output if wants_dict(self.config, return_dict) else output.to_tuple()
+
+
+def _nsp_loss(
+    logits: Tensor,
+    next_sentence_label: Tensor,
+    labels: Tensor | None,
+    num_items_in_batch: Tensor | int | None = None,
+    num_sequences_in_batch: Tensor | int | None = None,
+) -> Tensor:
+    """Next-sentence loss, scaled like the masked-token loss.
+
+    The Trainer counts masked tokens only. Without the number of texts, this micro-batch's share of the step's masked
+    tokens stands in for its share of the texts: the shares add up to 1, so the scale is right.
+    """
+    if num_sequences_in_batch is not None or num_items_in_batch is None or labels is None:
+        return cross_entropy(logits, next_sentence_label, num_sequences_in_batch)
+    share = (labels != -100).sum().to(logits.device) / num_items_in_batch
+    return cross_entropy(logits, next_sentence_label) * share
+
+
+class CottentionBertForMaskedLM(_TiedHead):
+    """BERT with the masked-token head alone.
+
+    Args:
+        config: settings.
+    """
+
+    def __init__(self, config: CottentionBertConfig) -> None:
+        super().__init__(config)
+        self.bert = CottentionBertModel(config, add_pooling_layer=False)
+        self.cls = CottentionBertHeads(config, next_sentence=False)
+        self.post_init()
+
+    def forward(
+        self,
+        input_ids: Int[Tensor, "B T"] | None = None,
+        attention_mask: Int[Tensor, "B T"] | None = None,
+        token_type_ids: Int[Tensor, "B T"] | None = None,
+        position_ids: Int[Tensor, "B T"] | None = None,
+        inputs_embeds: Float[Tensor, "B T D"] | None = None,
+        labels: Int[Tensor, "B T"] | None = None,
+        output_attentions: bool | None = None,
+        output_hidden_states: bool | None = None,
+        return_dict: bool | None = None,
+        cu_seqlens: Int[Tensor, " N_plus_1"] | None = None,
+        **loss_kwargs: Any,
+    ) -> MaskedLMOutput | tuple:
+        """Logits of every token, and the loss when there are labels.
+
+        Args:
+            input_ids: see `CottentionBertModel.forward`, as for all arguments not listed here.
+            attention_mask: see there.
+            token_type_ids: see there.
+            position_ids: see there.
+            inputs_embeds: see there.
+            labels: the original tokens at masked positions, -100 elsewhere.
+            output_attentions: not available.
+            output_hidden_states: see there.
+            return_dict: see there.
+            cu_seqlens: see there.
+            **loss_kwargs: `num_items_in_batch`, masked tokens of the whole optimiser step.
+
+        Returns:
+            loss, logits, hidden_states.
+
+        Raises:
+            TypeError: an argument is not known.
+        """
+        settings = loss_settings(loss_kwargs, ("num_items_in_batch",), f"{type(self).__name__}.forward")
+        outputs = self.bert(
+            input_ids,
+            attention_mask=attention_mask,
+            token_type_ids=token_type_ids,
+            position_ids=position_ids,
+            inputs_embeds=inputs_embeds,
+            output_attentions=output_attentions,
+            output_hidden_states=output_hidden_states,
+            return_dict=True,
+            cu_seqlens=cu_seqlens,
+        )
+        logits = self.cls.predictions(outputs.last_hidden_state)
+        loss = None if labels is None else cross_entropy(logits, labels, **settings)
+        output = MaskedLMOutput(loss=loss, logits=logits, hidden_states=outputs.hidden_states)
+        return output if wants_dict(self.config, return_dict) else output.to_tuple()

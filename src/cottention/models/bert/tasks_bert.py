@@ -1,0 +1,241 @@
+"""BERT with a fine-tuning head: one label per text, one per token, or an answer's span.
+
+model = CottentionBertForSequenceClassification.from_pretrained(pretrained_dir, num_labels=3)
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor, nn
+from transformers.modeling_outputs import (
+    QuestionAnsweringModelOutput,
+    SequenceClassifierOutput,
+    TokenClassifierOutput,
+)
+
+from cottention.models.bert.configuration_bert import CottentionBertConfig
+from cottention.models.bert.modeling_bert import CottentionBertModel, CottentionBertPreTrainedModel
+from cottention.models.losses import IGNORE_INDEX, classification_loss, cross_entropy, loss_settings
+from cottention.models.pretrained import wants_dict
+
+
+def _classifier_dropout(config: CottentionBertConfig) -> nn.Dropout:
+    return nn.Dropout(config.hidden_dropout_prob if config.classifier_dropout is None else config.classifier_dropout)
+
+
+class CottentionBertForSequenceClassification(CottentionBertPreTrainedModel):
+    """BERT with a classifier or regressor on the pooled first token.
+
+    Args:
+        config: settings; `num_labels` outputs.
+    """
+
+    accepts_loss_kwargs = True
+
+    def __init__(self, config: CottentionBertConfig) -> None:
+        super().__init__(config)
+        self.num_labels: int = config.num_labels or 0
+        self.bert = CottentionBertModel(config)
+        self.dropout = _classifier_dropout(config)
+        self.classifier = nn.Linear(config.hidden_size, self.num_labels)
+        self.post_init()
+
+    def forward(
+        self,
+        input_ids: Int[Tensor, "B T"] | None = None,
+        attention_mask: Int[Tensor, "B T"] | None = None,
+        token_type_ids: Int[Tensor, "B T"] | None = None,
+        position_ids: Int[Tensor, "B T"] | None = None,
+        inputs_embeds: Float[Tensor, "B T D"] | None = None,
+        labels: Tensor | None = None,
+        output_attentions: bool | None = None,
+        output_hidden_states: bool | None = None,
+        return_dict: bool | None = None,
+        cu_seqlens: Int[Tensor, " N_plus_1"] | None = None,
+        **loss_kwargs: Any,
+    ) -> SequenceClassifierOutput | tuple:
+        """One row of logits per text.
+
+        Args:
+            input_ids: see `CottentionBertModel.forward`, as for all arguments not listed here.
+            attention_mask: see there.
+            token_type_ids: see there.
+            position_ids: see there.
+            inputs_embeds: see there.
+            labels: see `classification_loss`.
+            output_attentions: not available.
+            output_hidden_states: see there.
+            return_dict: see there.
+            cu_seqlens: see there.
+            **loss_kwargs: `num_items_in_batch`, texts of the whole optimiser step.
+
+        Returns:
+            loss, logits, hidden_states.
+
+        Raises:
+            TypeError: an argument is not known.
+        """
+        settings = loss_settings(loss_kwargs, ("num_items_in_batch",), f"{type(self).__name__}.forward")
+        outputs = self.bert(
+            input_ids,
+            attention_mask=attention_mask,
+            token_type_ids=token_type_ids,
+            position_ids=position_ids,
+            inputs_embeds=inputs_embeds,
+            output_attentions=output_attentions,
+            output_hidden_states=output_hidden_states,
+            return_dict=True,
+            cu_seqlens=cu_seqlens,
+        )
+        logits = self.classifier(self.dropout(outputs.pooler_output))
+        loss = None
+        if labels is not None:
+            loss = classification_loss(logits, labels, self.config.problem_type, **settings)
+        output = SequenceClassifierOutput(loss=loss, logits=logits, hidden_states=outputs.hidden_states)
+        return output if wants_dict(self.config, return_dict) else output.to_tuple()
+
+
+class CottentionBertForTokenClassification(CottentionBertPreTrainedModel):
+    """BERT with a classifier on every token.
+
+    Args:
+        config: settings; `num_labels` outputs.
+    """
+
+    accepts_loss_kwargs = True
+
+    def __init__(self, config: CottentionBertConfig) -> None:
+        super().__init__(config)
+        self.num_labels: int = config.num_labels or 0
+        self.bert = CottentionBertModel(config, add_pooling_layer=False)
+        self.dropout = _classifier_dropout(config)
+        self.classifier = nn.Linear(config.hidden_size, self.num_labels)
+        self.post_init()
+
+    def forward(
+        self,
+        input_ids: Int[Tensor, "B T"] | None = None,
+        attention_mask: Int[Tensor, "B T"] | None = None,
+        token_type_ids: Int[Tensor, "B T"] | None = None,
+        position_ids: Int[Tensor, "B T"] | None = None,
+        inputs_embeds: Float[Tensor, "B T D"] | None = None,
+        labels: Int[Tensor, "B T"] | None = None,
+        output_attentions: bool | None = None,
+        output_hidden_states: bool | None = None,
+        return_dict: bool | None = None,
+        cu_seqlens: Int[Tensor, " N_plus_1"] | None = None,
+        **loss_kwargs: Any,
+    ) -> TokenClassifierOutput | tuple:
+        """One row of logits per token.
+
+        Args:
+            input_ids: see `CottentionBertModel.forward`, as for all arguments not listed here.
+            attention_mask: see there.
+            token_type_ids: see there.
+            position_ids: see there.
+            inputs_embeds: see there.
+            labels: a class per token, -100 where there is none.
+            output_attentions: not available.
+            output_hidden_states: see there.
+            return_dict: see there.
+            cu_seqlens: see there.
+            **loss_kwargs: `num_items_in_batch`, labelled tokens of the whole optimiser step.
+
+        Returns:
+            loss, logits, hidden_states.
+
+        Raises:
+            TypeError: an argument is not known.
+        """
+        settings = loss_settings(loss_kwargs, ("num_items_in_batch",), f"{type(self).__name__}.forward")
+        outputs = self.bert(
+            input_ids,
+            attention_mask=attention_mask,
+            token_type_ids=token_type_ids,
+            position_ids=position_ids,
+            inputs_embeds=inputs_embeds,
+            output_attentions=output_attentions,
+            output_hidden_states=output_hidden_states,
+            return_dict=True,
+            cu_seqlens=cu_seqlens,
+        )
+        logits = self.classifier(self.dropout(outputs.last_hidden_state))
+        loss = None if labels is None else cross_entropy(logits, labels, **settings)
+        output = TokenClassifierOutput(loss=loss, logits=logits, hidden_states=outputs.hidden_states)
+        return output if wants_dict(self.config, return_dict) else output.to_tuple()
+
+
+class CottentionBertForQuestionAnswering(CottentionBertPreTrainedModel):
+    """BERT with two scores per token: where the answer starts and where it ends.
+
+    Args:
+        config: settings.
+    """
+
+    def __init__(self, config: CottentionBertConfig) -> None:
+        super().__init__(config)
+        self.bert = CottentionBertModel(config, add_pooling_layer=False)
+        self.qa_outputs = nn.Linear(config.hidden_size, 2)
+        self.post_init()
+
+    def forward(
+        self,
+        input_ids: Int[Tensor, "B T"] | None = None,
+        attention_mask: Int[Tensor, "B T"] | None = None,
+        token_type_ids: Int[Tensor, "B T"] | None = None,
+        position_ids: Int[Tensor, "B T"] | None = None,
+        inputs_embeds: Float[Tensor, "B T D"] | None = None,
+        start_positions: Int[Tensor, " B"] | None = None,
+        end_positions: Int[Tensor, " B"] | None = None,
+        output_attentions: bool | None = None,
+        output_hidden_states: bool | None = None,
+        return_dict: bool | None = None,
+    ) -> QuestionAnsweringModelOutput | tuple:
+        """Start and end logits.
+
+        Args:
+            input_ids: see `CottentionBertModel.forward`, as for all arguments not listed here.
+            attention_mask: see there.
+            token_type_ids: see there.
+            position_ids: see there.
+            inputs_embeds: see there.
+            start_positions: column of each answer's first token; one outside the text is ignored.
+            end_positions: column of its last token.
+            output_attentions: not available.
+            output_hidden_states: see there.
+            return_dict: see there.
+
+        Returns:
+            loss (mean of both ends'), start_logits, end_logits, hidden_states.
+        """
+        outputs = self.bert(
+            input_ids,
+            attention_mask=attention_mask,
+            token_type_ids=token_type_ids,
+            position_ids=position_ids,
+            inputs_embeds=inputs_embeds,
+            output_attentions=output_attentions,
+            output_hidden_states=output_hidden_states,
+            return_dict=True,
+        )
+        start_logits, end_logits = self.qa_outputs(outputs.last_hidden_state).unbind(-1)  # [B, T] each
+        loss = None
+        if start_positions is not None and end_positions is not None:
+            ends = ((start_logits, start_positions), (end_logits, end_positions))
+            loss = torch.stack([cross_entropy(logits, _inside(at, logits.shape[1])) for logits, at in ends]).mean()
+        output = QuestionAnsweringModelOutput(
+            loss=loss,
+            start_logits=start_logits,
+            end_logits=end_logits,
+            hidden_states=outputs.hidden_states,
+        )
+        return output if wants_dict(self.config, return_dict) else output.to_tuple()
+
+
+def _inside(positions: Tensor, length: int) -> Tensor:
+    """Positions as targets; an answer that was cut off with the end of its text is no target."""
+    positions = positions.flatten()
+    return positions.masked_fill((positions < 0) | (positions >= length), IGNORE_INDEX)

@@ -1,0 +1,206 @@
+"""CosineCache: the recurrent state of a cosine GPT as the cache that `generate` passes around.
+
+Per layer it holds one K x V matrix per head and row and a count per row, so decoding memory does not grow with the
+text. It also remembers where each row's positions stand, so that a text may be continued by any mix of `forward` and
+`generate`.
+
+    out = model(input_ids)                                        # out.past_key_values is a CosineCache
+    out = model(more_ids, past_key_values=out.past_key_values)    # any number of tokens at a time
+    save_file(cache.to_tensors(), path); CosineCache.from_tensors(load_file(path))
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any, NoReturn
+
+import torch
+from jaxtyping import Int
+from torch import Tensor
+from transformers.cache_utils import Cache, CacheLayerMixin
+
+from cottention.ops import CosineState
+
+
+class CosineCacheLayer(CacheLayerMixin):
+    """One layer's state and the number of columns, padding included, that went into it."""
+
+    is_compileable = False
+    supports_early_init = False
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.state: CosineState | None = None
+        self.num_tokens = 0
+
+    def advance(self, state: CosineState, num_tokens: int) -> None:
+        """Take over the state after `num_tokens` more columns. A cache keeps no gradient."""
+        self.state = CosineState(state.kv.detach(), state.seen)
+        self.num_tokens += num_tokens
+        self.is_initialized = True
+
+    def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
+        """Nothing to prepare: the first state comes from the first tokens."""
+
+    def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> NoReturn:
+        """Refuse keys and values: only a state can be stored."""
+        raise TypeError("a CosineCache stores recurrent states; keys and values cannot be appended to it")
+
+    def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
+        """Length of the whole text after `query_length` more columns, and offset 0."""
+        return self.num_tokens + query_length, 0
+
+    def get_seq_length(self) -> int:
+        """Columns seen so far, padding included."""
+        return self.num_tokens
+
+    def get_max_length(self) -> int:
+        """-1: there is no longest text."""
+        return -1
+
+    def get_max_cache_shape(self) -> int:
+        """-1, under the name that older transformers use."""
+        return -1
+
+    def reset(self) -> None:
+        """Forget everything."""
+        self.state, self.num_tokens, self.is_initialized = None, 0, False
+
+    def reorder_cache(self, beam_idx: Tensor) -> None:
+        """Keep these rows, in this order."""
+        if self.state is not None:
+            self.state = self.state.index_select(beam_idx.to(self.state.kv.device))
+
+    def batch_repeat_interleave(self, repeats: int) -> None:
+        """Repeat every row `repeats` times in place."""
+        if self.state is not None:
+            self.state = CosineState(*(part.repeat_interleave(repeats, dim=0) for part in self.state))
+
+    def batch_select_indices(self, indices: Tensor) -> None:
+        """Keep these rows."""
+        self.reorder_cache(indices)
+
+    def crop(self, tokens_to_remove: int) -> None:
+        """Refuse to forget tokens: they cannot be taken out of a sum again.
+
+        Raises:
+            ValueError: anything but 0 tokens are to be removed.
+        """
+        if tokens_to_remove != 0:
+            raise ValueError(f"a CosineCache cannot forget single tokens; got crop({tokens_to_remove})")
+
+    def offload(self) -> None:
+        """Move to the CPU; `prefetch` moves back."""
+        if self.state is not None:
+            self._device = self.state.kv.device
+            self.state = CosineState(*(part.to("cpu", non_blocking=True) for part in self.state))
+
+    def prefetch(self) -> None:
+        """Undo `offload`."""
+        if self.state is not None:
+            device = getattr(self, "_device", self.state.kv.device)
+            self.state = CosineState(*(part.to(device, non_blocking=True) for part in self.state))
+
+
+class CosineCache(Cache):
+    """States of all layers.
+
+    Args:
+        num_layers: layers of the model.
+
+    Attributes:
+        next_position: `[B]` int64, the position of each row's next token; None before the first.
+    """
+
+    layers: list[CosineCacheLayer]
+
+    def __init__(self, num_layers: int) -> None:
+        super().__init__(layers=[CosineCacheLayer() for _ in range(num_layers)])
+        self.next_position: Int[Tensor, " B"] | None = None
+
+    @property
+    def states(self) -> tuple[CosineState | None, ...]:
+        """Each layer's `CosineState`; None before the first token."""
+        return tuple(layer.state for layer in self.layers)
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes held, whatever the length of the text."""
+        return sum(state.nbytes for state in self.states if state is not None)
+
+    def positions(self, num_tokens: int, device: torch.device) -> Int[Tensor, "B T"]:
+        """Positions of the next `num_tokens` columns when the caller names none: on from where each row stands."""
+        positions = torch.arange(num_tokens, device=device)[None]
+        return positions if self.next_position is None else positions + self.next_position.to(device)[:, None]
+
+    def advance_positions(
+        self, num_tokens: int, position_ids: Tensor | None, attention_mask: Tensor | None, like: Tensor
+    ) -> None:
+        """Note where each row stands after `num_tokens` more columns.
+
+        Args:
+            num_tokens: T, number of columns.
+            position_ids: what the caller asked for; the next position then follows the row's last real token. None:
+                positions ran on, through padding too.
+            attention_mask: `[B, T]`, which of the columns are real; None: all.
+            like: any tensor of B rows on the right device.
+        """
+        start = self.next_position
+        if start is None:
+            start = torch.zeros(like.shape[0], dtype=torch.int64, device=like.device)
+        if position_ids is None or num_tokens == 0:
+            self.next_position = start + num_tokens
+            return
+        following = position_ids.to(torch.int64).expand(like.shape[0], -1) + 1  # [B, T]
+        if attention_mask is not None:
+            following = following.masked_fill(attention_mask == 0, 0)
+        self.next_position = torch.maximum(following.amax(dim=1), start)
+
+    def to_tensors(self) -> dict[str, Tensor]:
+        """Everything as named tensors, to save with safetensors and to restore with `from_tensors`.
+
+        Raises:
+            ValueError: nothing was cached yet.
+        """
+        tensors = {}
+        for i, state in enumerate(self.states):
+            if state is None:
+                raise ValueError("a CosineCache can be saved once tokens have gone through the model; got an empty one")
+            tensors[f"layers.{i}.kv"], tensors[f"layers.{i}.seen"] = (part.contiguous() for part in state)
+        tensors["num_tokens"] = torch.tensor(self.get_seq_length())
+        if self.next_position is not None:
+            tensors["next_position"] = self.next_position
+        return tensors
+
+    @classmethod
+    def from_tensors(cls, tensors: Mapping[str, Tensor]) -> CosineCache:
+        """The cache that `to_tensors` described."""
+        cache = cls(sum(name.endswith(".kv") for name in tensors))
+        for i, layer in enumerate(cache.layers):
+            state = CosineState(tensors[f"layers.{i}.kv"], tensors[f"layers.{i}.seen"])
+            layer.advance(state, int(tensors["num_tokens"]))
+        cache.next_position = tensors.get("next_position")
+        return cache
+
+    def reset(self) -> None:
+        """Forget everything."""
+        super().reset()
+        self.next_position = None
+
+    def reorder_cache(self, beam_idx: Any) -> None:
+        """Keep these rows of every layer, in this order."""
+        super().reorder_cache(beam_idx)
+        if self.next_position is not None:
+            self.next_position = self.next_position.index_select(0, beam_idx.to(self.next_position.device))
+
+    def batch_repeat_interleave(self, repeats: int) -> None:
+        """Repeat every row `repeats` times in place."""
+        super().batch_repeat_interleave(repeats)
+        if self.next_position is not None:
+            self.next_position = self.next_position.repeat_interleave(repeats, dim=0)
+
+    def batch_select_indices(self, indices: Tensor) -> None:
+        """Keep these rows."""
+        super().batch_select_indices(indices)
+        if self.next_position is not None:
+            self.next_position = self.next_position[indices]

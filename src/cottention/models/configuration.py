@@ -1,0 +1,123 @@
+"""What both configs share: the attention fields, and checks that refuse a bad value in one line.
+
+Config modules import no torch of their own, so a command can check settings before anything heavy is loaded.
+
+    class CottentionGPTConfig(CottentionConfig): ...
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import Any, ClassVar
+
+from transformers.configuration_utils import PreTrainedConfig
+
+from cottention.errors import CheckpointError, SettingsError, did_you_mean
+
+ATTENTION_TYPES = ("cosine", "softmax")
+# Names that transformers knows too; "gelu_new" (GPT-J's) is gelu's tanh form.
+ACTIVATIONS = (
+    "gelu",
+    "gelu_new",
+    "gelu_pytorch_tanh",
+    "gelu_fast",
+    "quick_gelu",
+    "relu",
+    "relu2",
+    "silu",
+    "swish",
+    "mish",
+)
+
+
+class CottentionConfig(PreTrainedConfig):
+    """Fields that make a stock config ours.
+
+    Args:
+        attention_type: "cosine", or "softmax" for the twin.
+        norm_const_init: start of every head's learned exponent, before its sigmoid.
+        original_init: keep torch.nn.Linear's default initialisation where the original code did: GPT's q, k, v and out
+            projections, BERT's q, k and v. For comparison with its curves.
+    """
+
+    keys_to_ignore_at_inference: ClassVar[list[str]] = ["past_key_values", "hidden_states", "mlm_loss", "nsp_loss"]
+
+    attention_type: str = "cosine"
+    norm_const_init: float = 0.5
+    original_init: bool = False
+
+    def __post_init__(self, **kwargs: Any) -> None:
+        super().__post_init__(**kwargs)
+        check_choice("attention_type", self.attention_type, ATTENTION_TYPES)
+        check_number("norm_const_init", self.norm_const_init)
+        if not isinstance(self.original_init, bool):
+            raise TypeError(f"original_init must be True or False; got {self.original_init!r}")
+
+    @classmethod
+    def get_config_dict(
+        cls, pretrained_model_name_or_path: Any, **kwargs: Any
+    ) -> tuple[dict[str, Any], dict[str, Any]]:
+        """Read config.json; another model's config is an error here, where transformers warns and uses defaults.
+
+        Raises:
+            CheckpointError: the config is damaged or belongs to another model type.
+        """
+        try:
+            config_dict, unused = super().get_config_dict(pretrained_model_name_or_path, **kwargs)
+        except OSError as error:
+            if "valid JSON" not in str(error):
+                raise
+            raise CheckpointError(
+                f"config.json of {pretrained_model_name_or_path} must be valid JSON; it is not"
+            ) from error
+        found = config_dict.get("model_type", cls.model_type)
+        if found != cls.model_type:
+            hint = ""
+            if found in ("bert", "gptj"):
+                hint = "; `cottention convert official` turns a published checkpoint into ours"
+            raise CheckpointError(
+                f"{pretrained_model_name_or_path} must hold a model of type {cls.model_type!r}; got {found!r}{hint}"
+            )
+        return config_dict, unused
+
+
+def check_size(name: str, value: Any, minimum: int = 1) -> None:
+    """Refuse anything but an int of at least `minimum`."""
+    if not isinstance(value, int) or isinstance(value, bool):
+        raise TypeError(f"{name} must be an int; got {value!r}")
+    if value < minimum:
+        raise SettingsError(f"{name} must be at least {minimum}; got {value}")
+
+
+def check_number(name: str, value: Any, *, minimum: float = float("-inf"), maximum: float = float("inf")) -> None:
+    """Refuse anything but a number within these bounds; NaN is within none."""
+    if not isinstance(value, (int, float)) or isinstance(value, bool):
+        raise TypeError(f"{name} must be a number; got {value!r}")
+    if not minimum <= value <= maximum:
+        raise SettingsError(f"{name} must be from {minimum:g} to {maximum:g}; got {value}")
+
+
+def check_choice(name: str, value: Any, known: Iterable[str]) -> None:
+    """Refuse a name that is not known, with the closest one as a suggestion."""
+    names = list(known)
+    if not isinstance(value, str):
+        raise TypeError(f"{name} must be a string; got {value!r}")
+    if value not in names:
+        raise SettingsError(f"{name} must be one of {', '.join(names)}; got {value!r}{did_you_mean(value, names)}")
+
+
+def check_divides(divisor: str, divisor_value: int, whole: str, whole_value: int) -> None:
+    """Refuse a number of heads that does not divide the width."""
+    if whole_value % divisor_value:
+        raise SettingsError(f"{divisor} must divide {whole}; got {divisor_value} and {whole_value}")
+
+
+def check_token_id(name: str, value: Any, vocab_size: int) -> None:
+    """Refuse a token id outside the vocabulary; None and lists of ids are fine."""
+    for one in value if isinstance(value, (list, tuple)) else [value]:
+        if one is None:
+            continue
+        if not isinstance(one, int) or isinstance(one, bool):
+            raise TypeError(f"{name} must be an int or None; got {one!r}")
+        if not 0 <= one < vocab_size:
+            raise SettingsError(f"{name} must be from 0 to vocab_size - 1 = {vocab_size - 1}; got {one}")

@@ -1,0 +1,1 @@
+"""GPT with cosine or softmax attention."""

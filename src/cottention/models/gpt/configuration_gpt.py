@@ -1,0 +1,97 @@
+"""Settings of a GPT (GPT-J's layout) with cosine or softmax attention; stock names, plus what cosine attention needs.
+
+config = CottentionGPTConfig(vocab_size=2048, n_embd=256, n_layer=4, n_head=4)
+"""
+
+from __future__ import annotations
+
+from typing import Any, ClassVar
+
+from cottention.errors import SettingsError
+from cottention.models.configuration import (
+    ACTIVATIONS,
+    CottentionConfig,
+    check_choice,
+    check_divides,
+    check_number,
+    check_size,
+    check_token_id,
+)
+
+
+class CottentionGPTConfig(CottentionConfig):
+    """Settings of the GPT models.
+
+    Args:
+        vocab_size: number of tokens.
+        n_positions: length of a training window. Softmax refuses longer texts; cosine decodes past it.
+        n_embd: width of a token.
+        n_layer: number of blocks.
+        n_head: heads per block; divides n_embd.
+        n_inner: width inside the feed-forward part; None: 4 * n_embd.
+        rotary_dim: dims of each head that get the rotary embedding, even; None: the whole head.
+        activation_function: of the feed-forward part.
+        resid_pdrop: dropout after attention and after the feed-forward part.
+        embd_pdrop: dropout after the embedding.
+        attn_pdrop: dropout of attention weights; softmax only, as cosine attention has none.
+        layer_norm_epsilon: epsilon of every LayerNorm.
+        initializer_range: standard deviation of new weights.
+        use_cache: whether a forward in evaluation mode returns a cache.
+        tie_word_embeddings: whether the head shares the embedding's matrix.
+
+    Raises:
+        SettingsError: a value makes no sense, alone or beside the others.
+        TypeError: a value has the wrong type.
+    """
+
+    model_type: ClassVar[str] = "cottention-gpt"
+    attribute_map: ClassVar[dict[str, str]] = {
+        "max_position_embeddings": "n_positions",
+        "hidden_size": "n_embd",
+        "num_attention_heads": "n_head",
+        "num_hidden_layers": "n_layer",
+        "intermediate_size": "n_inner",
+    }
+
+    vocab_size: int = 50400
+    n_positions: int = 1024
+    n_embd: int = 1024
+    n_layer: int = 20
+    n_head: int = 16
+    n_inner: int | None = None
+    rotary_dim: int | None = None
+    activation_function: str = "gelu_new"
+    resid_pdrop: float = 0.0
+    embd_pdrop: float = 0.0
+    attn_pdrop: float = 0.0
+    layer_norm_epsilon: float = 1e-5
+    initializer_range: float = 0.02
+    use_cache: bool = True
+    bos_token_id: int | None = None
+    eos_token_id: int | list[int] | None = None
+    pad_token_id: int | None = None
+    tie_word_embeddings: bool = False
+
+    def __post_init__(self, **kwargs: Any) -> None:
+        super().__post_init__(**kwargs)
+        for name in ("vocab_size", "n_positions", "n_embd", "n_layer", "n_head"):
+            check_size(name, getattr(self, name))
+        check_divides("n_head", self.n_head, "n_embd", self.n_embd)
+        if self.n_inner is not None:
+            check_size("n_inner", self.n_inner)
+        self._check_rotary()
+        check_choice("activation_function", self.activation_function, ACTIVATIONS)
+        for name in ("resid_pdrop", "embd_pdrop", "attn_pdrop"):
+            check_number(name, getattr(self, name), minimum=0, maximum=1)
+        check_number("layer_norm_epsilon", self.layer_norm_epsilon, minimum=0)
+        check_number("initializer_range", self.initializer_range, minimum=0)
+        for name in ("pad_token_id", "bos_token_id", "eos_token_id"):
+            check_token_id(name, getattr(self, name), self.vocab_size)
+
+    def _check_rotary(self) -> None:
+        head_dim = self.n_embd // self.n_head
+        rotary_dim = head_dim if self.rotary_dim is None else self.rotary_dim
+        if not isinstance(rotary_dim, int) or isinstance(rotary_dim, bool):
+            raise TypeError(f"rotary_dim must be an int or None; got {rotary_dim!r}")
+        if rotary_dim < 2 or rotary_dim % 2 or rotary_dim > head_dim:
+            raise SettingsError(f"rotary_dim must be even, from 2 to the head dim {head_dim}; got {rotary_dim}")

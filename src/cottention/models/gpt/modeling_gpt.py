@@ -1,0 +1,450 @@
+"""GPT-J's architecture with cosine or softmax attention: x + attention(ln(x)) + mlp(ln(x)), with one shared LayerNorm.
+
+Parameter names are GPT-J's plus `attn.norm_const`, so published and stock weights load by name. A cosine model decodes
+from a `CosineCache` of constant size and past n_positions; a softmax model keeps transformers' DynamicCache.
+
+    model = CottentionGPTForCausalLM(CottentionGPTConfig(vocab_size=2048, n_embd=256, n_layer=4, n_head=4))
+    loss = model(input_ids, labels=input_ids).loss
+"""
+
+from __future__ import annotations
+
+from typing import Any, ClassVar
+
+import transformers
+from jaxtyping import Float, Int
+from torch import Tensor, nn
+from transformers.cache_utils import Cache, DynamicCache
+from transformers.generation.utils import GenerationMixin
+from transformers.modeling_outputs import (
+    BaseModelOutputWithPast,
+    CausalLMOutputWithPast,
+)
+
+from cottention.layers import CosineAttention, RotaryTable, SoftmaxAttention, rotary_table
+from cottention.models.cache import CosineCache
+from cottention.models.gpt.configuration_gpt import CottentionGPTConfig
+from cottention.models.losses import causal_lm_loss, loss_settings
+from cottention.models.pretrained import (
+    CottentionPreTrainedModel,
+    activation,
+    check_inputs,
+    check_length,
+    default_positions,
+    longest_text,
+    refuse_attentions,
+    wants_dict,
+)
+
+
+class CottentionGPTMLP(nn.Module):
+    """Two linear layers around an activation."""
+
+    def __init__(self, config: CottentionGPTConfig) -> None:
+        super().__init__()
+        inner = 4 * config.n_embd if config.n_inner is None else config.n_inner
+        self.fc_in = nn.Linear(config.n_embd, inner)
+        self.fc_out = nn.Linear(inner, config.n_embd)
+        self.act = activation(config.activation_function)
+        self.dropout = nn.Dropout(config.resid_pdrop)
+
+    def forward(self, x: Float[Tensor, "B T D"]) -> Float[Tensor, "B T D"]:
+        """Each token by itself."""
+        return self.dropout(self.fc_out(self.act(self.fc_in(x))))
+
+
+class CottentionGPTBlock(nn.Module):
+    """One block; attention and feed-forward read the same normalised tokens."""
+
+    def __init__(self, config: CottentionGPTConfig, layer_idx: int) -> None:
+        super().__init__()
+        self.layer_idx = layer_idx
+        self.ln_1 = nn.LayerNorm(config.n_embd, eps=config.layer_norm_epsilon)
+        self.attn = _attention(config)
+        self.dropout = nn.Dropout(config.resid_pdrop)
+        self.mlp = CottentionGPTMLP(config)
+
+    def forward(
+        self,
+        x: Float[Tensor, "B T D"],
+        attention_mask: Int[Tensor, "B S"] | None,
+        cu_seqlens: Int[Tensor, " N_plus_1"] | None,
+        rotary: RotaryTable,
+        cache: Cache | None,
+    ) -> Float[Tensor, "B T D"]:
+        """The block's tokens; `cache` takes up what later tokens need."""
+        normed = self.ln_1(x)
+        attended = self._attend(normed, attention_mask, cu_seqlens, rotary, cache)
+        return self.dropout(attended) + self.mlp(normed) + x
+
+    def _attend(
+        self,
+        x: Tensor,
+        attention_mask: Tensor | None,
+        cu_seqlens: Tensor | None,
+        rotary: RotaryTable,
+        cache: Cache | None,
+    ) -> Tensor:
+        attn = self.attn
+        if cache is None:
+            return attn(x, attention_mask=attention_mask, cu_seqlens=cu_seqlens, rotary=rotary)[0]
+        if isinstance(attn, CosineAttention):
+            assert isinstance(cache, CosineCache)
+            layer = cache.layers[self.layer_idx]
+            o, state = attn(
+                x, attention_mask=attention_mask, rotary=rotary, initial_state=layer.state, output_final_state=True
+            )
+            layer.advance(state, x.shape[1])
+            return o
+        q, k, v = attn.project(x, rotary=rotary)
+        k, v = cache.update(k.transpose(1, 2), v.transpose(1, 2), self.layer_idx)  # [B, H, S, K]
+        return attn.merge(attn.attend(q, k.transpose(1, 2), v.transpose(1, 2), attention_mask=attention_mask))
+
+
+def _attention(config: CottentionGPTConfig) -> CosineAttention | SoftmaxAttention:
+    head_dim = config.n_embd // config.n_head
+    sizes: dict[str, Any] = {
+        "causal": True,
+        "bias": False,
+        "rotary_dim": head_dim if config.rotary_dim is None else config.rotary_dim,
+    }
+    if config.attention_type == "cosine":
+        attn = CosineAttention(config.n_embd, config.n_head, norm_const_init=config.norm_const_init, **sizes)
+    else:
+        attn = SoftmaxAttention(config.n_embd, config.n_head, dropout=config.attn_pdrop, **sizes)
+    for projection in (attn.q_proj, attn.k_proj, attn.v_proj, attn.out_proj):
+        projection.keeps_default_init = config.original_init  # type: ignore[assignment]
+    return attn
+
+
+class CottentionGPTPreTrainedModel(CottentionPreTrainedModel):
+    """Base of the GPT models."""
+
+    config: CottentionGPTConfig
+    config_class = CottentionGPTConfig
+    base_model_prefix = "transformer"
+    _no_split_modules: ClassVar[list[str]] = ["CottentionGPTBlock"]
+    _skip_keys_device_placement: ClassVar[list[str]] = ["past_key_values"]
+    # Heads of the sibling tasks, and buffers that old GPT-J files carry.
+    _keys_to_ignore_on_load_unexpected: ClassVar[list[str]] = [
+        r"^lm_head\.",
+        r"^score\.",
+        r"attn\.(masked_)?bias$",
+        r"embed_positions$",
+    ]
+
+
+class CottentionGPTModel(CottentionGPTPreTrainedModel):
+    """The blocks without a head.
+
+    Args:
+        config: settings.
+    """
+
+    def __init__(self, config: CottentionGPTConfig) -> None:
+        super().__init__(config)
+        self.wte = nn.Embedding(config.vocab_size, config.n_embd)
+        self.drop = nn.Dropout(config.embd_pdrop)
+        self.h = nn.ModuleList([CottentionGPTBlock(config, i) for i in range(config.n_layer)])
+        self.ln_f = nn.LayerNorm(config.n_embd, eps=config.layer_norm_epsilon)
+        self.rotary_dim = config.n_embd // config.n_head if config.rotary_dim is None else config.rotary_dim
+        self.gradient_checkpointing = False
+        self.post_init()
+
+    def get_input_embeddings(self) -> nn.Module:
+        """The token embedding."""
+        return self.wte
+
+    def set_input_embeddings(self, value: nn.Module) -> None:
+        """Replace the token embedding."""
+        self.wte = value
+
+    def forward(
+        self,
+        input_ids: Int[Tensor, "B T"] | None = None,
+        attention_mask: Int[Tensor, "B S"] | None = None,
+        position_ids: Int[Tensor, "B T"] | None = None,
+        past_key_values: Cache | None = None,
+        inputs_embeds: Float[Tensor, "B T D"] | None = None,
+        use_cache: bool | None = None,
+        output_attentions: bool | None = None,
+        output_hidden_states: bool | None = None,
+        return_dict: bool | None = None,
+        cu_seqlens: Int[Tensor, " N_plus_1"] | None = None,
+    ) -> BaseModelOutputWithPast | tuple:
+        """Run the blocks.
+
+        Args:
+            input_ids: tokens, or give `inputs_embeds`.
+            attention_mask: 1 = real, `[B, T]` or, with a filled cache, `[B, past + T]`; padding anywhere.
+            position_ids: None: 0 .. T-1, padding counted, going on where a cache stands, restarting per packed text.
+            past_key_values: `CosineCache` (softmax: `DynamicCache`) of what came before.
+            inputs_embeds: embedded tokens.
+            use_cache: whether to return a cache; None: the config's, but not in training or for packed texts.
+            output_attentions: not available.
+            output_hidden_states: whether to return the embedding, every block's output but the last's, and the
+                final LayerNorm's output.
+            return_dict: whether to return an object rather than a tuple.
+            cu_seqlens: boundaries of packed texts; needs B == 1.
+
+        Returns:
+            last_hidden_state, past_key_values, hidden_states.
+
+        Raises:
+            ValueError: arguments contradict each other.
+            CottentionError: the text is too long for a softmax model.
+        """
+        refuse_attentions(output_attentions)
+        self._check_cache(past_key_values)
+        past_length = 0 if past_key_values is None else past_key_values.get_seq_length()
+        check_inputs(input_ids, inputs_embeds, attention_mask, cu_seqlens, past_length)
+        x = self.wte(input_ids) if inputs_embeds is None else inputs_embeds
+        T = x.shape[1]
+        if self.config.attention_type == "softmax":
+            longest = longest_text(cu_seqlens, None, past_length + T)
+            check_length(longest, self.config.n_positions, "n_positions")
+        cache = self._cache(past_key_values, use_cache, cu_seqlens)
+        attention_mask = self._mask_for_attention(attention_mask, T, past_length)
+        rotary = self._rotary(x, position_ids, cache, cu_seqlens, past_length)
+
+        x = self.drop(x)
+        hidden_states: tuple[Tensor, ...] = ()
+        keep = self.config.output_hidden_states if output_hidden_states is None else output_hidden_states
+        for block in self.h:
+            if keep:
+                hidden_states += (x,)
+            if self.gradient_checkpointing and self.training:
+                x = self._gradient_checkpointing_func(block.__call__, x, attention_mask, cu_seqlens, rotary, None)
+            else:
+                x = block(x, attention_mask, cu_seqlens, rotary, cache)
+        x = self.ln_f(x)
+        if isinstance(cache, CosineCache):
+            cache.advance_positions(T, position_ids, attention_mask, like=x)
+        output = BaseModelOutputWithPast(
+            last_hidden_state=x,
+            past_key_values=cache,
+            hidden_states=(*hidden_states, x) if keep else None,
+        )
+        return output if wants_dict(self.config, return_dict) else output.to_tuple()
+
+    def _check_cache(self, past_key_values: Cache | None) -> None:
+        """Refuse a cache of the other attention type, or of another depth."""
+        if past_key_values is None:
+            return
+        is_cosine = self.config.attention_type == "cosine"
+        if is_cosine != isinstance(past_key_values, CosineCache):
+            expected = "a CosineCache" if is_cosine else "a DynamicCache"
+            raise ValueError(
+                f"past_key_values must be {expected} for attention_type={self.config.attention_type!r}; "
+                f"got {type(past_key_values).__name__}"
+            )
+        if past_key_values.is_compileable:
+            raise ValueError(
+                f"past_key_values must hold the tokens so far and no more; got {type(past_key_values).__name__}"
+            )
+        if is_cosine and len(past_key_values) != self.config.n_layer:
+            raise ValueError(f"past_key_values must have {self.config.n_layer} layers; got {len(past_key_values)}")
+
+    def _cache(self, past: Cache | None, use_cache: bool | None, cu_seqlens: Tensor | None) -> Cache | None:
+        """The cache to fill: a new one where it is wanted and none is given."""
+        checkpoints = self.gradient_checkpointing and self.training
+        if past is not None and not checkpoints:
+            return past
+        if checkpoints or cu_seqlens is not None:
+            if use_cache or past is not None:
+                reason = "gradient checkpointing" if checkpoints else "cu_seqlens"
+                raise ValueError(f"use_cache and past_key_values exclude {reason}; got both")
+            return None
+        if use_cache is None:
+            use_cache = self.config.use_cache and not self.training
+        if not use_cache:
+            return None
+        if self.config.attention_type == "cosine":
+            return CosineCache(self.config.n_layer)
+        return DynamicCache(config=self.config)
+
+    def _mask_for_attention(self, attention_mask: Tensor | None, T: int, past_length: int) -> Tensor | None:
+        """Cosine attention needs the new columns' mask, softmax attention that of all cached keys."""
+        if attention_mask is None or past_length == 0:
+            return attention_mask
+        if self.config.attention_type == "cosine":
+            return attention_mask[:, attention_mask.shape[1] - T :]
+        if attention_mask.shape[1] == T:
+            raise ValueError(
+                f"attention_mask must cover the {past_length} cached tokens too, {past_length + T} columns, for "
+                f"attention_type='softmax'; got {T}"
+            )
+        return attention_mask
+
+    def _rotary(
+        self,
+        x: Tensor,
+        position_ids: Tensor | None,
+        cache: Cache | None,
+        cu_seqlens: Tensor | None,
+        past_length: int,
+    ) -> RotaryTable:
+        T = x.shape[1]
+        if position_ids is None:
+            if isinstance(cache, CosineCache):
+                position_ids = cache.positions(T, x.device)
+            else:
+                position_ids = default_positions(T, cu_seqlens, x.device) + past_length
+        return rotary_table(position_ids, self.rotary_dim)
+
+
+class CottentionGPTForCausalLM(CottentionGPTPreTrainedModel, GenerationMixin):
+    """GPT with the next-token head.
+
+    Args:
+        config: settings.
+    """
+
+    _tied_weights_keys: ClassVar[dict[str, str]] = {"lm_head.weight": "transformer.wte.weight"}
+    accepts_loss_kwargs = True
+
+    def __init__(self, config: CottentionGPTConfig) -> None:
+        super().__init__(config)
+        self.transformer = CottentionGPTModel(config)
+        self.lm_head = nn.Linear(config.n_embd, config.vocab_size)
+        # A recurrent state cannot be rolled back, which assisted generation needs; a KV cache can.
+        self._is_stateful = config.attention_type == "cosine"
+        self.post_init()
+
+    def get_output_embeddings(self) -> nn.Module:
+        """The head."""
+        return self.lm_head
+
+    def set_output_embeddings(self, new_embeddings: nn.Module) -> None:
+        """Replace the head."""
+        self.lm_head = new_embeddings
+
+    def forward(
+        self,
+        input_ids: Int[Tensor, "B T"] | None = None,
+        attention_mask: Int[Tensor, "B S"] | None = None,
+        position_ids: Int[Tensor, "B T"] | None = None,
+        past_key_values: Cache | None = None,
+        inputs_embeds: Float[Tensor, "B T D"] | None = None,
+        labels: Int[Tensor, "B T"] | None = None,
+        use_cache: bool | None = None,
+        output_attentions: bool | None = None,
+        output_hidden_states: bool | None = None,
+        return_dict: bool | None = None,
+        cu_seqlens: Int[Tensor, " N_plus_1"] | None = None,
+        logits_to_keep: int | Tensor = 0,
+        **loss_kwargs: Any,
+    ) -> CausalLMOutputWithPast | tuple:
+        """Logits, and the loss when there are labels.
+
+        Args:
+            input_ids: see `CottentionGPTModel.forward`, as for all arguments not listed here.
+            attention_mask: see there.
+            position_ids: see there.
+            past_key_values: see there.
+            inputs_embeds: see there.
+            labels: the tokens themselves, -100 where there is no target; shifted here.
+            use_cache: see there; without a cache when there are labels, unless asked for.
+            output_attentions: not available.
+            output_hidden_states: see there.
+            return_dict: see there.
+            cu_seqlens: see there.
+            logits_to_keep: number of last positions to compute logits for, or their indices; 0: all.
+            **loss_kwargs: `num_items_in_batch`, targets of the whole optimiser step; `shift_labels`, targets already
+                shifted, instead of labels.
+
+        Returns:
+            loss, logits, past_key_values, hidden_states.
+
+        Raises:
+            TypeError: an argument is not known.
+        """
+        # In **kwargs because the Trainer takes every named argument with "label" in it for one that it must pass.
+        settings = loss_settings(loss_kwargs, ("num_items_in_batch", "shift_labels"), f"{type(self).__name__}.forward")
+        has_labels = labels is not None or settings.get("shift_labels") is not None
+        if use_cache is None and has_labels:
+            use_cache = False
+        outputs = self.transformer(
+            input_ids,
+            attention_mask=attention_mask,
+            position_ids=position_ids,
+            past_key_values=past_key_values,
+            inputs_embeds=inputs_embeds,
+            use_cache=use_cache,
+            output_attentions=output_attentions,
+            output_hidden_states=output_hidden_states,
+            return_dict=True,
+            cu_seqlens=cu_seqlens,
+        )
+        x = outputs.last_hidden_state
+        kept = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
+        logits = self.lm_head(x[:, kept] if not isinstance(logits_to_keep, int) or logits_to_keep else x)
+        loss = causal_lm_loss(logits, labels, cu_seqlens=cu_seqlens, **settings) if has_labels else None
+        output = CausalLMOutputWithPast(
+            loss=loss,
+            logits=logits,
+            past_key_values=outputs.past_key_values,
+            hidden_states=outputs.hidden_states,
+        )
+        return output if wants_dict(self.config, return_dict) else output.to_tuple()
+
+    def _prepare_cache_for_generation(self, generation_config: Any, model_kwargs: dict[str, Any], *args: Any) -> None:
+        """Start `generate` with an empty cache of our kind; transformers would make one of keys and values."""
+        past = model_kwargs.get("past_key_values")
+        if past is not None and past.get_seq_length() > 0 and generation_config.prefill_chunk_size is not None:
+            _check_chunked_continuation()
+        if self._is_stateful and generation_config.use_cache and past is None:
+            if generation_config.cache_implementation is not None:
+                raise ValueError(
+                    f"cache_implementation must be left out for attention_type='cosine', whose cache has a constant "
+                    f"size; got {generation_config.cache_implementation!r}"
+                )
+            model_kwargs["past_key_values"] = CosineCache(self.config.n_layer)
+        super()._prepare_cache_for_generation(  # pyright: ignore[reportAttributeAccessIssue]
+            generation_config, model_kwargs, *args
+        )
+
+    def prepare_inputs_for_generation(
+        self,
+        input_ids: Tensor,
+        next_sequence_length: int | None = None,
+        past_key_values: Cache | None = None,
+        inputs_embeds: Tensor | None = None,
+        **kwargs: Any,
+    ) -> dict[str, Any]:
+        """Inputs of the next forward within `generate`.
+
+        Raises:
+            ValueError: a text is continued from a cache without saying where it stands.
+        """
+        if next_sequence_length is not None and next_sequence_length < 1:
+            assert past_key_values is not None
+            raise ValueError(
+                f"to continue from past_key_values, give input_ids of the whole text, or the new tokens and an "
+                f"attention_mask over the whole text; the cache holds {past_key_values.get_seq_length()} tokens, "
+                f"got {input_ids.shape[1]} and no longer mask"
+            )
+        inputs = super().prepare_inputs_for_generation(  # pyright: ignore[reportAttributeAccessIssue]
+            input_ids,
+            next_sequence_length=next_sequence_length,
+            past_key_values=past_key_values,
+            inputs_embeds=inputs_embeds,
+            **kwargs,
+        )
+        if isinstance(past_key_values, CosineCache) and past_key_values.get_seq_length() > 0:
+            # The cache knows where its rows stand, filled by generate or by a plain forward (which counts padding).
+            inputs.pop("position_ids", None)
+        return inputs
+
+
+def _check_chunked_continuation() -> None:
+    """Refuse what older transformers do wrong without a word: their chunks start over with the first token."""
+    if _transformers_version() < (5, 23):
+        raise ValueError(
+            f"prefill_chunk_size with a filled past_key_values needs transformers 5.23; got {transformers.__version__}"
+        )
+
+
+def _transformers_version() -> tuple[int, int]:
+    major, minor = transformers.__version__.split(".")[:2]
+    return int(major), int(minor)

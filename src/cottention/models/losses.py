@@ -1,0 +1,123 @@
+"""Losses of both model families; each can be scaled by the number of items of a whole optimiser step.
+
+Averaging every micro-batch and then those averages weighs a token by its neighbours. So with `num_items_in_batch`, the
+number of targets of all micro-batches and ranks together, a loss is the sum over its items divided by that number, and
+the micro-batches' losses add up to what one big batch would give. transformers.Trainer passes it to these models.
+
+    loss = cross_entropy(logits, labels, num_items_in_batch)
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn.functional import binary_cross_entropy_with_logits, mse_loss, pad
+
+from cottention.errors import did_you_mean
+
+IGNORE_INDEX = -100
+
+
+def cross_entropy(logits: Tensor, labels: Tensor, num_items_in_batch: Tensor | int | None = None) -> Tensor:
+    """Cross-entropy over the labels that are not -100, in float32 (float64 for float64 logits).
+
+    Args:
+        logits: `[..., V]`.
+        labels: `[...]` int64.
+        num_items_in_batch: divisor; None: the number of labels here, which gives the mean.
+
+    Returns:
+        A scalar; 0 when there is no label at all.
+    """
+    logits = _at_least_float32(logits).flatten(0, -2)
+    labels = labels.to(logits.device).flatten()
+    total = nn.functional.cross_entropy(logits, labels, ignore_index=IGNORE_INDEX, reduction="sum")
+    return _averaged(total, num_items_in_batch, (labels != IGNORE_INDEX).sum().clamp(min=1))
+
+
+def causal_lm_loss(
+    logits: Tensor,
+    labels: Tensor | None,
+    num_items_in_batch: Tensor | int | None = None,
+    shift_labels: Tensor | None = None,
+    cu_seqlens: Tensor | None = None,
+) -> Tensor:
+    """Cross-entropy of every next token.
+
+    Args:
+        logits: `[B, T, V]`.
+        labels: `[B, T]`, the tokens themselves; shifted here.
+        num_items_in_batch: see `cross_entropy`.
+        shift_labels: `[B, T]`, where shift_labels[t] is already the target of position t; used instead of labels.
+        cu_seqlens: packed boundaries; a text's last token has no target in the next text.
+
+    Returns:
+        A scalar.
+    """
+    if shift_labels is None:
+        assert labels is not None
+        shift_labels = pad(labels, (0, 1), value=IGNORE_INDEX)[..., 1:]  # [B, T]
+        if cu_seqlens is not None:
+            last = cu_seqlens[1:].to(torch.int64) - 1
+            shift_labels = shift_labels.index_fill(1, last[last >= 0], IGNORE_INDEX)
+    return cross_entropy(logits, shift_labels, num_items_in_batch)
+
+
+def classification_loss(
+    logits: Tensor, labels: Tensor, problem_type: str | None, num_items_in_batch: Tensor | int | None = None
+) -> Tensor:
+    """Loss of a sequence classifier or regressor.
+
+    Args:
+        logits: `[B, L]`.
+        labels: `[B]` classes; `[B]` or `[B, 1]` numbers when L is 1; `[B, L]` numbers or 0/1 flags.
+        problem_type: "regression", "single_label_classification" or "multi_label_classification"; None: regression
+            when L is 1, else single-label for integer labels and multi-label for others.
+        num_items_in_batch: see `cross_entropy`.
+
+    Returns:
+        A scalar.
+
+    Raises:
+        ValueError: labels and logits differ in number.
+    """
+    labels = labels.to(logits.device)
+    if problem_type is None:
+        kind = "multi" if labels.dtype.is_floating_point else "single"
+        problem_type = "regression" if logits.shape[-1] == 1 else f"{kind}_label_classification"
+    if problem_type == "single_label_classification":
+        return cross_entropy(logits, labels.flatten(), num_items_in_batch)
+    # Both sides flat: a [B, 1] against a [B] would broadcast to [B, B] and teach the mean of the batch.
+    flat, targets = _at_least_float32(logits).flatten(), labels.flatten()
+    if flat.shape != targets.shape:
+        raise ValueError(f"labels must have shape {list(logits.shape)} for {problem_type}; got {list(labels.shape)}")
+    loss = mse_loss if problem_type == "regression" else binary_cross_entropy_with_logits
+    total = loss(flat, targets.to(flat.dtype), reduction="sum")
+    return _averaged(total, num_items_in_batch, flat.shape[0])
+
+
+def loss_settings(given: Mapping[str, Any], known: Iterable[str], where: str) -> dict[str, Any]:
+    """The loss's keyword arguments of a forward; unlike a plain **kwargs this swallows no typo.
+
+    Raises:
+        TypeError: a keyword is not known.
+    """
+    names = list(known)
+    for name in given:
+        if name not in names:
+            raise TypeError(f"{where} got an unexpected keyword argument {name!r}{did_you_mean(name, names)}")
+    return dict(given)
+
+
+def _at_least_float32(x: Tensor) -> Tensor:
+    return x if x.dtype == torch.float64 else x.float()
+
+
+def _averaged(total: Tensor, num_items: Tensor | int | None, own: Tensor | int) -> Tensor:
+    if num_items is None:
+        return total / own
+    # The Trainer may have counted on another device.
+    return total / (num_items.to(total.device) if isinstance(num_items, Tensor) else num_items)

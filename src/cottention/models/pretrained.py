@@ -1,0 +1,238 @@
+"""CottentionPreTrainedModel: initialisation, loading that hides nothing, and argument checks for both model families.
+
+transformers warns and goes on when a checkpoint lacks weights; here a model that would be partly random is an error,
+because a softmax checkpoint opened as cosine differs in nothing but its missing norm_const. Only a task's new head may
+be missing.
+
+    class CottentionGPTPreTrainedModel(CottentionPreTrainedModel): ...
+"""
+
+from __future__ import annotations
+
+import errno
+import logging
+import pickle
+import re
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any, ClassVar
+
+import torch
+from safetensors import SafetensorError
+from torch import Tensor, nn
+from transformers.activations import ACT2FN
+from transformers.configuration_utils import PreTrainedConfig
+from transformers.modeling_utils import PreTrainedModel
+
+from cottention.errors import CheckpointError, CottentionError
+from cottention.layers.rotary import packed_positions
+from cottention.ops import IMPLEMENTATIONS
+
+# A checkpoint saved without a pooler (masked LM) may start a task that has one; stock BERT allows it too.
+_MAY_BE_NEW = re.compile(r"(^|\.)pooler\.")
+
+
+class CottentionPreTrainedModel(PreTrainedModel):
+    """Base of all our models."""
+
+    supports_gradient_checkpointing = True
+    # sigmoid(m) is an exponent of the length: bfloat16's 8 bits of it would move the divisor by a percent.
+    _keep_in_fp32_modules_strict: ClassVar[list[str]] = ["norm_const"]
+
+    @classmethod
+    def from_pretrained(
+        cls,
+        pretrained_model_name_or_path: Any,
+        *model_args: Any,
+        output_loading_info: bool = False,
+        ignore_mismatched_sizes: bool = False,
+        **kwargs: Any,
+    ) -> Any:
+        """Load a saved model, as in transformers.
+
+        Raises:
+            CheckpointError: the files are damaged, hold the other attention type or another shape, or lack weights of
+                the model itself; one line each.
+        """
+        source = pretrained_model_name_or_path or "the given state dict"
+        with _held_load_report() as release:
+            try:
+                loaded: Any = super().from_pretrained(
+                    pretrained_model_name_or_path,
+                    *model_args,
+                    output_loading_info=True,
+                    # Shapes are compared below, where the error can name the weight.
+                    ignore_mismatched_sizes=True,
+                    **kwargs,
+                )
+            except (SafetensorError, pickle.UnpicklingError, EOFError, RuntimeError, OSError) as error:
+                reason = _what_is_wrong(error)
+                if reason is None:
+                    raise
+                raise CheckpointError(f"{source} {reason}") from error
+            model, info = loaded
+            _check_loaded(model, info, source, ignore_mismatched_sizes)
+            release()
+        return (model, info) if output_loading_info else model
+
+    def _init_weights(self, module: nn.Module) -> None:
+        if getattr(module, "keeps_default_init", False):
+            assert isinstance(module, nn.Linear)
+            module.reset_parameters()
+            return
+        super()._init_weights(module)
+        norm_const = module._parameters.get("norm_const")
+        if norm_const is not None:
+            nn.init.constant_(norm_const, self.config.norm_const_init)
+
+    def set_implementation(self, implementation: str) -> None:
+        """Choose the form of cosine attention that runs in every layer.
+
+        Args:
+            implementation: "auto" or a name in `cottention.ops.IMPLEMENTATIONS`. It is not saved with the model.
+
+        Raises:
+            CottentionError: there is no such form.
+        """
+        known = ["auto", *IMPLEMENTATIONS]
+        if implementation not in known:
+            raise CottentionError(f"implementation must be one of {', '.join(known)}; got {implementation!r}")
+        for module in self.modules():
+            if "norm_const" in module._parameters:
+                module.implementation = implementation  # type: ignore[assignment]
+
+
+def activation(name: str) -> nn.Module:
+    """The activation of this name; GPT-J's "gelu_new" as torch's fused form of the same formula."""
+    return nn.GELU(approximate="tanh") if name == "gelu_new" else ACT2FN[name]
+
+
+def refuse_attentions(output_attentions: bool | None) -> None:
+    """Refuse to return attention weights.
+
+    Raises:
+        ValueError: they were asked for.
+    """
+    if output_attentions:
+        raise ValueError("output_attentions must be left out: no attention type here builds a T x T matrix; got True")
+
+
+def check_inputs(
+    input_ids: Tensor | None,
+    inputs_embeds: Tensor | None,
+    attention_mask: Tensor | None,
+    cu_seqlens: Tensor | None,
+    past_length: int = 0,
+) -> None:
+    """Check what both families take.
+
+    Raises:
+        ValueError: arguments contradict each other.
+    """
+    if (input_ids is None) == (inputs_embeds is None):
+        got = "neither" if input_ids is None else "both"
+        raise ValueError(f"give exactly one of input_ids and inputs_embeds; got {got}")
+    tokens = inputs_embeds if input_ids is None else input_ids
+    assert tokens is not None
+    B, T = tokens.shape[:2]
+    if cu_seqlens is not None:
+        if attention_mask is not None:
+            raise ValueError("attention_mask and cu_seqlens exclude each other: packed texts hold no padding; got both")
+        if B != 1:
+            raise ValueError(f"cu_seqlens needs a batch of one packed row, B=1; got B={B}")
+        if past_length:
+            raise ValueError("cu_seqlens and a filled past_key_values exclude each other; got both")
+    if attention_mask is not None and tuple(attention_mask.shape) not in ((B, T), (B, past_length + T)):
+        expected = f"[B, T] = {[B, T]}" + (f" or {[B, past_length + T]} with the past" if past_length else "")
+        raise ValueError(f"attention_mask must have shape {expected}; got {list(attention_mask.shape)}")
+
+
+def check_length(length: int, limit: int, name: str) -> None:
+    """Refuse a text that the model has no positions for.
+
+    Raises:
+        CottentionError: it is too long.
+    """
+    if length > limit:
+        raise CottentionError(f"the text must have at most {limit} tokens ({name} of this model); got {length}")
+
+
+def longest_text(cu_seqlens: Tensor | None, position_ids: Tensor | None, length: int) -> int:
+    """Positions that these inputs need; `length` when neither packing nor positions are given."""
+    if torch.compiler.is_compiling():
+        return length if cu_seqlens is None and position_ids is None else 0
+    if position_ids is not None:
+        return int(position_ids.max()) + 1 if position_ids.numel() else 0
+    if cu_seqlens is not None:
+        return int(cu_seqlens.diff().max()) if len(cu_seqlens) > 1 else 0
+    return length
+
+
+def default_positions(num_tokens: int, cu_seqlens: Tensor | None, device: torch.device) -> Tensor:
+    """0 .. T-1, padding counted as the original does; restarting where a packed text begins."""
+    if cu_seqlens is not None:
+        return packed_positions(cu_seqlens, num_tokens)
+    return torch.arange(num_tokens, device=device)[None]
+
+
+def wants_dict(config: PreTrainedConfig, return_dict: bool | None) -> bool:
+    """Whether a forward returns an object rather than a tuple."""
+    return bool(config.return_dict if return_dict is None else return_dict)
+
+
+@contextmanager
+def _held_load_report() -> Iterator[Any]:
+    """Hold back transformers' report on loaded weights; the yielded function lets it through once all is well."""
+    held: list[logging.LogRecord] = []
+
+    def hold(record: logging.LogRecord) -> bool:
+        held.append(record)
+        return False
+
+    def release() -> None:
+        logger.removeFilter(hold)
+        for record in held:
+            logger.handle(record)
+
+    logger = logging.getLogger("transformers.modeling_utils")
+    logger.addFilter(hold)
+    try:
+        yield release
+    finally:
+        logger.removeFilter(hold)
+
+
+def _check_loaded(model: PreTrainedModel, info: dict[str, Any], source: Any, may_mismatch: bool) -> None:
+    missing, unexpected = sorted(info["missing_keys"]), sorted(info["unexpected_keys"])
+    asked = model.config.attention_type
+    if any(key.endswith("norm_const") for key in unexpected):
+        raise CheckpointError(
+            f"{source} holds cosine attention (it has norm_const weights); got attention_type={asked!r}"
+        )
+    lost_norm_const = [key for key in missing if key.endswith("norm_const")]
+    if lost_norm_const and len(lost_norm_const) == sum(
+        name.endswith("norm_const") for name, _ in model.named_parameters()
+    ):
+        raise CheckpointError(f"{source} holds softmax attention (it has no norm_const); got attention_type={asked!r}")
+    if info["mismatched_keys"] and not may_mismatch:
+        key, found, expected = sorted(info["mismatched_keys"])[0]
+        raise CheckpointError(f"{key} in {source} must have shape {list(expected)}, by its config; got {list(found)}")
+    prefix = "" if model.base_model is model else f"{model.base_model_prefix}."
+    lost = [key for key in missing if key.startswith(prefix) and not _MAY_BE_NEW.search(key)]
+    if lost:
+        raise CheckpointError(f"{source} must hold every weight of the model; {len(lost)} are missing, first {lost[0]}")
+
+
+def _what_is_wrong(error: Exception) -> str | None:
+    """How a loading error is said in a few words; None when it says nothing about the files."""
+    first_line = (str(error).splitlines() or ["it ends too early"])[0]
+    if isinstance(error, pickle.UnpicklingError):
+        return "must hold plain tensors; its pytorch_model.bin is damaged or would run code, so it was not loaded"
+    if isinstance(error, RuntimeError):
+        return f"holds damaged weights: {first_line}" if "PytorchStreamReader" in first_line else None
+    if isinstance(error, OSError):
+        if "no file named" in first_line:
+            return "must hold model.safetensors; there is no such file"
+        # What torch.load makes of a cut zip file.
+        return "holds damaged weights: pytorch_model.bin cannot be read" if error.errno == errno.EINVAL else None
+    return f"holds damaged weights: {first_line}"

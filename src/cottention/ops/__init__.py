@@ -1,0 +1,117 @@
+"""Cosine attention on tensors: validate once, choose an implementation, call it. Needs torch and jaxtyping alone.
+
+from cottention import cosine_attention
+o, _ = cosine_attention(q, k, v, norm_const, causal=True)       # q, k: [B, T, H, K], v: [B, T, H, V]
+"""
+
+from __future__ import annotations
+
+import difflib
+
+import torch
+from jaxtyping import Bool, Float, Int
+from torch import Tensor
+
+from cottention.logging import get_logger, log_once
+from cottention.ops import chunk_library as chunk_library
+from cottention.ops.autocast import as_autocast_would
+from cottention.ops.chunk import chunk_cosine_attention
+from cottention.ops.naive import naive_cosine_attention
+from cottention.ops.state import CosineState, cosine_attention_step
+from cottention.ops.validation import check_arguments
+
+__all__ = ["IMPLEMENTATIONS", "CosineState", "cosine_attention", "cosine_attention_step"]
+
+# Every implementation that can be asked for by name; all take checked arguments and give the same numbers.
+IMPLEMENTATIONS = {"naive": naive_cosine_attention, "chunk": chunk_cosine_attention}
+
+_logger = get_logger(__name__)
+
+
+def cosine_attention(
+    q: Float[Tensor, "B T H K"],
+    k: Float[Tensor, "B S H K"],
+    v: Float[Tensor, "B S H V"],
+    norm_const: Float[Tensor, " H"] | Float[Tensor, "1 H 1 1"] | None,
+    *,
+    causal: bool,
+    attention_mask: Bool[Tensor, "B S"] | Int[Tensor, "B S"] | None = None,
+    cu_seqlens: Int[Tensor, " N+1"] | None = None,
+    initial_state: CosineState | None = None,
+    output_final_state: bool = False,
+    chunk_size: int | None = None,
+    implementation: str = "auto",
+) -> tuple[Float[Tensor, "B T H V"], CosineState | None]:
+    """Cosine attention in O(T) time and memory.
+
+    causal:         o_t = sum_{j <= t} (q_hat_t . k_hat_j) v_j / max(c_j ** sigmoid(m), 1)
+    bidirectional:  o_t = sum_j        (q_hat_t . k_hat_j) v_j / max(n ** sigmoid(m), 1)
+
+    q_hat and k_hat are q and k divided by their L2 norm, c_j counts the real tokens up to j, n all real tokens of
+    the sequence. There is no softmax, no 1/sqrt(K) and no dropout. Differentiable in q, k, v, norm_const and
+    initial_state.kv. States and sums are float32 (float64 for float64 inputs). Under autocast q, k and v are taken in
+    the autocast dtype, as scaled_dot_product_attention takes them (float64 stays).
+
+    Args:
+        q: queries `[B, T, H, K]`; float64, float32, bfloat16 or float16; any strides.
+        k: keys `[B, S, H, K]` in q's dtype. S = T, or any length with causal=False (cross-attention).
+        v: values `[B, S, H, V]` in q's dtype.
+        norm_const: m, one learned number per head before the sigmoid, `[H]` or `[1, H, 1, 1]` (as published), any float
+            dtype; None divides by nothing.
+        causal: each token sees itself and the past (GPT), or all real tokens (BERT).
+        attention_mask: `[B, S]` bool or int, 1 = real; padding anywhere. Padded keys add nothing and are not counted.
+            With S = T padded queries give exactly 0; in cross-attention (S != T) it speaks of the keys alone.
+        cu_seqlens: int32 `[N+1]`, boundaries of N sequences packed into one row (B = 1), from 0 to T; each is
+            computed as if alone. Excludes attention_mask.
+        initial_state: `CosineState(kv, seen)` of each of the B (or N) sequences; causal only. None: nothing seen yet.
+        output_final_state: also return the state after the last token; causal only.
+        chunk_size: tokens per tile of the chunked form, any; None chooses. It changes speed and memory, not results.
+        implementation: "auto", or a name of `cottention.ops.IMPLEMENTATIONS`, which runs or raises, never falls back.
+    Returns:
+        Output `[B, T, H, V]` in q's dtype, and the final state, or None unless asked for.
+    Raises:
+        ValueError: shapes, devices or lengths disagree, a rule above is broken, or the implementation is unknown.
+        TypeError: dtypes are mixed, or of the wrong kind.
+    Source: arXiv 2409.18747, section 3. Differs: nothing; the divisor stands at the key, as published weights need.
+    """
+    q, k, v = as_autocast_would(q, k, v)
+    norm_const = check_arguments(
+        q,
+        k,
+        v,
+        norm_const,
+        causal=causal,
+        attention_mask=attention_mask,
+        cu_seqlens=cu_seqlens,
+        initial_state=initial_state,
+        output_final_state=output_final_state,
+        chunk_size=chunk_size,
+    )
+    name = _choose(implementation)
+    options = {} if name == "naive" else {"chunk_size": chunk_size}
+    return IMPLEMENTATIONS[name](
+        q,
+        k,
+        v,
+        norm_const,
+        causal=causal,
+        attention_mask=None if attention_mask is None else attention_mask.to(torch.bool),
+        cu_seqlens=cu_seqlens,
+        initial_state=initial_state,
+        output_final_state=output_final_state,
+        **options,
+    )
+
+
+def _choose(implementation: str) -> str:
+    """The implementation that runs. One that was asked for by name is never replaced by another."""
+    if implementation == "auto":
+        if not torch.compiler.is_compiling():
+            log_once(_logger, "cosine attention runs as %r", "chunk")
+        return "chunk"
+    if implementation not in IMPLEMENTATIONS:
+        close = difflib.get_close_matches(str(implementation), IMPLEMENTATIONS, n=1)
+        hint = f"; did you mean {close[0]!r}?" if close else ""
+        known = ", ".join(["auto", *IMPLEMENTATIONS])
+        raise ValueError(f"implementation must be one of {known}; got {implementation!r}{hint}")
+    return implementation

@@ -1,0 +1,45 @@
+"""Training: recipes, pretraining with resume, the quickstart.
+
+    from cottention.training import load_recipe, pretrain
+
+    result = pretrain(load_recipe("quickstart_gpt"), output_dir="runs/mine")
+
+Names are imported when they are first used: the recipes need no torch, and `--help` must not wait for it.
+"""
+
+from __future__ import annotations
+
+from importlib import import_module
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from cottention.training.pretrain import PretrainResult, pretrain
+    from cottention.training.quickstart import run_quickstart
+    from cottention.training.recipe import BertRecipe, GPTRecipe
+    from cottention.training.recipe_files import load_recipe, packaged_recipes
+
+_HOMES = {
+    "BertRecipe": "cottention.training.recipe",
+    "GPTRecipe": "cottention.training.recipe",
+    "PretrainResult": "cottention.training.pretrain",
+    "load_recipe": "cottention.training.recipe_files",
+    "packaged_recipes": "cottention.training.recipe_files",
+    "pretrain": "cottention.training.pretrain",
+    "run_quickstart": "cottention.training.quickstart",
+}
+
+__all__ = [
+    "BertRecipe",
+    "GPTRecipe",
+    "PretrainResult",
+    "load_recipe",
+    "packaged_recipes",
+    "pretrain",
+    "run_quickstart",
+]
+
+
+def __getattr__(name: str) -> object:
+    if name not in _HOMES:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return getattr(import_module(_HOMES[name]), name)

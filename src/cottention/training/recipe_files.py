@@ -1,0 +1,217 @@
+"""Recipes as files and flags: dataclass defaults < YAML < flags.
+
+A recipe's YAML has a line `arch: gpt` (or bert) and any of the four sections; what it leaves out keeps its default.
+`--config` takes the name of a packaged recipe or a file. jsonargparse reads the values and checks their types.
+
+    recipe = load_recipe("quickstart_gpt", {"training.max_steps": 200})
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+from collections.abc import Mapping, Sequence
+from importlib import resources
+from pathlib import Path
+from typing import Any
+
+import jsonargparse
+import yaml
+
+from cottention.errors import SettingsError, check_known_keys, did_you_mean
+from cottention.training.recipe import RECIPE_CLASSES, Recipe
+
+_SUFFIXES = (".yaml", ".yml")
+
+
+class RecipeParser(jsonargparse.ArgumentParser):
+    """A parser with one flag per setting of a recipe, and `--config`, which flags override wherever it stands."""
+
+    def __init__(self, *, recipe_class: type[Recipe], **options: Any) -> None:
+        # The help of a flag is the docstring under its field.
+        jsonargparse.set_parsing_settings(docstring_parse_attribute_docstrings=True)
+        super().__init__(**{"exit_on_error": False, "allow_abbrev": False, **options})
+        self.recipe_class = recipe_class
+        self.add_argument(
+            "--config",
+            metavar="NAME_OR_FILE",
+            action=_RecipeFile,
+            help=f"Recipe to start from: a YAML file or one of {', '.join(packaged_recipes(recipe_class.arch))}.",
+        )
+        self.add_class_arguments(recipe_class)
+        for section in dataclasses.fields(recipe_class):
+            # jsonargparse also offers `--model FILE`, a second way to do what --config does: not advertised.
+            self._option_string_actions[f"--{section.name}"].help = argparse.SUPPRESS
+
+    def parse_args(self, args: Sequence[str] | None = None, *rest: Any, **options: Any) -> jsonargparse.Namespace:  # type: ignore[override]
+        """Parse as usual, with the recipe's file read first."""
+        return super().parse_args(None if args is None else _config_first(args), *rest, **options)
+
+    def recipe(self, namespace: jsonargparse.Namespace) -> Recipe:
+        """Build the recipe from what was parsed.
+
+        Raises:
+            SettingsError: two values do not go together, or one is out of its range.
+        """
+        return recipe_from_dict(self.recipe_class, namespace.as_dict())
+
+
+class _RecipeFile(jsonargparse.ActionConfigFile):  # pyright: ignore[reportPrivateImportUsage]
+    """`--config`: finds the file, checks its keys, hands its sections to jsonargparse."""
+
+    def __call__(self, parser: Any, cfg: Any, values: Any, option_string: str | None = None) -> None:
+        sections = read_recipe_file(find_recipe(values), parser.recipe_class.arch)
+        super().__call__(parser, cfg, yaml.safe_dump(sections), option_string)
+
+
+def packaged_recipes(arch: str | None = None) -> list[str]:
+    """Names of the recipes that come with the package, all or those of one architecture."""
+    folder = resources.files("cottention") / "recipes"
+    recipes = [entry for entry in folder.iterdir() if entry.name.endswith(".yaml")]
+    return sorted(
+        entry.name.removesuffix(".yaml")
+        for entry in recipes
+        if arch is None or f"\narch: {arch}\n" in entry.read_text(encoding="utf-8")
+    )
+
+
+def find_recipe(name_or_file: str | Path) -> Path:
+    """Return the file of a recipe.
+
+    Args:
+        name_or_file: a packaged recipe's name, or the path of a YAML file.
+
+    Raises:
+        SettingsError: neither exists; the message lists the packaged names.
+    """
+    given = str(name_or_file)
+    if given in packaged_recipes():
+        return Path(str(resources.files("cottention") / "recipes" / f"{given}.yaml"))
+    path = Path(given).expanduser()
+    if path.is_file():
+        return path
+    names = packaged_recipes()
+    looks_like_file = path.suffix in _SUFFIXES or len(path.parts) > 1
+    what = f"recipe file {given!r} does not exist" if looks_like_file else f"no recipe is named {given!r}"
+    raise SettingsError(f"{what}{did_you_mean(path.stem, names)}; packaged recipes: {', '.join(names)}")
+
+
+def read_recipe_file(path: Path, arch: str | None = None) -> dict[str, Any]:
+    """Read the sections of a recipe's YAML; the types of their values are not checked yet.
+
+    Args:
+        path: the file.
+        arch: "gpt" or "bert", what the recipe has to be; None takes either and keeps the key `arch` in the result.
+
+    Raises:
+        SettingsError: not YAML, an unknown key, or a recipe of the other architecture.
+    """
+    try:
+        content = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise SettingsError(f"recipe {path} is not valid YAML: {' '.join(str(error).split())}") from error
+    if not isinstance(content, dict):
+        raise SettingsError(f"recipe {path} must hold sections of `name: value` lines; got {type(content).__name__}")
+    own = content.get("arch", arch)
+    if own not in RECIPE_CLASSES:
+        raise SettingsError(f"recipe {path} must say `arch: gpt` or `arch: bert`; got {own!r}")
+    if arch is not None and own != arch:
+        raise SettingsError(f"recipe {path} is for {own}, not for {arch}: use `cottention pretrain {own}`")
+    check_sections(RECIPE_CLASSES[own], {key: value for key, value in content.items() if key != "arch"}, str(path))
+    if arch is None:
+        return {**content, "arch": own}
+    return {key: value for key, value in content.items() if key != "arch"}
+
+
+def check_sections(recipe_class: type[Recipe], content: Mapping[str, Any], where: str) -> None:
+    """Refuse a section or a key that the recipe does not have.
+
+    Raises:
+        SettingsError: with the closest known name.
+    """
+    sections = {section.name: section.default_factory for section in dataclasses.fields(recipe_class)}
+    check_known_keys(content, ["arch", *sections], f"recipe {where}")
+    for name, values in content.items():
+        if not isinstance(values, Mapping):
+            raise SettingsError(f"section {name!r} of recipe {where} must hold `name: value` lines; got {values!r}")
+        known = [setting.name for setting in dataclasses.fields(getattr(recipe_class(), name))]
+        check_known_keys(values, known, f"section {name!r} of recipe {where}")
+
+
+def load_recipe(name_or_file: str | Path, overrides: Mapping[str, Any] | None = None) -> Recipe:
+    """Load a recipe without the command line.
+
+    Args:
+        name_or_file: a packaged recipe's name, or the path of a YAML file.
+        overrides: values for single settings, e.g. {"training.max_steps": 200}.
+
+    Raises:
+        SettingsError: the recipe is missing, or has an unknown key, a wrong type or a value out of range.
+    """
+    content = read_recipe_file(find_recipe(name_or_file))
+    recipe_class = RECIPE_CLASSES[content.pop("arch")]
+    for key, value in (overrides or {}).items():
+        section, _, name = key.partition(".")
+        content[section] = {**content.get(section, {}), name: value}
+    check_sections(recipe_class, content, str(name_or_file))
+    parser = RecipeParser(recipe_class=recipe_class)
+    try:
+        return parser.recipe(parser.parse_object(content))
+    except argparse.ArgumentError as error:
+        raise SettingsError(f"recipe {name_or_file}: {' '.join(str(error).split())}") from error
+
+
+def recipe_from_dict(recipe_class: type[Recipe], content: Mapping[str, Any]) -> Recipe:
+    """Build a recipe from nested dicts with values of the right types; other keys are left out."""
+    sections = {}
+    for section in dataclasses.fields(recipe_class):
+        settings_class = type(getattr(recipe_class(), section.name))
+        values = dict(content.get(section.name) or {})
+        sections[section.name] = settings_class(
+            **{name: tuple(value) if name == "betas" else value for name, value in values.items()}
+        )
+    return recipe_class(**sections)
+
+
+def replace_settings(recipe: Recipe, changes: Mapping[str, Any]) -> Recipe:
+    """Return the recipe with single settings changed, e.g. {"training.max_steps": 200}."""
+    for key, value in changes.items():
+        section, _, name = key.partition(".")
+        recipe = dataclasses.replace(
+            recipe, **{section: dataclasses.replace(getattr(recipe, section), **{name: value})}
+        )
+    return recipe
+
+
+def recipe_text(recipe: Recipe) -> str:
+    """The recipe as YAML that `--config` accepts again, every setting spelled out."""
+    content = dataclasses.asdict(recipe)
+    content["optimizer"]["betas"] = list(content["optimizer"]["betas"])
+    return yaml.safe_dump({"arch": recipe.arch, **content}, sort_keys=False, allow_unicode=True)
+
+
+def differing_setting(ours: Recipe, theirs: Recipe) -> str | None:
+    """Name the first setting in which two recipes differ, with both values; None when they are the same."""
+    if ours.arch != theirs.arch:
+        return f"arch ({theirs.arch} there, {ours.arch} now)"
+    mine, other = dataclasses.asdict(ours), dataclasses.asdict(theirs)
+    for section, values in mine.items():
+        for name, value in values.items():
+            if value != other[section][name]:
+                return f"{section}.{name} ({other[section][name]} there, {value} now)"
+    return None
+
+
+def _config_first(args: Sequence[str]) -> list[str]:
+    """Move `--config X` to the front: jsonargparse lets whatever comes later win, and flags should win."""
+    first: list[str] = []
+    rest: list[str] = []
+    words = iter(args)
+    for word in words:
+        if word == "--config":
+            first += [word, *(value for value in [next(words, None)] if value is not None)]
+        elif word.startswith("--config="):
+            first.append(word)
+        else:
+            rest.append(word)
+    return first + rest

@@ -1,0 +1,51 @@
+"""Time spent on training alone: pauses for evaluation and saving do not count, earlier sessions of the run do.
+
+stopwatch = Stopwatch(elapsed_s=0.0, step=0)
+with stopwatch.paused():
+    evaluate()
+seconds_per_step = stopwatch.lap(step=10)
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+
+class Stopwatch:
+    """A clock that can be paused."""
+
+    def __init__(self, *, elapsed_s: float, step: int) -> None:
+        """Start.
+
+        Args:
+            elapsed_s: what earlier sessions took.
+            step: updates they made.
+        """
+        self._before_s = elapsed_s
+        self._started = time.perf_counter()
+        self._paused_s = 0.0
+        self._lap_step = step
+        self._lap_elapsed_s = elapsed_s
+
+    @property
+    def elapsed_s(self) -> float:
+        """Seconds of training so far."""
+        return self._before_s + time.perf_counter() - self._started - self._paused_s
+
+    @contextmanager
+    def paused(self) -> Iterator[None]:
+        """Do not count what happens inside."""
+        start = time.perf_counter()
+        try:
+            yield
+        finally:
+            self._paused_s += time.perf_counter() - start
+
+    def lap(self, step: int) -> float:
+        """Seconds per step since the lap before; starts a new lap."""
+        elapsed_s = self.elapsed_s
+        seconds = (elapsed_s - self._lap_elapsed_s) / max(1, step - self._lap_step)
+        self._lap_step, self._lap_elapsed_s = step, elapsed_s
+        return max(seconds, 1e-9)

