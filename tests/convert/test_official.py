@@ -13,9 +13,9 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForPreTraining, AutoTokenizer
 
 from cottention.convert import convert_official
@@ -29,14 +29,13 @@ from tests.convert.helpers import (
     tensors_of,
     without_norm_const,
 )
+from tests.models.helpers import TOLERANCES, errors_against_the_original, published_folder
 
-MODULES = ["bert", "gpt_rot8", "gpt_rot16_full", "gpt_rotnone_1head"]
+MODULES = [
+    *(("fixtures", name) for name in ("bert", "gpt_rot8", "gpt_rotnone_1head")),
+    *(("shared", name) for name in ("bert", "gpt_rot8", "gpt_rot16_full", "gpt_rotnone_1head")),
+]
 Published = Callable[[str], Path]
-
-
-def relative_error(actual: torch.Tensor, expected: np.ndarray) -> float:
-    truth = torch.from_numpy(expected)
-    return float((actual - truth).abs().max() / truth.abs().max())
 
 
 def reopened(directory: Path) -> Any:
@@ -56,30 +55,24 @@ def message_of(source: Path, destination: Path, overwrite: bool = False) -> str:
     return message
 
 
-@pytest.mark.parametrize("name", MODULES)
-def test_converted_model_gives_the_published_logits_and_loss(published: Published, tmp_path: Path, name: str) -> None:
-    source = published(name)
+@pytest.mark.parametrize(("where", "name"), MODULES)
+def test_a_converted_model_gives_the_published_values_and_gradients(
+    request: pytest.FixtureRequest, tmp_path: Path, where: str, name: str
+) -> None:
+    source = published_folder(request, where, name)
     report = convert_official(source, tmp_path / "converted")
     assert report.attention_type == "cosine"
-    auto_class = AutoModelForPreTraining if name == "bert" else AutoModelForCausalLM
-    model = auto_class.from_pretrained(tmp_path / "converted").double().eval()
-
-    batches = sorted(path for path in source.glob("batch*.npz"))
+    batches = sorted(source.glob("batch*_grad_norms.json"))
     assert batches
-    for path in batches:
-        batch = {key: torch.from_numpy(value) for key, value in np.load(path).items() if value.ndim > 0}
-        inputs = {key: batch[key] for key in ("input_ids", "attention_mask", "token_type_ids") if key in batch}
-        truth = np.load(path)
-        with torch.no_grad():
-            if name == "bert":
-                labels = {"labels": batch["labels"], "next_sentence_label": batch["sentence_pairs_labels"]}
-                output = model(**inputs, **labels)
-                assert relative_error(output.prediction_logits, truth["prediction_logits_f64"]) < 1e-11
-                assert relative_error(output.seq_relationship_logits, truth["seq_relationship_logits_f64"]) < 1e-11
-            else:
-                output = model(**inputs, shift_labels=batch["labels"], use_cache=False)
-                assert relative_error(output.logits, truth["logits_f64"]) < 1e-11
-        assert relative_error(output.loss, truth["loss_f64"]) < 1e-11
+    for dtype, (tolerance, gradient_tolerance) in TOLERANCES.items():
+        for batch in (path.name.removesuffix("_grad_norms.json") for path in batches):
+            model = reopened(tmp_path / "converted").to(dtype)
+            values, gradients = errors_against_the_original(model, source, batch)
+            assert max(values.values()) < tolerance, (batch, values)
+            assert max(gradients.values()) < gradient_tolerance, (batch, gradients)
+            logits = "prediction_logits" if name == "bert" else "logits"
+            assert {"loss", "hidden_3"} < set(values)
+            assert logits in values or (where, batch) == ("fixtures", "batch0")
 
 
 @pytest.mark.parametrize("name", ["bert", "gpt_rot8"])
@@ -116,8 +109,6 @@ def test_stored_type_is_kept(published: Published, tmp_path: Path, dtype: torch.
 
 
 def test_mixed_types_are_kept_and_noted(published: Published, tmp_path: Path) -> None:
-    from safetensors.torch import load_file
-
     source = published("gpt_rot8")
     change_tensors(
         source,
@@ -144,14 +135,17 @@ def test_shards_are_put_together(published: Published, tmp_path: Path, safetenso
 
 def test_safetensors_alone_are_enough_and_come_before_the_pickle(published: Published, tmp_path: Path) -> None:
     source = published("bert")
-    (source / "model_copy.safetensors").rename(source / "model.safetensors")
+    tensors = {name: tensor.clone() for name, tensor in tensors_of(source).items()}  # a tied one has two names
+    save_file(tensors, source / "model.safetensors")
     (source / BIN).write_bytes(b"not looked at")
     report = convert_official(source, tmp_path / "both")
     assert "model.safetensors" in report.files_read
     assert {item.name: item.reason for item in report.left_out}[BIN] == "other weights were read"
     (source / BIN).unlink()
     convert_official(source, tmp_path / "alone")
-    assert (tmp_path / "alone" / "model.safetensors").is_file()
+    for directory in ("both", "alone"):
+        state = reopened(tmp_path / directory).state_dict()
+        assert all(torch.equal(state[name], tensor) for name, tensor in tensors.items())
 
 
 @pytest.mark.parametrize("name", ["bert", "gpt_rot8"])
@@ -424,7 +418,6 @@ def test_a_full_disk_leaves_nothing(published: Published, tmp_path: Path, monkey
 def test_a_written_tensor_that_reads_back_differently_is_noticed(
     published: Published, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from safetensors.torch import load_file, save_file
     from transformers import PreTrainedTokenizerBase
 
     save = PreTrainedTokenizerBase.save_pretrained

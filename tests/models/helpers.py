@@ -21,6 +21,8 @@ from cottention.models import (
 
 FIXTURES = Path(__file__).resolve().parents[1] / "fixtures"
 ATTENTION_TYPES = ("cosine", "softmax")
+# (values, gradients): the tolerances of the reference numbers' README.
+TOLERANCES = {torch.float64: (1e-11, 1e-10), torch.float32: (1e-5, 2e-5)}
 
 
 def gpt_config(attention_type: str = "cosine", **settings: Any) -> CottentionGPTConfig:
@@ -94,3 +96,54 @@ def relative_error(got: Tensor, expected: np.ndarray | Tensor) -> float:
 def gradients(model: Any) -> dict[str, Tensor]:
     """Every parameter's gradient by name."""
     return {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
+
+
+def run_published(model: Any, batch: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Forward and backward; results under the names that the reference uses."""
+    labels = batch["labels"]
+    if "token_type_ids" in batch:
+        out = model(
+            batch["input_ids"],
+            attention_mask=batch["attention_mask"],
+            token_type_ids=batch["token_type_ids"],
+            labels=labels,
+            next_sentence_label=batch["sentence_pairs_labels"],
+            output_hidden_states=True,
+        )
+    else:
+        # The reference shifts the labels itself and leaves targets of padding in.
+        targets = labels.masked_fill(batch["attention_mask"] == 0, -100)
+        out = model(
+            batch["input_ids"],
+            attention_mask=batch["attention_mask"],
+            shift_labels=targets,
+            output_hidden_states=True,
+        )
+    out.loss.backward()
+    hidden_states = {f"hidden_{i}": x for i, x in enumerate(out.hidden_states)}
+    return {**{key: value for key, value in out.items() if isinstance(value, Tensor)}, **hidden_states}
+
+
+def errors_against_the_original(model: Any, folder: Path, batch: str) -> tuple[dict[str, float], dict[str, float]]:
+    """Relative errors of every recorded value, and of each parameter's gradient, on one batch of a published folder."""
+    arrays = np.load(folder / f"{batch}.npz")
+    truth = {key.removesuffix("_f64"): arrays[key] for key in arrays if key.endswith("_f64")}
+    inputs = {key: torch.from_numpy(arrays[key]) for key in arrays if not key.endswith(("_f64", "_f32"))}
+    got = run_published(model, inputs)
+    return {key: relative_error(got[key], value) for key, value in truth.items()}, _gradient_errors(
+        model, folder, batch
+    )
+
+
+def _gradient_errors(model: Any, folder: Path, batch: str) -> dict[str, float]:
+    """Per parameter, the 2-norm of the gradient's error over its 2-norm; of the norms where only those are known."""
+    norms = json.loads((folder / f"{batch}_grad_norms.json").read_text())
+    got = {name: p.grad.double() for name, p in model.named_parameters()}
+    assert set(got) == set(norms)
+    errors = {name: abs(got[name].norm().item() / norms[name]["norm_f64"] - 1) for name in norms}
+    full = folder / f"{batch}_grads_f64.npz"
+    if full.exists():
+        truth = {name: torch.from_numpy(array) for name, array in np.load(full).items()}
+        assert set(truth) == set(got)
+        errors = {name: ((got[name] - truth[name]).norm() / truth[name].norm()).item() for name in truth}
+    return errors
