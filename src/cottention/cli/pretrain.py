@@ -15,7 +15,7 @@ from cottention.training.recipe_files import RecipeParser, recipe_from_dict
 if TYPE_CHECKING:
     import jsonargparse
 
-    from cottention.training.pretrain import PretrainResult
+    from cottention.training.pretraining import PretrainResult
 
 _DESCRIPTION = """Pretrain a GPT (next token) or a BERT (masked tokens) by a recipe.
 
@@ -40,7 +40,7 @@ def run(args: jsonargparse.Namespace) -> int:
     """Train, then print where the model is and how good it is."""
     given = args[args.arch]
     recipe = recipe_from_dict(RECIPE_CLASSES[args.arch], given.as_dict())
-    from cottention.training.pretrain import pretrain  # seconds of torch, after the settings have been checked
+    from cottention.training.pretraining import pretrain  # seconds of torch, after the settings have been checked
 
     result = pretrain(recipe, output_dir=given.output_dir, overwrite=given.overwrite)
     if given.json:

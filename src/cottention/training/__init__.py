@@ -4,7 +4,8 @@
 
     result = pretrain(load_recipe("quickstart_gpt"), output_dir="runs/mine")
 
-Names are imported when they are first used: the recipes need no torch, and `--help` must not wait for it.
+Names are imported when they are first used: the recipes need no torch, and `--help` must not wait for it. None of them
+may be the name of a submodule, which Python would put in its place.
 """
 
 from __future__ import annotations
@@ -13,7 +14,7 @@ from importlib import import_module
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from cottention.training.pretrain import PretrainResult, pretrain
+    from cottention.training.pretraining import PretrainResult, pretrain
     from cottention.training.quickstart import run_quickstart
     from cottention.training.recipe import BertRecipe, GPTRecipe
     from cottention.training.recipe_files import load_recipe, packaged_recipes
@@ -21,10 +22,10 @@ if TYPE_CHECKING:
 _HOMES = {
     "BertRecipe": "cottention.training.recipe",
     "GPTRecipe": "cottention.training.recipe",
-    "PretrainResult": "cottention.training.pretrain",
+    "PretrainResult": "cottention.training.pretraining",
     "load_recipe": "cottention.training.recipe_files",
     "packaged_recipes": "cottention.training.recipe_files",
-    "pretrain": "cottention.training.pretrain",
+    "pretrain": "cottention.training.pretraining",
     "run_quickstart": "cottention.training.quickstart",
 }
 

@@ -13,16 +13,19 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import re
 import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+from safetensors import SafetensorError
+
 from cottention.errors import CheckpointError
 from cottention.logging import get_logger
 
 MANIFEST = "MANIFEST.json"
-_PREFIX = "checkpoint-"
+_NAME = re.compile(r"checkpoint-[0-9]+")
 _BLOCK_BYTES = 1 << 20
 
 logger = get_logger(__name__)
@@ -71,6 +74,30 @@ def write_atomically(path: Path, text: str) -> None:
     _flush(path.parent)
 
 
+@contextmanager
+def writing_to(folder: Path) -> Iterator[None]:
+    """Report what keeps a file from being written (no space, no permission) in one line.
+
+    Raises:
+        CheckpointError: with the system's reason.
+    """
+    try:
+        yield
+    except OSError as error:
+        raise _unwritable(folder, error.strerror or str(error)) from error
+    except SafetensorError as error:
+        raise _unwritable(folder, str(error)) from error
+    except RuntimeError as error:
+        # All that torch.save says about a full disk is where in its own code it noticed.
+        if "inline_container" not in str(error):
+            raise
+        raise _unwritable(folder, "a file could not be written to its end, is the disk full?") from error
+
+
+def _unwritable(folder: Path, reason: str) -> CheckpointError:
+    return CheckpointError(f"cannot write to {folder}: {reason}; what was saved before is intact")
+
+
 def damage(folder: Path) -> str | None:
     """Say what is wrong with a sealed directory, in a few words; None when nothing is."""
     try:
@@ -94,8 +121,8 @@ def list_checkpoints(folder: Path) -> list[Path]:
     """Checkpoint directories, oldest first."""
     if not folder.is_dir():
         return []
-    found = [path for path in folder.iterdir() if path.name.startswith(_PREFIX) and _step(path) is not None]
-    return sorted(found, key=lambda path: _step(path) or 0)
+    found = [path for path in folder.iterdir() if _NAME.fullmatch(path.name)]
+    return sorted(found, key=checkpoint_step)
 
 
 def newest_intact_checkpoint(folder: Path) -> Path | None:
@@ -127,12 +154,12 @@ def rotate(folder: Path, keep: int) -> None:
 
 def checkpoint_name(step: int) -> str:
     """Directory name of the checkpoint after `step` updates."""
-    return f"{_PREFIX}{step}"
+    return f"checkpoint-{step}"
 
 
-def _step(path: Path) -> int | None:
-    number = path.name.removeprefix(_PREFIX)
-    return int(number) if number.isdigit() else None
+def checkpoint_step(path: Path) -> int:
+    """Updates that the checkpoint in a directory of this name has seen."""
+    return int(path.name.rpartition("-")[2])
 
 
 def _write_manifest(folder: Path) -> None:

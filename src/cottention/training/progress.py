@@ -7,6 +7,7 @@ and a log line at the last step.
 
 from __future__ import annotations
 
+import os
 import signal
 import sys
 import threading
@@ -16,6 +17,7 @@ from contextlib import contextmanager
 from types import FrameType
 from typing import Any
 
+import torch
 from tqdm import tqdm
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
@@ -91,11 +93,18 @@ class RunControl(TrainerCallback):
     def __init__(self) -> None:
         self.stopped_by: signal.Signals | None = None
         """The signal that ended the run early."""
+        self._group: Any = None  # of torch.distributed, where several processes train
+
+    def agree_among(self, num_processes: int) -> None:
+        """Let a signal that reaches one process stop all of them, after the same step."""
+        # On the CPU: a flag on a GPU could only be read by waiting for the step's kernels.
+        self._group = torch.distributed.new_group(range(num_processes), backend="gloo")
 
     def on_step_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_others: Any
     ) -> None:
         """Ask the Trainer for what the last step needs."""
+        self._agree()
         if state.global_step >= state.max_steps:
             self.stopped_by = None  # came too late to matter
             control.should_log = control.should_evaluate = control.should_save = True
@@ -103,15 +112,24 @@ class RunControl(TrainerCallback):
             # No log line here: an uninterrupted run would not have one either.
             control.should_training_stop = control.should_save = True
 
+    def _agree(self) -> None:
+        if self._group is not None:
+            number = torch.tensor(self.stopped_by or 0)
+            torch.distributed.all_reduce(number, torch.distributed.ReduceOp.MAX, self._group)
+            self.stopped_by = signal.Signals(int(number)) if number else None
+
     @contextmanager
     def listening(self) -> Iterator[None]:
         """Take SIGTERM and Ctrl-C as a wish to stop after the step; the second one acts as usual."""
         if threading.current_thread() is not threading.main_thread():
             yield  # only the main thread may set handlers
             return
+        owner = os.getpid()
         before = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)}
 
         def ask_to_stop(number: int, _frame: FrameType | None) -> None:
+            if os.getpid() != owner:
+                return  # a process that loads data; Ctrl-C reaches it too, and its work is still wanted
             self.stopped_by = signal.Signals(number)
             logger.info("%s: saving a checkpoint after this step", self.stopped_by.name)
             signal.signal(number, before[signal.Signals(number)])

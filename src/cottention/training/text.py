@@ -1,7 +1,7 @@
 """From a recipe's data section to windows of tokens: corpus, held-out part, tokenizer, packing, collators.
 
 All of it is memory-mapped Arrow that `cottention.data` caches by content and settings, so that a second run on the same
-text starts at once. The trained tokenizer lies in the run directory.
+text starts at once. A tokenizer trained for the run lies in its directory.
 
     text = prepare_text(recipe, run_dir)
     text.train[0]["input_ids"], text.tokenizer, text.held_out
@@ -9,7 +9,7 @@ text starts at once. The trained tokenizer lies in the run directory.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+import hashlib
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -26,11 +26,14 @@ from cottention.data.tokenization import tokenize_documents
 from cottention.data.tokenizer import load_tokenizer, train_tokenizer
 from cottention.errors import DataError, SettingsError
 from cottention.logging import get_logger
-from cottention.training.checkpoints import atomic_directory
 from cottention.training.held_out import HeldOut
 from cottention.training.recipe import BertRecipe, DataSettings, GPTRecipe, Recipe
 
+TRAINED = "train"
+"""`data.tokenizer` of a recipe that trains its own."""
+
 _ROWS_PER_BATCH = 1 << 12
+_WINDOWS_IN_FINGERPRINT = 64
 
 logger = get_logger(__name__)
 
@@ -50,13 +53,21 @@ class PreparedText:
     held_out: HeldOut
     """Measures a model on windows of the held-out text, data.eval_tokens at most."""
 
+    def fingerprint(self) -> str:
+        """Name the windows to train on by their number and a sample of them: a run may go on with no others."""
+        sample = _spread(self.train, _WINDOWS_IN_FINGERPRINT)
+        digest = hashlib.blake2b(str(len(self.train)).encode(), digest_size=16)
+        for row in sample:
+            digest.update(np.asarray(row["input_ids"], dtype=np.int64).tobytes())  # pyright: ignore
+        return digest.hexdigest()
 
-def prepare_text(recipe: Recipe, run_dir: Path) -> PreparedText:
-    """Open, split, tokenise and pack the text of a recipe.
+
+def prepare_text(recipe: Recipe, run_dir: Path | None) -> PreparedText:
+    """Open, split, tokenise and pack the text of a recipe. Writes nothing outside the cache of `datasets`.
 
     Args:
         recipe: its sections `data` and `model` (the size of a vocabulary to train).
-        run_dir: where the tokenizer is, or will be.
+        run_dir: the directory of a run of this recipe, whose tokenizer is taken; None trains it again.
 
     Raises:
         DataError: the text cannot be used, or is too short for its windows.
@@ -146,23 +157,21 @@ def _document_numbers(documents: Dataset) -> np.ndarray:
     return np.cumsum(ends) - ends
 
 
-def _tokenizer(recipe: Recipe, train: Dataset, run_dir: Path) -> PreTrainedTokenizerBase:
+def _tokenizer(recipe: Recipe, train: Dataset, run_dir: Path | None) -> PreTrainedTokenizerBase:
     name = recipe.data.tokenizer
-    if name != "train":
+    if name != TRAINED:
         return load_tokenizer(name)
-    folder = run_dir / "tokenizer"
-    if not folder.is_dir():
-        kind = "bpe" if recipe.arch == "gpt" else "wordpiece"
-        logger.info("training a tokenizer with %d tokens", recipe.model.vocab_size)
-        with atomic_directory(folder, sealed=False) as staging:
-            train_tokenizer(train, kind=kind, vocab_size=recipe.model.vocab_size).save_pretrained(staging)
-    return load_tokenizer(folder)
+    if run_dir is not None and (run_dir / "tokenizer").is_dir():
+        return load_tokenizer(run_dir / "tokenizer")
+    kind = "bpe" if recipe.arch == "gpt" else "wordpiece"
+    logger.info("training a tokenizer with %d tokens", recipe.model.vocab_size)
+    return train_tokenizer(train, kind=kind, vocab_size=recipe.model.vocab_size)
 
 
 def _windows(
     recipe: Recipe, documents: Dataset, tokenizer: PreTrainedTokenizerBase, *, tail: str
 ) -> tuple[Dataset, float]:
-    """Windows, and how many tokens there are per byte of text."""
+    """Windows, and how many targets there are per byte of text when each token is one once."""
     tokens = tokenize_documents(documents, tokenizer)
     length = recipe.data.sequence_length
     special: Any = tokenizer  # its ids are made at run time, which a type checker reads as anything at all
@@ -178,7 +187,8 @@ def _windows(
             tail=tail,
         )
     report = packing_report(tokens, windows)
-    return windows, report.num_tokens / report.num_bytes
+    # The very first token, an end-of-text, has nothing before it. Each document's own is a target, but no byte.
+    return windows, (report.num_tokens - 1) / report.num_bytes
 
 
 def _spread(windows: Dataset, most: int) -> Dataset:
@@ -194,16 +204,4 @@ def _collator(recipe: Recipe, tokenizer: PreTrainedTokenizerBase, *, seed: int) 
     assert isinstance(recipe, BertRecipe)
     if tokenizer.mask_token_id is None:
         raise SettingsError(f"a BERT needs a tokenizer with a mask token; {recipe.data.tokenizer!r} has none")
-    return _MaskedByPass(MaskedLMCollator(tokenizer, recipe.data.mlm_probability, seed))
-
-
-class _MaskedByPass:
-    """The masking collator, which masks other tokens in each pass over the data."""
-
-    def __init__(self, collator: MaskedLMCollator) -> None:
-        self.collator = collator
-
-    def __call__(self, rows: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
-        # A batch across two passes takes the first one's number for all: as good, and still decided by position alone.
-        self.collator.set_epoch(int(rows[0].get("pass_number", 0)))
-        return self.collator(rows)
+    return MaskedLMCollator(tokenizer, recipe.data.mlm_probability, seed)

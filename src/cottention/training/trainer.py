@@ -5,38 +5,52 @@ held-out batches without weights, and spends time per micro batch on counting FL
 loop, gradient accumulation, device placement, several processes, and reading and writing of optimizer and RNG states
 (all of it with weights_only=True).
 
-    trainer = PretrainingTrainer(recipe, model, tokenizer=tokenizer, train=windows, held_out=held_out, run_dir=run_dir)
+    arguments = training_arguments(recipe, run_dir)
+    trainer = PretrainingTrainer(recipe, model, arguments=arguments, text=text, run_dir=run_dir)
     trainer.fit(resume_from=None)
 """
 
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
-from contextlib import ExitStack
+import math
+import pickle
+from collections.abc import Iterator, Mapping
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any, NoReturn, cast
 
 import torch
 from torch import Tensor
-from transformers import PreTrainedModel, PreTrainedTokenizerBase, PrinterCallback, Trainer, TrainingArguments
+from transformers import (
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+    PrinterCallback,
+    Trainer,
+    TrainingArguments,
+    set_seed,
+)
+from transformers.utils import logging as transformers_logging
 
-from cottention.errors import CottentionError
+from cottention.errors import CheckpointError, CottentionError, DataError
 from cottention.training.checkpoints import (
     atomic_directory,
     checkpoint_name,
+    checkpoint_step,
     list_checkpoints,
     rotate,
     staging_area,
     write_atomically,
+    writing_to,
 )
-from cottention.training.held_out import HeldOut, count_targets
+from cottention.training.held_out import count_targets
 from cottention.training.metrics import MetricsLog
 from cottention.training.optimizer import build_optimizer, build_scheduler
 from cottention.training.progress import ProgressBar, RunControl
-from cottention.training.recipe import Recipe
+from cottention.training.recipe import BertRecipe, Recipe
 from cottention.training.stopwatch import Stopwatch
 from cottention.training.stream import ExampleStream, InOrder
+from cottention.training.text import PreparedText
 
 _RUN_STATE = "run_state.json"
 
@@ -53,10 +67,8 @@ class PretrainingTrainer(Trainer):
         recipe: Recipe,
         model: PreTrainedModel,
         *,
-        tokenizer: PreTrainedTokenizerBase,
-        collator: Any,
-        train: Any,
-        held_out: HeldOut,
+        arguments: TrainingArguments,
+        text: PreparedText,
         run_dir: Path,
     ) -> None:
         """Set the run up; nothing is trained yet.
@@ -64,33 +76,32 @@ class PretrainingTrainer(Trainer):
         Args:
             recipe: all choices.
             model: freshly initialised.
-            tokenizer: saved beside the weights.
-            collator: turns a list of windows into a batch.
-            train: dataset of windows.
-            held_out: measures the loss on text that is not trained on.
+            arguments: what `training_arguments` makes of the recipe.
+            text: windows, collator, tokenizer, held-out text.
             run_dir: receives metrics.jsonl and checkpoints/.
         """
         self.recipe = recipe
         self.run_dir = run_dir
         self.checkpoints_dir = run_dir / "checkpoints"
-        self.tokenizer = tokenizer
-        self.held_out = held_out
-        self.num_train_windows = len(train)
+        self.text = text
         stream = ExampleStream(
-            train,
+            text.train,
             num_examples=recipe.training.max_steps * recipe.training.global_batch_size,
             seed=recipe.training.seed,
         )
         self.run_control = RunControl()
         super().__init__(
             model=model,
-            args=_training_arguments(recipe, run_dir),
-            data_collator=collator,
+            args=arguments,
+            data_collator=text.collator,
             train_dataset=stream,
             eval_dataset=stream,  # the Trainer insists on one; evaluate() below does not read it
             callbacks=[self.run_control, ProgressBar(recipe)],
         )
         self.remove_callback(PrinterCallback)
+        if self.args.world_size > 1:
+            self.run_control.agree_among(self.args.world_size)
+            set_seed(recipe.training.seed + self.args.process_index)  # each process drops out other units
         self.model_accepts_loss_kwargs = True  # compute_loss() always passes the number of targets
         self._autocast = {
             "device_type": self.args.device.type,
@@ -111,17 +122,29 @@ class PretrainingTrainer(Trainer):
 
         Raises:
             NonFiniteLossError: names the step and the last good checkpoint.
+            CheckpointError: the checkpoint is of another model, or the disk is full.
+            DataError: the checkpoint was trained on other text.
         """
-        state = {"step": 0, "window_start": 0, "window_loss": 0.0, "elapsed_s": 0.0}
+        state = {"step": 0, "window_start": 0, "window_losses": [], "elapsed_s": 0.0}
         if resume_from is not None:
             state = json.loads((resume_from / _RUN_STATE).read_text(encoding="utf-8"))
+            if state["text"] != self.text.fingerprint():
+                raise DataError(
+                    f"the text is not the one that {resume_from} was trained on; bring that back, or --overwrite "
+                    "starts again"
+                )
         self._window_start = state["window_start"]
-        self._window_loss.fill_(state["window_loss"])
+        for rank, loss in enumerate(state["window_losses"]):
+            if rank % self.args.world_size == self.args.process_index:
+                self._window_loss += loss
         self._stopwatch = Stopwatch(elapsed_s=state["elapsed_s"], step=state["step"])
         if self.is_world_process_zero():
             self.metrics_log = MetricsLog(self.run_dir / "metrics.jsonl", resume_step=state["step"])
-        with self.run_control.listening():
-            self.train(resume_from_checkpoint=None if resume_from is None else str(resume_from))
+        try:
+            with self.run_control.listening():
+                self.train(resume_from_checkpoint=None if resume_from is None else str(resume_from))
+        except pickle.UnpicklingError as error:
+            raise CheckpointError(f"{resume_from} holds more than tensors and plain numbers: not loaded") from error
 
     # What the loop asks for
 
@@ -192,7 +215,10 @@ class PretrainingTrainer(Trainer):
         """Measure the held-out loss and log it."""
         self._refuse_non_finite()
         with self._stopwatch.paused():
-            measured = self.held_out.measure(cast(PreTrainedModel, self.model), self._autocast, self.accelerator)
+            measured = self.text.held_out.measure(cast(PreTrainedModel, self.model), self._autocast, self.accelerator)
+        if not math.isfinite(measured["val_loss"]):
+            step = self.state.global_step
+            self._stop("held-out loss", step, newest_good=step - 1)
         self.log(measured)
         self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics=measured)
         return measured
@@ -207,7 +233,8 @@ class PretrainingTrainer(Trainer):
         step = self.state.global_step
         entry = {"step": step, "tokens": step * self.recipe.tokens_per_step, **logs}
         if self.is_world_process_zero():
-            self.metrics_log.write(entry)
+            with writing_to(self.run_dir):
+                self.metrics_log.write(entry)
         self.control = self.callback_handler.on_log(self.args, self.state, self.control, entry)
 
     def _training_line(self, logs: Mapping[str, float]) -> dict[str, float]:
@@ -217,7 +244,7 @@ class PretrainingTrainer(Trainer):
         if self.args.world_size > 1:
             loss = cast(Tensor, self.accelerator.reduce(loss, "mean"))
         line = {
-            "epoch": round(step * self.recipe.training.global_batch_size / self.num_train_windows, 4),
+            "epoch": round(step * self.recipe.training.global_batch_size / len(self.text.train), 4),
             "loss": loss.item() / num_steps,
             "learning_rate": logs["learning_rate"],
             "grad_norm": float(self._grad_norm),
@@ -229,12 +256,16 @@ class PretrainingTrainer(Trainer):
         return line
 
     def _refuse_non_finite(self) -> None:
-        step = int(self._first_bad_step)
-        if step >= 0:
-            self._stop("loss", step)
+        bad_step = int(self._first_bad_step)
+        if bad_step >= 0:
+            # The update before it left the weights that gave this loss, so what was saved there is not good either.
+            self._stop("loss", bad_step, newest_good=bad_step - 2)
+        if not math.isfinite(self._grad_norm):
+            step = self.state.global_step
+            self._stop("gradient", step, newest_good=step - 1)
 
-    def _stop(self, what: str, step: int) -> NoReturn:
-        good = list_checkpoints(self.checkpoints_dir)
+    def _stop(self, what: str, step: int, *, newest_good: int) -> NoReturn:
+        good = [path for path in list_checkpoints(self.checkpoints_dir) if checkpoint_step(path) <= newest_good]
         where = f"last good checkpoint: {good[-1]}" if good else "no checkpoint was written yet"
         raise NonFiniteLossError(
             f"the {what} became infinite or NaN at step {step}; {where}; "
@@ -245,16 +276,15 @@ class PretrainingTrainer(Trainer):
 
     def _save_checkpoint(self, model: Any, trial: Any) -> None:
         self._refuse_non_finite()
-        if not torch.isfinite(torch.as_tensor(self._grad_norm)):
-            self._stop("gradient", self.state.global_step)
         folder = self.checkpoints_dir
         writes = self.is_world_process_zero()
-        with self._stopwatch.paused():
+        run_state = self._run_state()
+        with self._stopwatch.paused(), writing_to(folder):
             with ExitStack() as until_all_have_written:
                 if writes:
                     target = folder / checkpoint_name(self.state.global_step)
                     staging = until_all_have_written.enter_context(atomic_directory(target, sealed=True))
-                    write_atomically(staging / _RUN_STATE, json.dumps(self._run_state()))
+                    write_atomically(staging / _RUN_STATE, json.dumps(run_state))
                 self.accelerator.wait_for_everyone()
                 super()._save_checkpoint(model, trial)
                 self.accelerator.wait_for_everyone()
@@ -262,13 +292,21 @@ class PretrainingTrainer(Trainer):
                 rotate(folder, self.recipe.training.save_total_limit)
             self.accelerator.wait_for_everyone()
 
-    def _run_state(self) -> dict[str, float]:
+    def _run_state(self) -> dict[str, Any]:
         return {
             "step": self.state.global_step,
             "window_start": self._window_start,
-            "window_loss": self._window_loss.item(),
+            "window_losses": cast(Tensor, self.accelerator.gather(self._window_loss)).flatten().tolist(),
             "elapsed_s": self._stopwatch.elapsed_s,
+            "text": self.text.fingerprint(),
         }
+
+    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
+        # The stock version leaves weights that a checkpoint lacks as they are; ours says so in one line.
+        own = cast(PreTrainedModel, self.model)
+        with _without_bars():
+            saved = type(own).from_pretrained(resume_from_checkpoint, config=own.config, dtype=torch.float32)
+        own.load_state_dict(saved.state_dict())
 
     def _get_output_dir(self, trial: Any) -> str:
         return str(staging_area(self.checkpoints_dir))
@@ -277,7 +315,7 @@ class PretrainingTrainer(Trainer):
         # The stock version also pickles the arguments, which only arbitrary-code loading could read again.
         if self.args.should_save:
             assert output_dir is not None
-            save_model(cast(PreTrainedModel, self.model), self.tokenizer, Path(output_dir), state_dict=state_dict)
+            save_model(cast(PreTrainedModel, self.model), self.text.tokenizer, Path(output_dir), state_dict=state_dict)
 
 
 def save_model(
@@ -288,10 +326,23 @@ def save_model(
     training_use_cache = getattr(model.config, "use_cache", None)
     if training_use_cache is not None:
         model.config.use_cache = True
-    model.save_pretrained(folder, state_dict=state_dict)
+    with _without_bars():
+        model.save_pretrained(folder, state_dict=state_dict)
     if training_use_cache is not None:
         model.config.use_cache = training_use_cache
     tokenizer.save_pretrained(folder)
+
+
+@contextmanager
+def _without_bars() -> Iterator[None]:
+    """No bar for each file that transformers reads or writes, in the middle of our own."""
+    shown = transformers_logging.is_progress_bar_enabled()
+    transformers_logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        if shown:
+            transformers_logging.enable_progress_bar()
 
 
 def compute_type(recipe: Recipe, device: torch.device) -> torch.dtype:
@@ -302,7 +353,12 @@ def compute_type(recipe: Recipe, device: torch.device) -> torch.dtype:
     return torch.bfloat16 if precision == "bf16" else torch.float32
 
 
-def _training_arguments(recipe: Recipe, run_dir: Path) -> TrainingArguments:
+def training_arguments(recipe: Recipe, run_dir: Path) -> TrainingArguments:
+    """What the Trainer of transformers needs to know; sets up the processes and the device.
+
+    Raises:
+        SettingsError: the batch cannot be shared out among the processes.
+    """
     settings = recipe.training
     on_gpu = torch.cuda.is_available()
     arguments = TrainingArguments(
@@ -316,6 +372,8 @@ def _training_arguments(recipe: Recipe, run_dir: Path) -> TrainingArguments:
         eval_steps=settings.eval_every,
         save_strategy="steps",
         save_steps=settings.save_every,
+        # A next-sentence head gets no gradient from masked tokens; looking for such parameters costs time at each step.
+        ddp_find_unused_parameters=isinstance(recipe, BertRecipe) and recipe.model.next_sentence_head,
         logging_nan_inf_filter=False,  # hides a NaN loss behind the mean of the others, at the price of a sync per step
         remove_unused_columns=False,
         dataloader_num_workers=2 if on_gpu else 0,

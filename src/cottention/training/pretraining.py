@@ -9,6 +9,7 @@ model/, which every other command opens. The same call on the same directory res
 
 from __future__ import annotations
 
+import os
 import shutil
 import signal
 from dataclasses import dataclass
@@ -31,12 +32,13 @@ from cottention.training.checkpoints import (
     list_checkpoints,
     newest_intact_checkpoint,
     write_atomically,
+    writing_to,
 )
 from cottention.training.metrics import draw_loss_curve, read_metrics
 from cottention.training.recipe import BertRecipe, GPTRecipe, Recipe
 from cottention.training.recipe_files import differing_setting, load_recipe, recipe_text
-from cottention.training.text import prepare_text
-from cottention.training.trainer import PretrainingTrainer, save_model
+from cottention.training.text import TRAINED, prepare_text
+from cottention.training.trainer import PretrainingTrainer, save_model, training_arguments
 
 _RECIPE = "recipe.yaml"
 
@@ -88,38 +90,38 @@ def pretrain(recipe: Recipe, *, output_dir: str | Path, resume: bool = True, ove
 
     Raises:
         SettingsError: the directory holds a run of another recipe.
-        CheckpointError: every checkpoint is damaged.
+        CheckpointError: every checkpoint is damaged, or the disk is full.
         DataError: the text cannot be used.
         NonFiniteLossError: the loss became infinite or NaN.
     """
     run_dir = Path(output_dir)
-    claim_run_directory(recipe, run_dir, resume=resume, overwrite=overwrite)
     model_dir = run_dir / "model"
-    if (model_dir / "config.json").is_file():
-        logger.info("%s is finished already: %s", run_dir, model_dir)
-        return PretrainResult(
-            run_dir=run_dir, model_dir=model_dir, step=recipe.training.max_steps, metrics=_last_held_out(run_dir)
+    arguments = training_arguments(recipe, run_dir)
+    # Process 0 prepares everything; the others then find the run started, whatever was asked for.
+    with arguments.main_process_first(local=False):
+        is_first = arguments.process_index == 0
+        continues = check_run_directory(
+            recipe, run_dir, resume=resume or not is_first, overwrite=overwrite and is_first
         )
-    checkpoint = newest_intact_checkpoint(run_dir / "checkpoints")
-    text = prepare_text(recipe, run_dir)
-    set_seed(recipe.training.seed)
-    model = build_model(recipe, text.tokenizer)
-    trainer = PretrainingTrainer(
-        recipe,
-        model,
-        tokenizer=text.tokenizer,
-        collator=text.collator,
-        train=text.train,
-        held_out=text.held_out,
-        run_dir=run_dir,
-    )
+        if continues and (model_dir / "config.json").is_file():
+            logger.info("%s is finished already: %s", run_dir, model_dir)
+            return PretrainResult(
+                run_dir=run_dir, model_dir=model_dir, step=recipe.training.max_steps, metrics=_last_held_out(run_dir)
+            )
+        checkpoint = newest_intact_checkpoint(run_dir / "checkpoints") if continues else None
+        text = prepare_text(recipe, run_dir if continues or not is_first else None)
+        set_seed(recipe.training.seed)
+        model = build_model(recipe, text.tokenizer)
+        if is_first and not continues:
+            claim_run_directory(recipe, run_dir, text.tokenizer)
+    trainer = PretrainingTrainer(recipe, model, arguments=arguments, text=text, run_dir=run_dir)
     if checkpoint is not None:
         logger.info("resuming from %s", checkpoint)
     trainer.fit(checkpoint)
     stopped_by = trainer.run_control.stopped_by
     if trainer.is_world_process_zero():
         if stopped_by is None:
-            with atomic_directory(model_dir, sealed=False) as staging:
+            with writing_to(run_dir), atomic_directory(model_dir, sealed=False) as staging:
                 save_model(model, text.tokenizer, staging)
         draw_loss_curve(read_metrics(run_dir / "metrics.jsonl"), run_dir / "loss_curve.png", title=run_dir.name)
     trainer.accelerator.wait_for_everyone()
@@ -135,31 +137,43 @@ def pretrain(recipe: Recipe, *, output_dir: str | Path, resume: bool = True, ove
     )
 
 
-def claim_run_directory(recipe: Recipe, run_dir: Path, *, resume: bool = True, overwrite: bool = False) -> None:
-    """Make the directory ready for a run of this recipe, and write the resolved recipe into it.
+def check_run_directory(recipe: Recipe, run_dir: Path, *, resume: bool = True, overwrite: bool = False) -> bool:
+    """Say whether the directory holds a run of this recipe that goes on; change nothing but make it when missing.
 
     Raises:
-        SettingsError: it holds a run of another recipe, or something else than a run.
+        SettingsError: it holds a run of another recipe, or something else than a run, or cannot be written.
     """
+    with writing_to(run_dir):
+        run_dir.mkdir(parents=True, exist_ok=True)
+    if not os.access(run_dir, os.W_OK):
+        raise SettingsError(f"the run directory must be writable; got {run_dir}")
     recipe_file = run_dir / _RECIPE
-    if recipe_file.is_file() and overwrite:
+    if not (list_checkpoints(run_dir / "checkpoints") or (run_dir / "model").is_dir()):
+        return False  # at most what a run leaves that was stopped before its first checkpoint
+    if not recipe_file.is_file():
+        raise SettingsError(f"{run_dir} holds a model or checkpoints but no {_RECIPE}; choose another --output-dir")
+    if overwrite:
+        return False
+    remedy = "choose another --output-dir, or --overwrite to start again"
+    difference = differing_setting(recipe, load_recipe(recipe_file))
+    if difference is not None:
+        raise SettingsError(f"{run_dir} holds a run of another recipe: {difference}; {remedy}")
+    if not resume:
+        raise SettingsError(f"{run_dir} holds a run already; {remedy}")
+    return True
+
+
+def claim_run_directory(recipe: Recipe, run_dir: Path, tokenizer: PreTrainedTokenizerBase) -> None:
+    """Begin a new run: delete what an earlier one left, write the resolved recipe and the tokenizer trained for it."""
+    with writing_to(run_dir):
         for entry in ("checkpoints", "model", "tokenizer"):
             shutil.rmtree(run_dir / entry, ignore_errors=True)
-        for entry in ("metrics.jsonl", "loss_curve.png", _RECIPE):
+        for entry in ("metrics.jsonl", "loss_curve.png"):
             (run_dir / entry).unlink(missing_ok=True)
-    has_results = bool(list_checkpoints(run_dir / "checkpoints")) or (run_dir / "model").is_dir()
-    if recipe_file.is_file() and has_results:
-        difference = differing_setting(recipe, load_recipe(recipe_file))
-        remedy = "choose another --output-dir, or --overwrite to start again"
-        if difference is not None:
-            raise SettingsError(f"{run_dir} holds a run of another recipe: {difference}; {remedy}")
-        if not resume:
-            raise SettingsError(f"{run_dir} holds a run already; {remedy}")
-        return
-    if has_results:
-        raise SettingsError(f"{run_dir} holds a model or checkpoints but no {_RECIPE}; choose another --output-dir")
-    run_dir.mkdir(parents=True, exist_ok=True)
-    write_atomically(recipe_file, recipe_text(recipe))
+        write_atomically(run_dir / _RECIPE, recipe_text(recipe))
+        if recipe.data.tokenizer == TRAINED:
+            with atomic_directory(run_dir / "tokenizer", sealed=False) as staging:
+                tokenizer.save_pretrained(staging)
 
 
 def build_model(recipe: Recipe, tokenizer: PreTrainedTokenizerBase | None = None) -> PreTrainedModel:
