@@ -22,7 +22,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from cottention.data.collators import IGNORED, MaskedLMCollator
 from cottention.data.packing import pack_mlm_windows
-from cottention.errors import SettingsError
+from cottention.errors import DataError, SettingsError
 from cottention.evaluation.inputs import as_tokens, check_vocabulary
 
 
@@ -74,12 +74,14 @@ def evaluate_masked_lm(
         show_progress: show a bar on stderr.
 
     Raises:
-        SettingsError: the window is too long for the model, or the tokenizer is not a BERT's.
-        DataError: there is no text.
+        SettingsError: the window is too long for the model, the tokenizer is not a BERT's, or a number makes no sense.
+        DataError: there is no text, or nothing in it that could be masked.
     """
     limit = model.config.max_position_embeddings
     if window > limit:
         raise SettingsError(f"the model has {limit} positions; got a window of {window}")
+    if batch_size < 1:
+        raise SettingsError(f"batch_size must be at least 1; got {batch_size}")
     check_vocabulary(model, tokenizer)
     collator = MaskedLMCollator(tokenizer, mlm_probability, seed)
     windows = _windows(documents, tokenizer, window)
@@ -99,6 +101,8 @@ def evaluate_masked_lm(
     finally:
         model.train(was_training)
     num_targets = int(frequencies.sum())
+    if not num_targets:
+        raise DataError("the text has no token to mask: all of it is unknown to the tokenizer")
     shares = frequencies[frequencies > 0] / num_targets
     return MaskedLMResult(
         accuracy=num_right / num_targets,

@@ -32,6 +32,8 @@ from cottention.data.tokenization import arrow_batches
 from cottention.errors import DataError
 from cottention.evaluation.score import TextScore
 
+_MERGED_AT_ONCE = 1 << 22  # bigrams, 32 MB
+
 _LogProb = Callable[[np.ndarray, np.ndarray], np.ndarray]
 
 
@@ -152,7 +154,7 @@ def _count_bigrams(tokens: Dataset, eos_token_id: int, vocab_size: int) -> tuple
         waiting.append(contexts.astype(np.int64) * vocab_size + targets)
         num_waiting += len(targets)
         # Merging costs as much as what is there already, so it waits until as much again has come.
-        if num_waiting > max(len(keys), 1 << 22):
+        if num_waiting > max(len(keys), _MERGED_AT_ONCE):
             keys, counts = _merge(keys, counts, waiting)
             waiting, num_waiting = [], 0
     keys, counts = _merge(keys, counts, waiting)

@@ -5,9 +5,14 @@ Each document is scored on its own, as the model would read it from a fresh star
     input     <eos>  d1  d2 ... d(n-1)  dn
     target     d1    d2  d3 ...   dn   <eos>
 
-cut into windows of `context` inputs. State and attention begin anew at each window, so the targets of a window are
-predicted from at most `context` tokens. Counted are the n tokens of each document and its end-of-text: n + 1. Bytes are
-the UTF-8 bytes of the documents, words what white space separates; end-of-text adds to the nats but to neither of them.
+What a target is predicted from, in a document that is longer than `context`:
+
+- by default at most `context` tokens: windows side by side, state and attention begin anew at each;
+- with `stride`, at least `context - stride` tokens of the document (all, where it has no more): windows overlap;
+- with `carry_state`, all of the document: a cosine model hands its state from piece to piece, at constant memory.
+
+Counted are the n tokens of each document and its end-of-text: n + 1. Bytes are the UTF-8 bytes of the documents, words
+what white space separates; end-of-text adds to the nats but to neither of them.
 
     score = evaluate_perplexity(model, tokenizer, load_corpus("held_out.txt"), context=1024, batch_size=8)
     score.perplexity, score.nats_per_byte
@@ -15,8 +20,9 @@ the UTF-8 bytes of the documents, words what white space separates; end-of-text 
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import torch
@@ -27,15 +33,12 @@ from tqdm import tqdm
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from cottention.data.tokenization import arrow_batches
-from cottention.errors import SettingsError
+from cottention.errors import DataError, SettingsError
 from cottention.evaluation.inputs import as_tokens, check_vocabulary
 from cottention.evaluation.score import TextScore, exp_of
+from cottention.evaluation.windows import IGNORED, batches_of, continued_batches, document_windows
 
-IGNORED = -100
-_BATCHES_SORTED = 64  # windows of so many batches are sorted by length, so that short documents share their padding
 _LOGIT_ROWS = 2048  # logits turned to float32 at a time: 400 MB at 50k tokens, whatever the batch
-
-Windows = Iterable[tuple[np.ndarray, np.ndarray]]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -47,7 +50,11 @@ class PerplexityResult(TextScore):
     num_documents: int
     """Documents, each begun afresh."""
     context: int
-    """Tokens that a window holds."""
+    """Tokens that a window holds; with `carry_state` the tokens of one pass, which do not matter to the result."""
+    stride: int
+    """Tokens that a window moves on."""
+    carry_state: bool
+    """Whether each token was predicted from all of its document."""
 
     @property
     def word_perplexity(self) -> float:
@@ -62,6 +69,8 @@ class PerplexityResult(TextScore):
             "num_words": self.num_words,
             "num_documents": self.num_documents,
             "context": self.context,
+            "stride": self.stride,
+            "carry_state": self.carry_state,
         }
 
 
@@ -71,6 +80,8 @@ def evaluate_perplexity(
     documents: Dataset | Sequence[str],
     *,
     context: int,
+    stride: int | None = None,
+    carry_state: bool = False,
     batch_size: int = 8,
     show_progress: bool = False,
 ) -> PerplexityResult:
@@ -81,26 +92,37 @@ def evaluate_perplexity(
         tokenizer: its tokenizer, with an end-of-text token.
         documents: a corpus of `load_corpus`, what `tokenize_documents` made of one, or a list of texts.
         context: tokens per window; at most the model's positions unless its attention is cosine.
+        stride: tokens that a window moves on; below `context` they overlap, which costs `context / stride` times the
+            work. None: `context`.
+        carry_state: predict each token from all of its document; cosine models only.
         batch_size: windows per forward pass; decides speed and memory, not the result.
         show_progress: show a bar on stderr.
 
     Raises:
-        SettingsError: the context is too long for the model, or model and tokenizer do not belong together.
+        SettingsError: the context is too long for the model, model and tokenizer do not belong together, or a number
+            makes no sense.
         DataError: there is no text.
     """
     check_context(model, context)
+    stride = context if stride is None else stride
+    _check(model, context, stride, carry_state, batch_size)
     check_vocabulary(model, tokenizer)
     eos_token_id = _end_of_text(tokenizer)
     tokens = as_tokens(documents, tokenizer)
     num_bytes, num_words, num_documents, num_targets = _sizes_of(tokens)
+    if not num_bytes:
+        raise DataError("there is no text to score")
+    if carry_state:
+        batches = _carried_logits(model, continued_batches(tokens, eos_token_id, context, batch_size))
+    else:
+        batches = _fresh_logits(model, batches_of(document_windows(tokens, eos_token_id, context, stride), batch_size))
     nats = 0.0
-    batches = _batches(document_windows(tokens, eos_token_id, context), batch_size)
     was_training = model.training
     model.eval()
     try:
         with torch.inference_mode(), tqdm(total=num_targets, unit="tok", disable=not show_progress) as bar:
-            for inputs, targets in batches:
-                nats += _nats_of(model, inputs, targets)
+            for logits, targets in batches:
+                nats += _nats_of(logits, targets.to(logits.device))
                 bar.update(int((targets != IGNORED).sum()))
     finally:
         model.train(was_training)
@@ -111,35 +133,9 @@ def evaluate_perplexity(
         num_words=num_words,
         num_documents=num_documents,
         context=context,
+        stride=stride,
+        carry_state=carry_state,
     )
-
-
-def document_windows(tokens: Dataset, eos_token_id: int, context: int) -> Iterator[tuple[np.ndarray, np.ndarray]]:
-    """Yield (inputs, targets) of at most `context` tokens, document by document; each token is a target once.
-
-    Args:
-        tokens: what `tokenize_documents` returns; a document may have several rows.
-        eos_token_id: first input and last target of each document.
-        context: most inputs per window.
-    """
-    opening = np.array([eos_token_id], dtype=np.int32)
-    waiting = opening  # what of the current document has not been input yet
-    for table in arrow_batches(tokens):
-        for ids, ends in zip(table["input_ids"], table["ends_document"].to_pylist(), strict=True):
-            pieces = [waiting, ids.values.to_numpy(), *([opening] if ends else [])]
-            waiting = np.concatenate(pieces)
-            while len(waiting) > context:
-                yield waiting[:context], waiting[1 : context + 1]
-                waiting = waiting[context:]
-            if ends:
-                yield from _rest(waiting)
-                waiting = opening
-    yield from _rest(waiting)  # of a document that the rows do not end
-
-
-def _rest(waiting: np.ndarray) -> Iterator[tuple[np.ndarray, np.ndarray]]:
-    if len(waiting) > 1:  # one token alone was a target already
-        yield waiting[:-1], waiting[1:]
 
 
 def check_context(model: PreTrainedModel, context: int) -> None:
@@ -153,6 +149,20 @@ def check_context(model: PreTrainedModel, context: int) -> None:
     limit = getattr(model.config, "max_position_embeddings", None)
     if getattr(model.config, "attention_type", "softmax") != "cosine" and limit is not None and context > limit:
         raise SettingsError(f"a softmax model reads at most its {limit} positions; got a context of {context}")
+
+
+def _check(model: PreTrainedModel, context: int, stride: int, carry_state: bool, batch_size: int) -> None:
+    if batch_size < 1:
+        raise SettingsError(f"batch_size must be at least 1; got {batch_size}")
+    if not 1 <= stride <= context:
+        raise SettingsError(f"stride must be from 1 to the context of {context}; got {stride}")
+    if not carry_state:
+        return
+    if stride != context:
+        raise SettingsError(f"carry_state and stride exclude each other; got a stride of {stride}")
+    attention_type = getattr(model.config, "attention_type", "softmax")
+    if attention_type != "cosine":
+        raise SettingsError(f"carry_state needs a cosine model, whose state has one size; got {attention_type}")
 
 
 def _end_of_text(tokenizer: PreTrainedTokenizerBase) -> int:
@@ -171,34 +181,36 @@ def _sizes_of(tokens: Dataset) -> tuple[int, int, int, int]:
     return tuple(sizes.tolist())
 
 
-def _batches(windows: Windows, batch_size: int) -> Iterator[tuple[Tensor, Tensor]]:
-    """Pad windows of about one length to batches: inputs and targets [B, T], targets -100 where there is none."""
-    waiting: list[tuple[np.ndarray, np.ndarray]] = []
-    for window in windows:
-        waiting.append(window)
-        if len(waiting) == batch_size * _BATCHES_SORTED:
-            yield from _sorted_batches(waiting, batch_size)
-            waiting = []
-    yield from _sorted_batches(waiting, batch_size)
+def _fresh_logits(model: PreTrainedModel, batches: Iterator[tuple[Tensor, Tensor]]) -> Iterator[tuple[Tensor, Tensor]]:
+    for inputs, targets in batches:
+        yield _forward(model, inputs, targets, use_cache=False).logits, targets
 
 
-def _sorted_batches(windows: list[tuple[np.ndarray, np.ndarray]], batch_size: int) -> Iterator[tuple[Tensor, Tensor]]:
-    windows = sorted(windows, key=lambda window: -len(window[0]))
-    for start in range(0, len(windows), batch_size):
-        batch = windows[start : start + batch_size]
-        inputs = np.zeros((len(batch), len(batch[0][0])), dtype=np.int64)
-        targets = np.full_like(inputs, IGNORED)
-        for row, (ids, next_ids) in enumerate(batch):
-            inputs[row, : len(ids)] = ids
-            targets[row, : len(ids)] = next_ids
-        yield torch.from_numpy(inputs), torch.from_numpy(targets)
+def _carried_logits(
+    model: PreTrainedModel, batches: Iterator[tuple[Tensor, Tensor, bool]]
+) -> Iterator[tuple[Tensor, Tensor]]:
+    cache, num_rows = None, 0
+    for inputs, targets, begins in batches:
+        if begins:
+            cache = None
+        elif len(inputs) < num_rows:
+            assert cache is not None
+            cache.batch_select_indices(torch.arange(len(inputs), device=model.device))
+        output = _forward(model, inputs, targets, use_cache=True, past_key_values=cache)
+        cache, num_rows = output.past_key_values, len(inputs)
+        yield output.logits, targets
 
 
-def _nats_of(model: PreTrainedModel, inputs: Tensor, targets: Tensor) -> float:
-    inputs, targets = inputs.to(model.device), targets.to(model.device)
-    real = targets != IGNORED
-    masked = {} if real.all() else {"attention_mask": real.long()}
-    logits = model(input_ids=inputs, use_cache=False, **masked).logits  # [B, T, V]
+def _forward(model: PreTrainedModel, inputs: Tensor, targets: Tensor, **settings: Any) -> Any:
+    """Run the model; what is behind the last target of a row is padding."""
+    place = torch.arange(1, inputs.shape[1] + 1)
+    lengths = (place * (targets != IGNORED)).amax(dim=1, keepdim=True)
+    if int(lengths.min()) < inputs.shape[1]:
+        settings["attention_mask"] = (place <= lengths).long().to(model.device)
+    return model(input_ids=inputs.to(model.device), **settings)
+
+
+def _nats_of(logits: Tensor, targets: Tensor) -> float:
     nats = 0.0
     for rows, row_targets in zip(
         logits.flatten(0, 1).split(_LOGIT_ROWS), targets.flatten().split(_LOGIT_ROWS), strict=True
