@@ -3,10 +3,12 @@ r"""Files to text rows, in constant memory: .txt, .jsonl, .parquet, each text fi
 Every reader yields `(text, ends_document)`. A document longer than `BLOCK` characters comes as several rows, of which
 only the last ends it; joined, the rows are the document again. So a 10 GB file is never in memory as a whole and can be
 tokenised in parallel. Blocks are cut before a single space between two letters, where no tokenizer of ours joins:
-byte-level BPE starts a piece at that space, WordPiece drops it, hence cutting does not change the tokens.
+byte-level BPE starts a piece at that space, WordPiece drops it, hence cutting does not change the tokens. Text without
+such a space is cut after a line, which is as good; text with neither, anywhere, which may cost a token.
 
-Text is UTF-8 (a leading byte-order mark is dropped), "\r\n" and "\r" become "\n", documents of white space alone are
-left out. What cannot be read ends in one DataError line that names the file, the place and the remedy.
+Text is UTF-8 (a leading byte-order mark is dropped), "\r\n" and "\r" become "\n". White space is no text: documents of
+nothing else are left out, and so are whole blocks of it at the head of one. Paragraphs and lines come without the blank
+lines around them. What cannot be read ends in one DataError line that names the file, the place and the remedy.
 
     for text, ends_document in read_rows(Path("corpus.jsonl.gz"), split_by="document", text_column="text"): ...
 """
@@ -15,9 +17,10 @@ from __future__ import annotations
 
 import codecs
 import io
+import itertools
 import json
 import re
-from collections.abc import Iterable, Iterator
+from collections.abc import Generator, Iterable, Iterator
 from pathlib import Path
 
 import pyarrow as pa
@@ -33,6 +36,8 @@ COMPRESSIONS = {".gz": "gzip", ".zst": "zstd"}
 SEPARATORS = {"document": None, "paragraph": re.compile(r"\n(?:[ \t]*\n)+"), "line": re.compile(r"\n")}
 
 _CHUNK = 1 << 20
+_LONGEST_LINE = 1 << 28  # bytes of one JSON row: more is one array written in a single line, not rows
+_BLANK_LINES = re.compile(r"(?:[ \t]*\n)+")
 _MAGIC = {
     b"\x1f\x8b": "gzip-compressed (name it .gz)",
     b"\x28\xb5\x2f\xfd": "zstd-compressed (name it .zst)",
@@ -81,13 +86,13 @@ def read_rows(path: Path, *, split_by: str, text_column: str) -> Iterator[tuple[
         else:
             for text in _parquet_texts(path, text_column):
                 yield from _split([text], separator)
-    except (OSError, pa.ArrowInvalid) as error:
+    except (OSError, pa.ArrowException) as error:
         raise DataError(f"cannot read {path}: {_reason(error)}") from error
 
 
-def _reason(error: OSError | pa.ArrowInvalid) -> str:
+def _reason(error: OSError | pa.ArrowException) -> str:
     """One line, in a reader's words where the library's own are about its insides."""
-    message = getattr(error, "strerror", None) or str(error).splitlines()[0]
+    message = (getattr(error, "strerror", None) or str(error) or type(error).__name__).splitlines()[0]
     if "Truncated" in message:
         return "the compressed file is cut short; fetch it again"
     if "zlib" in message or "ZSTD" in message:
@@ -99,47 +104,70 @@ def _reason(error: OSError | pa.ArrowInvalid) -> str:
 
 def _split(chunks: Iterable[str], separator: re.Pattern[str] | None) -> Iterator[tuple[str, bool]]:
     """Cut streamed text into documents, and documents into blocks."""
-    buffer = ""
-    inside = False  # the buffer begins in the middle of a document whose earlier blocks are out
+    rest = ""
+    inside = False  # the rest begins in the middle of a document whose earlier blocks are out
     for chunk in chunks:
-        buffer += chunk
+        rest += chunk
         if separator is not None:
-            *complete, buffer = separator.split(buffer)
+            *complete, rest = separator.split(rest)
             for document in complete:
-                yield from _blocks(document.strip("\n"), inside)
+                yield from _last_blocks(_trimmed(document, inside), inside)
                 inside = False
-        while len(buffer) > 2 * BLOCK:
-            cut = _cut(buffer)
-            yield buffer[:cut], False
-            buffer, inside = buffer[cut:], True
-    yield from _blocks(buffer if separator is None else buffer.strip("\n"), inside)
+        rest, inside = yield from _first_blocks(rest, inside)
+    yield from _last_blocks(rest if separator is None else _trimmed(rest, inside), inside)
 
 
-def _blocks(document: str, inside: bool) -> Iterator[tuple[str, bool]]:
-    if not inside and not document.strip():
-        return
+def _trimmed(document: str, inside: bool) -> str:
+    """Take off the blank lines around a document; what reads as its head may be the middle of a line."""
+    # A separator cut by the end of a chunk leaves its second half here.
+    blank = None if inside else _BLANK_LINES.match(document)
+    return document[blank.end() if blank else 0 :].rstrip("\n")
+
+
+def _last_blocks(document: str, inside: bool) -> Iterator[tuple[str, bool]]:
+    if len(document) > 2 * BLOCK:  # a generator for every line would double the time
+        document, inside = yield from _first_blocks(document, inside)
+    if inside or document.strip():
+        yield document, True
+
+
+def _first_blocks(text: str, inside: bool) -> Generator[tuple[str, bool], None, tuple[str, bool]]:
+    """Yield blocks while there are two at least; return the rest, and whether a block came before it."""
     start = 0
-    while len(document) - start > 2 * BLOCK:
-        cut = _cut(document, start)
-        yield document[start:cut], False
+    while len(text) - start > 2 * BLOCK:
+        cut = _cut(text, start)
+        if inside or not text[start:cut].isspace():
+            yield text[start:cut], False
+            inside = True
         start = cut
-    yield document[start:], True
+    return text[start:], inside
 
 
-def _cut(text: str, start: int = 0) -> int:
+def _cut(text: str, start: int) -> int:
     """Find where to cut at most BLOCK characters after `start`: before a space between letters, else after a line."""
     low, high = start + BLOCK // 2, start + BLOCK
-    at = text.rfind(" ", low, high)
-    while at >= 0:
+    for at in _found_backwards(text, " ", low, high):
         if text[at - 1].isalpha() and text[at + 1].isalpha():
             return at
-        at = text.rfind(" ", low, at)
-    line_end = text.rfind("\n", low, high)
-    return line_end + 1 if line_end >= 0 else high
+    for at in _found_backwards(text, "\n", low, high):
+        if not text[at + 1].isspace():
+            return at + 1
+    return high
 
 
-def _open(path: Path, compression: str | None) -> pa.NativeFile:
-    return pa.input_stream(str(path), compression=compression)
+def _found_backwards(text: str, character: str, low: int, high: int) -> Iterator[int]:
+    while (high := text.rfind(character, low, high)) >= 0:
+        yield high
+
+
+def _chunks(path: Path, compression: str | None) -> Iterator[bytes]:
+    """Yield the uncompressed bytes, refusing what is no text as soon as it comes by."""
+    num_read = 0
+    with pa.input_stream(str(path), compression=compression) as stream:
+        while chunk := stream.read(_CHUNK):
+            _refuse_binary(path, chunk, at=num_read)
+            num_read += len(chunk)
+            yield chunk
 
 
 def _decoded(path: Path, compression: str | None) -> Iterator[str]:
@@ -147,17 +175,12 @@ def _decoded(path: Path, compression: str | None) -> Iterator[str]:
     utf8 = codecs.getincrementaldecoder("utf-8-sig")()
     decoder = io.IncrementalNewlineDecoder(utf8, translate=True)
     num_read = 0
-    with _open(path, compression) as stream:
-        while True:
-            chunk = stream.read(_CHUNK)
-            _refuse_binary(path, chunk, at=num_read)
-            num_read += len(chunk)
-            try:
-                yield decoder.decode(chunk, final=not chunk)
-            except UnicodeDecodeError as error:
-                raise DataError(_not_utf8(path, error, num_read - len(error.object) + error.start)) from None
-            if not chunk:
-                return
+    for chunk in itertools.chain(_chunks(path, compression), [b""]):
+        num_read += len(chunk)
+        try:
+            yield decoder.decode(chunk, final=not chunk)
+        except UnicodeDecodeError as error:
+            raise DataError(_not_utf8(path, error, num_read - len(error.object) + error.start)) from None
 
 
 def _not_utf8(path: Path, error: UnicodeDecodeError, offset: int) -> str:
@@ -178,16 +201,30 @@ def _refuse_binary(path: Path, chunk: bytes, at: int) -> None:
 
 
 def _json_texts(path: Path, compression: str | None, column: str) -> Iterator[str]:
-    with _open(path, compression) as stream:
-        for number, line in enumerate(io.BufferedReader(stream, _CHUNK), start=1):
-            if number == 1:
-                _refuse_binary(path, line, at=0)
-                line = line.removeprefix(codecs.BOM_UTF8)
-            if line.isspace():
-                continue
-            text = _json_text(line, f"{path}, line {number}", column)
-            if text is not None:
-                yield text
+    for number, line in enumerate(_lines(path, compression), start=1):
+        if number == 1:
+            line = line.removeprefix(codecs.BOM_UTF8)
+        text = _json_text(line, f"{path}, line {number}", column) if line.strip() else None
+        if text is not None:
+            yield text
+
+
+def _lines(path: Path, compression: str | None) -> Iterator[bytes]:
+    """Split into lines, never holding more than one of them and a chunk."""
+    held: list[bytes] = []
+    number = 1
+    for chunk in _chunks(path, compression):
+        *complete, rest = chunk.split(b"\n")
+        for line in complete:
+            yield b"".join([*held, line])
+            held = []
+        number += len(complete)
+        held.append(rest)
+        if sum(map(len, held)) > _LONGEST_LINE:
+            raise DataError(
+                f"{path}, line {number}: longer than {_LONGEST_LINE >> 20} MiB; one JSON object per line expected"
+            )
+    yield b"".join(held)
 
 
 def _json_text(line: bytes, where: str, column: str) -> str | None:
@@ -199,6 +236,8 @@ def _json_text(line: bytes, where: str, column: str) -> str | None:
         raise DataError(
             f"{where}: not JSON ({error.msg} at column {error.colno}); one object per line expected"
         ) from None
+    except (ValueError, RecursionError) as error:  # a number of thousands of digits, or nested as deep
+        raise DataError(f"{where}: not JSON that can be read ({str(error).partition(';')[0]})") from None
     if not isinstance(row, dict):
         raise DataError(f"{where}: one JSON object per line expected; got {_json_kind(row)}")
     if column not in row:
@@ -230,19 +269,30 @@ def _newlines(text: str) -> str:
 
 
 def _parquet_texts(path: Path, column: str) -> Iterator[str]:
-    with pq.ParquetFile(path) as file:
+    # Buffered page by page: by default a whole row group is fetched ahead, which may be the whole file.
+    with pq.ParquetFile(path, buffer_size=_CHUNK, pre_buffer=False) as file:
         names = file.schema_arrow.names
-        if column not in names:
-            raise DataError(f"{path}: {_no_column(column, names)}")
+        if names.count(column) != 1:
+            what = f"more than one column {column!r}" if column in names else _no_column(column, names)
+            raise DataError(f"{path}: {what}")
         kind = file.schema_arrow.field(column).type
         if pa.types.is_dictionary(kind):
             kind = kind.value_type
-        if not (pa.types.is_string(kind) or pa.types.is_large_string(kind)):
+        if not (pa.types.is_string(kind) or pa.types.is_large_string(kind) or pa.types.is_string_view(kind)):
             raise DataError(f"{path}: the column {column!r} must hold text; got {kind}")
+        num_read = 0
         for batch in file.iter_batches(batch_size=256, columns=[column]):
-            for text in batch.column(0):
+            for number, text in enumerate(batch.column(0), start=num_read + 1):
                 if text.is_valid:
-                    yield _newlines(text.as_py())
+                    yield _newlines(_parquet_text(text, f"{path}, row {number}"))
+            num_read += len(batch)
+
+
+def _parquet_text(text: pa.Scalar, where: str) -> str:
+    try:
+        return text.as_py()
+    except UnicodeDecodeError as error:
+        raise DataError(f"{where}: not UTF-8 (byte 0x{error.object[error.start]:02x})") from None
 
 
 def _no_column(column: str, names: list[str]) -> str:
