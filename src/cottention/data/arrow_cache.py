@@ -3,8 +3,9 @@
 A producer yields Arrow tables of some megabytes; they are appended to one file in the datasets cache, under a name made
 from everything that decides its content. The same request later maps the file that is there. `datasets` could write
 such a file from a generator of rows; whole tables are quicker by far, and an error keeps its own type and message.
-A file appears under its name only when it is complete (written beside, then renamed), so a killed run leaves no half of
-a corpus behind, and two processes that build the same file do no harm.
+A file appears under its name only when it is complete (written beside, then renamed), so half of a corpus is never
+taken for all of it, and two processes that build the same file do no harm. What a killed run has written beside is
+removed by another run a day later.
 
     dataset = cached_dataset(tables(), features, key=["corpus", 1, path])
 """
@@ -13,8 +14,9 @@ from __future__ import annotations
 
 import contextlib
 import os
-import tempfile
-from collections.abc import Iterable, Sequence
+import time
+import uuid
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +26,11 @@ from datasets import config as datasets_config
 from datasets.fingerprint import Hasher
 
 from cottention.errors import DataError
+from cottention.logging import get_logger
+
+_ABANDONED_S = 24 * 3600  # a run that is alive writes every few seconds
+
+logger = get_logger(__name__)
 
 
 def cached_dataset(tables: Iterable[pa.Table], features: Features, *, key: Sequence[Any]) -> Dataset:
@@ -38,13 +45,14 @@ def cached_dataset(tables: Iterable[pa.Table], features: Features, *, key: Seque
         A memory-mapped dataset with as many rows as came; its fingerprint follows from `key` alone.
 
     Raises:
-        DataError: the cache cannot be written (no permission, no space).
+        DataError: the cache cannot be used (no permission, no space).
     """
     fingerprint = Hasher.hash(list(key))
     path = Path(datasets_config.HF_DATASETS_CACHE) / "cottention" / f"{fingerprint}.arrow"
-    if not path.is_file():
+    dataset = _mapped(path)
+    if dataset is None:
         _write(tables, features.arrow_schema, path)
-    dataset = Dataset.from_file(str(path))
+        dataset = Dataset.from_file(str(path))
     # By default the fingerprint holds the file's time; the key says more and is the same on every machine and rank.
     dataset._fingerprint = fingerprint
     return dataset
@@ -55,31 +63,57 @@ def fingerprint_of(dataset: Dataset) -> str:
     return dataset._fingerprint
 
 
-def _write(tables: Iterable[pa.Table], schema: pa.Schema, path: Path) -> None:
-    with _writing_to(path.parent):
-        path.parent.mkdir(parents=True, exist_ok=True)
-        handle, name = tempfile.mkstemp(dir=path.parent, prefix=path.stem, suffix=".partial")
-    try:
-        with os.fdopen(handle, "wb") as file:
-            with _writing_to(path.parent):
-                writer = pa.ipc.new_stream(file, schema)
-            # Producing and writing are kept apart, so that an unreadable source is not reported as an unwritable cache.
-            for table in tables:
-                with _writing_to(path.parent):
-                    writer.write_table(table.cast(schema))
-            with _writing_to(path.parent):
-                writer.close()
-                file.flush()
-                os.fsync(file.fileno())
-        Path(name).replace(path)
-    finally:
-        Path(name).unlink(missing_ok=True)
-
-
 @contextlib.contextmanager
-def _writing_to(folder: Path):
+def using_cache() -> Iterator[None]:
+    """Turn an OSError inside into one line on the cache."""
     try:
         yield
     except OSError as error:
-        reason = error.strerror or error
-        raise DataError(f"cannot write to the cache {folder}: {reason}; HF_DATASETS_CACHE chooses another") from error
+        reason = os.strerror(error.errno) if error.errno else error
+        raise DataError(
+            f"cannot use the cache {datasets_config.HF_DATASETS_CACHE}: {reason}; HF_DATASETS_CACHE chooses another"
+        ) from error
+
+
+def _mapped(path: Path) -> Dataset | None:
+    with using_cache():
+        if not path.is_file():
+            return None
+        try:
+            return Dataset.from_file(str(path))
+        except (pa.ArrowInvalid, OSError) as error:
+            if isinstance(error, PermissionError):
+                raise
+            logger.warning("%s is damaged and is written anew", path)
+            return None
+
+
+def _write(tables: Iterable[pa.Table], schema: pa.Schema, path: Path) -> None:
+    partial = path.with_name(f"{path.stem}-{uuid.uuid4().hex}.partial")
+    try:
+        with using_cache():
+            path.parent.mkdir(parents=True, exist_ok=True)
+            _remove_abandoned(path.parent)
+            # Arrow's own file keeps nothing back that closing would have to write, so closing a full disk is no error.
+            file = pa.OSFile(str(partial), "wb")
+        with file:
+            with using_cache():
+                writer = pa.ipc.new_stream(file, schema)
+            # Producing and writing are kept apart, so that an unreadable source is not reported as an unwritable cache.
+            for table in tables:
+                with using_cache():
+                    writer.write_table(table.cast(schema))
+            with using_cache():
+                writer.close()
+                os.fsync(file.fileno())
+        with using_cache():
+            partial.replace(path)
+    finally:
+        partial.unlink(missing_ok=True)
+
+
+def _remove_abandoned(folder: Path) -> None:
+    for partial in folder.glob("*.partial"):
+        with contextlib.suppress(OSError):  # another run may be quicker
+            if time.time() - partial.stat().st_mtime > _ABANDONED_S:
+                partial.unlink()
