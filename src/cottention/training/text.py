@@ -111,8 +111,8 @@ def open_documents(settings: DataSettings, *, seed: int) -> tuple[Dataset, Datas
     """
     options: dict[str, Any] = {"split_by": settings.split_by, "text_column": settings.text_column}
     if settings.source == DEFAULT_CORPUS and isinstance(settings.validation, (int, float)):
-        train = load_corpus(f"{DEFAULT_CORPUS}:train")
-        return _without_long(train, settings), load_corpus(f"{DEFAULT_CORPUS}:validation")
+        train = load_corpus(f"{DEFAULT_CORPUS}:train", **options)
+        return _without_long(train, settings), load_corpus(f"{DEFAULT_CORPUS}:validation", **options)
     documents = _without_long(load_corpus(settings.source, **options), settings)
     if isinstance(settings.validation, (int, float)):
         return _hold_out(documents, settings.validation, seed)
