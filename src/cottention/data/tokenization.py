@@ -23,7 +23,8 @@ from datasets import Dataset, Features, List, Value
 from datasets.fingerprint import Hasher
 from transformers import PreTrainedTokenizerBase
 
-from cottention.data.arrow_cache import fingerprint_of
+from cottention.data.arrow_cache import fingerprint_of, using_cache
+from cottention.errors import DataError, did_you_mean
 
 _VERSION = 2  # part of the cache key: raise it when the same input shall give another output
 _TOKENS = Features(
@@ -47,11 +48,15 @@ def tokenize_documents(dataset: Dataset, tokenizer: PreTrainedTokenizerBase, num
 
     Returns:
         Dataset with columns input_ids, num_bytes, num_words, ends_document.
+
+    Raises:
+        DataError: there is no text, or the cache cannot be used.
     """
+    check_has_text(dataset)
     extra = [name for name in dataset.column_names if name not in ("text", "ends_document")]
     dataset = dataset.remove_columns(extra)
     batch_size = _batch_size(dataset, 1000)
-    with _threads_of_tokenizers(num_proc):
+    with _threads_of_tokenizers(num_proc), using_cache():
         return dataset.map(
             _Tokenize(tokenizer),
             batched=True,
@@ -65,9 +70,35 @@ def tokenize_documents(dataset: Dataset, tokenizer: PreTrainedTokenizerBase, num
         )
 
 
+def check_has_text(dataset: Dataset) -> None:
+    """Refuse a dataset without rows, or without the column "text".
+
+    Raises:
+        DataError: it is one of these.
+    """
+    names = dataset.column_names
+    if "text" not in names:
+        what = ", ".join(map(repr, names)) or "none"
+        raise DataError(f"the dataset must have a column 'text'; it has {what}{did_you_mean('text', names)}")
+    if not len(dataset):
+        raise DataError("the dataset has no rows, so there is no text to tokenise")
+
+
 def arrow_batches(dataset: Dataset) -> Iterator[pa.Table]:
     """Yield a dataset's rows as Arrow tables of some megabytes."""
-    yield from dataset.with_format("arrow").iter(_batch_size(dataset, 1 << 16))  # pyright: ignore[reportReturnType]
+    table: pa.Table
+    for table in dataset.with_format("arrow").iter(_batch_size(dataset, 1 << 16)):  # pyright: ignore
+        yield from _halved(table)
+
+
+def _halved(table: pa.Table) -> Iterator[pa.Table]:
+    """Yield a table in parts of some megabytes: the mean says little where long rows stand together."""
+    if len(table) < 2 or table.nbytes <= 2 * _BATCH_BYTES:
+        yield table
+        return
+    middle = len(table) // 2
+    yield from _halved(table.slice(0, middle))
+    yield from _halved(table.slice(middle))
 
 
 class _Tokenize:
@@ -78,6 +109,14 @@ class _Tokenize:
 
     def __call__(self, rows: dict[str, list]) -> dict[str, list]:
         texts = rows["text"]
+        return {
+            "input_ids": [ids for group in _groups(texts) for ids in self._encoded(group)],
+            "num_bytes": [len(text.encode()) for text in texts],
+            "num_words": [len(text.split()) for text in texts],
+            "ends_document": rows.get("ends_document", [True] * len(texts)),
+        }
+
+    def _encoded(self, texts: list[str]) -> list[np.ndarray]:
         encoded = self.tokenizer(
             texts,
             add_special_tokens=False,
@@ -86,12 +125,20 @@ class _Tokenize:
             return_token_type_ids=False,
             verbose=False,
         )
-        return {
-            "input_ids": [np.asarray(ids, dtype=np.int32) for ids in encoded["input_ids"]],
-            "num_bytes": [len(text.encode()) for text in texts],
-            "num_words": [len(text.split()) for text in texts],
-            "ends_document": rows.get("ends_document", [True] * len(texts)),
-        }
+        return [np.asarray(ids, dtype=np.int32) for ids in encoded["input_ids"]]
+
+
+def _groups(texts: list[str]) -> Iterator[list[str]]:
+    """Yield texts in groups of some megabytes: while it works, a tokenizer holds a hundred bytes and more per token."""
+    group: list[str] = []
+    num_characters = 0
+    for text in texts:
+        if group and num_characters + len(text) > _BATCH_BYTES:
+            yield group
+            group, num_characters = [], 0
+        group.append(text)
+        num_characters += len(text)
+    yield group
 
 
 @contextlib.contextmanager
