@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import json
 import os
+from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -23,6 +24,7 @@ from tokenizers import Regex, Tokenizer, decoders, models, normalizers, pre_toke
 from tqdm import tqdm
 from transformers import AutoTokenizer, PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
+from cottention.data.tokenization import check_has_text
 from cottention.errors import DataError, SettingsError, did_you_mean
 from cottention.logging import get_logger
 
@@ -56,12 +58,11 @@ def train_tokenizer(dataset: Dataset, *, kind: str = "bpe", vocab_size: int) -> 
 
     Raises:
         SettingsError: unknown kind, or a vocabulary too small for the alphabet.
-        DataError: the corpus is empty.
+        DataError: there is no text.
     """
     if kind not in ("bpe", "wordpiece"):
         raise SettingsError(f"a tokenizer's kind must be bpe or wordpiece; got {kind!r}")
-    if not len(dataset):
-        raise DataError("cannot train a tokenizer on an empty corpus")
+    check_has_text(dataset)
     tokenizer = _train_bpe(dataset, vocab_size) if kind == "bpe" else _train_wordpiece(dataset, vocab_size)
     if len(tokenizer) < vocab_size:
         logger.warning("the corpus is small: the vocabulary has %d tokens instead of %d", len(tokenizer), vocab_size)
@@ -79,17 +80,20 @@ def load_tokenizer(path_or_name: str | os.PathLike[str]) -> PreTrainedTokenizerB
     Raises:
         DataError: there is no such thing, or it is damaged; one line.
     """
-    path = Path(path_or_name).expanduser()
-    if not path.exists():
-        path = _from_hub(str(path_or_name))
+    name = os.fspath(path_or_name)
+    if not name:
+        raise DataError("no tokenizer was named: the name is empty")
     try:
-        return _open(path)
+        path = Path(name).expanduser()
+        return _open(path if path.exists() else _from_hub(name))
     except DataError:
         raise
     except Exception as error:
-        # The tokenizers library reports a damaged file as a plain Exception, nothing more exact; anything that is
-        # neither that nor one of the errors of reading and parsing is a bug and passes.
-        if type(error) is not Exception and not isinstance(error, (OSError, ValueError, KeyError, TypeError)):
+        # The tokenizers library reports a damaged file as a plain Exception, nothing more exact, and where a value is of
+        # the wrong kind transformers looks for attributes it lacks; what is none of the errors of reading is a bug and
+        # passes.
+        damage = (OSError, ValueError, KeyError, TypeError, AttributeError, RuntimeError)
+        if type(error) is not Exception and not isinstance(error, damage):
             raise
         raise DataError(f"cannot read a tokenizer from {path_or_name}: {_first_line(error)}") from error
 
@@ -114,25 +118,40 @@ def _train_bpe(dataset: Dataset, vocab_size: int) -> PreTrainedTokenizerFast:
 
 
 def _train_wordpiece(dataset: Dataset, vocab_size: int) -> PreTrainedTokenizerFast:
-    # The trainer numbers the "##x" pieces in the order of a randomly seeded hash map, and those numbers break ties
-    # between merges. A first pass without merges finds the characters; given sorted, their numbers are fixed.
-    characters = set(_wordpiece_vocab(dataset, list(BERT_TOKENS.values()), 1))
+    # The trainer keeps its characters in a randomly seeded hash map: its order decides between equally rare ones, and
+    # numbers the "##x" pieces, where it breaks ties between merges. So the alphabet is chosen here, and a first pass
+    # without merges finds which of it continues words; given sorted, their numbers are fixed.
+    alphabet = _commonest_characters(dataset)
+    characters = set(_wordpiece_vocab(dataset, list(BERT_TOKENS.values()), alphabet, 1))
     continuing = sorted(piece for piece in characters if piece.startswith(_CONTINUES) and len(piece) == 3)
     if vocab_size < len(characters):
         raise SettingsError(
             f"vocab_size must be at least {len(characters)}, the characters of this corpus; got {vocab_size}"
         )
-    vocab = _wordpiece_vocab(dataset, [*BERT_TOKENS.values(), *continuing], vocab_size)
+    vocab = _wordpiece_vocab(dataset, [*BERT_TOKENS.values(), *continuing], alphabet, vocab_size)
     return _wrap_wordpiece(vocab, lowercase=False)
 
 
-def _wordpiece_vocab(dataset: Dataset, first: list[str], vocab_size: int) -> dict[str, int]:
+def _commonest_characters(dataset: Dataset) -> list[str]:
+    """The characters that become tokens, commonest first, equally common ones in the order of their code points."""
+    counts: Counter[str] = Counter()
+    for texts in _texts(dataset):
+        for text in texts:
+            counts.update(text)
+    # The normalizer drops or replaces some; character by character, as it does without stripping accents.
+    normalizer = _bert_normalizer(lowercase=False)
+    kept = [character for character in counts if normalizer.normalize_str(character).strip() == character]
+    return sorted(kept, key=lambda character: (-counts[character], character))[:_BERT_ALPHABET]
+
+
+def _wordpiece_vocab(dataset: Dataset, first: list[str], alphabet: list[str], vocab_size: int) -> dict[str, int]:
     tokenizer = Tokenizer(models.WordPiece(unk_token=BERT_TOKENS["unk"]))
     tokenizer.normalizer = _bert_normalizer(lowercase=False)
     tokenizer.pre_tokenizer = pre_tokenizers.BertPreTokenizer()
     trainer = trainers.WordPieceTrainer(
         vocab_size=vocab_size,
-        limit_alphabet=_BERT_ALPHABET,
+        initial_alphabet=alphabet,
+        limit_alphabet=len(alphabet),
         special_tokens=first,
         continuing_subword_prefix=_CONTINUES,
         show_progress=False,
@@ -188,7 +207,8 @@ def _open(path: Path) -> PreTrainedTokenizerBase:
     if path.is_file():
         if path.suffix != ".json":
             raise DataError(f"{path} is no tokenizer; expected a folder, a tokenizer.json or a hub name")
-        return _with_special_tokens(Tokenizer.from_str(path.read_text(encoding="utf-8")))
+        _check_object(path)
+        return _with_special_tokens(Tokenizer.from_file(str(path)))
     names = {entry.name for entry in path.iterdir()}
     if "tokenizer.json" in names:
         return _from_tokenizer_json(path, names)
@@ -198,16 +218,30 @@ def _open(path: Path) -> PreTrainedTokenizerBase:
         if {vocab, merges} <= names:
             return _from_vocab_and_merges(path / vocab, path / merges)
     if "tokenizer_config.json" in names:
-        return AutoTokenizer.from_pretrained(path, local_files_only=True)
+        return _from_config(path)
     raise DataError(f"no tokenizer in {path}; expected tokenizer.json, vocab.txt, or vocab.json with merges.txt")
 
 
 def _from_tokenizer_json(path: Path, names: set[str]) -> PreTrainedTokenizerBase:
-    text = (path / "tokenizer.json").read_text(encoding="utf-8")
-    json.loads(text)  # the library's own message about a damaged file names neither file nor place
+    _check_object(path / "tokenizer.json")
     if "tokenizer_config.json" in names:
-        return AutoTokenizer.from_pretrained(path, local_files_only=True)
-    return _with_special_tokens(Tokenizer.from_str(text))
+        return _from_config(path)
+    return _with_special_tokens(Tokenizer.from_file(str(path / "tokenizer.json")))
+
+
+def _from_config(path: Path) -> PreTrainedTokenizerBase:
+    _check_object(path / "tokenizer_config.json")
+    return AutoTokenizer.from_pretrained(path, local_files_only=True)
+
+
+def _check_object(path: Path) -> None:
+    """Refuse a file that is no JSON object; the libraries' own messages name neither file nor place."""
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise DataError(f"{path} is damaged: {_first_line(error)}") from error
+    if not isinstance(content, dict):
+        raise DataError(f"{path} is damaged: a JSON object expected; got {json.dumps(content)[:40]}")
 
 
 def _from_vocab_txt(path: Path) -> PreTrainedTokenizerFast:
@@ -224,11 +258,11 @@ def _from_vocab_and_merges(vocab: Path, merges: Path) -> PreTrainedTokenizerFast
     tokenizer = Tokenizer(models.BPE.from_file(str(vocab), str(merges)))
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = decoders.ByteLevel()
-    return _wrap_bpe(tokenizer)
+    return _with_special_tokens(tokenizer)
 
 
 def _with_special_tokens(tokenizer: Tokenizer) -> PreTrainedTokenizerFast:
-    """Wrap a bare tokenizer.json: which tokens are special is told by their usual names."""
+    """Wrap a tokenizer that comes alone: which tokens are special is told by their usual names."""
     vocab = tokenizer.get_vocab()
     if END_OF_TEXT in vocab:
         return _wrap_bpe(tokenizer)
