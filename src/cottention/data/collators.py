@@ -35,6 +35,8 @@ class CausalCollator:
     Without `reset_at_documents` a batch is input_ids, labels [B, T] (and attention_mask, only where a row is padded):
     attention runs over all of a window. With it the rows are joined to [1, B*T] beside `cu_seqlens` (int32, bounds of
     rows and of documents inside them) and `position_ids` that start again at each bound: no document sees another.
+    Then `shift_labels` holds the targets too, already shifted: a document's last token still has the end-of-text as its
+    target, although that stands beyond the bound, where a model that shifts labels itself must not look.
 
     Args:
         reset_at_documents: keep documents apart.
@@ -71,7 +73,7 @@ class MaskedLMCollator:
         seed: of the masking.
 
     Raises:
-        SettingsError: the tokenizer has no mask token, or the probability is not in (0, 1).
+        SettingsError: the tokenizer has no mask token, the probability is not in (0, 1), or the seed is negative.
     """
 
     def __init__(self, tokenizer: PreTrainedTokenizerBase, mlm_probability: float = 0.15, seed: int = 0) -> None:
@@ -79,14 +81,17 @@ class MaskedLMCollator:
             raise SettingsError("the tokenizer has no mask token; masked-language modelling needs BERT's tokens")
         if not 0 < mlm_probability < 1:
             raise SettingsError(f"mlm_probability must be between 0 and 1; got {mlm_probability}")
+        if seed < 0:
+            raise SettingsError(f"the seed of the masking must be 0 or more; got {seed}")
         self.mask_token_id: int = tokenizer.mask_token_id  # pyright: ignore[reportAttributeAccessIssue]
         self.pad_token_id: int = tokenizer.pad_token_id or 0  # pyright: ignore[reportAttributeAccessIssue]
         self.mlm_probability = mlm_probability
         self.seed = seed
         self.epoch = 0
-        self.is_special = np.zeros(len(tokenizer), dtype=bool)
+        ids = np.array(sorted(tokenizer.get_vocab().values()))  # may have gaps: a vocabulary that lists a token twice
+        self.is_special = np.zeros(ids[-1] + 1, dtype=bool)
         self.is_special[tokenizer.all_special_ids] = True
-        self.ordinary_ids = np.flatnonzero(~self.is_special)
+        self.ordinary_ids = ids[~self.is_special[ids]]
 
     def set_epoch(self, epoch: int) -> None:
         """Choose the masks of another pass over the data, for rows that carry no pass_number of their own."""
@@ -108,11 +113,13 @@ class MaskedLMCollator:
         return batch if real.all() else {**batch, "attention_mask": torch.from_numpy(real.astype(np.int64))}
 
     def _draws(self, tokens: np.ndarray, pass_number: int, length: int) -> np.ndarray:
-        """Three uniform numbers per position, [3, T], from a generator that belongs to this row and pass."""
+        """Three uniform numbers per position, [3, length], from a generator that belongs to this row and pass."""
         # Tokens rather than a row number: they are known wherever the row comes from, whatever selected or shuffled it.
         digest = hashlib.blake2b(tokens.tobytes(), digest_size=8).digest()
         key = (self.seed, pass_number, int.from_bytes(digest, "little"))
-        return np.random.Generator(np.random.Philox(np.random.SeedSequence(key))).random((3, length))
+        drawn = np.random.Generator(np.random.Philox(np.random.SeedSequence(key))).random((3, len(tokens)))
+        # Padded afterwards, so that how far a row is padded, which its neighbours decide, changes nothing.
+        return np.pad(drawn, ((0, 0), (0, length - len(tokens))))
 
     def _mask(self, input_ids: np.ndarray, real: np.ndarray, draws: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         maskable = real & ~self.is_special[input_ids]
@@ -141,6 +148,7 @@ def _flattened(rows: Sequence[Mapping[str, Any]], input_ids: np.ndarray, labels:
     return {
         "input_ids": torch.from_numpy(input_ids.reshape(1, -1)),
         "labels": torch.from_numpy(labels.reshape(1, -1)),
+        "shift_labels": torch.from_numpy(np.append(labels.reshape(-1)[1:], IGNORED)[None]),
         "position_ids": torch.from_numpy(position_ids[None]),
         "cu_seqlens": torch.from_numpy(bounds.astype(np.int32)),
     }

@@ -153,10 +153,13 @@ def packing_report(tokens: Dataset, windows: Dataset) -> PackingReport:
         windows: what `pack_windows` or `pack_mlm_windows` made of it.
     """
     num_tokens = num_bytes = num_documents = 0
+    begins = True
     for table in arrow_batches(tokens):
+        ends = _ends_of(table)
         num_tokens += int(_lengths_of(table).sum())
         num_bytes += int(table["num_bytes"].to_numpy().sum())
-        num_documents += int(_ends_of(table).sum())
+        num_documents += int(begins) + int(ends[:-1].sum())  # beginnings: the last document may lack its end
+        begins = ends[-1]
     num_kept = sum(int(table["num_tokens"].to_numpy().sum()) for table in arrow_batches(windows))
     window = len(windows[0]["input_ids"])
     # A GPT row may open with a document's end-of-text; a BERT row has [CLS] before its first document and [SEP] behind.
