@@ -37,7 +37,7 @@ from cottention.training.checkpoints import (
 from cottention.training.metrics import draw_loss_curve, read_metrics
 from cottention.training.recipe import BertRecipe, GPTRecipe, Recipe
 from cottention.training.recipe_files import differing_setting, load_recipe, recipe_text
-from cottention.training.text import TRAINED, prepare_text
+from cottention.training.text import TRAINED, PreparedText, prepare_text
 from cottention.training.trainer import PretrainingTrainer, save_model, training_arguments
 
 _RECIPE = "recipe.yaml"
@@ -75,7 +75,14 @@ class PretrainResult:
         }
 
 
-def pretrain(recipe: Recipe, *, output_dir: str | Path, resume: bool = True, overwrite: bool = False) -> PretrainResult:
+def pretrain(
+    recipe: Recipe,
+    *,
+    output_dir: str | Path,
+    resume: bool = True,
+    overwrite: bool = False,
+    text: PreparedText | None = None,
+) -> PretrainResult:
     """Pretrain a model.
 
     Args:
@@ -84,6 +91,7 @@ def pretrain(recipe: Recipe, *, output_dir: str | Path, resume: bool = True, ove
         resume: continue from the newest intact checkpoint when the directory holds a run of the same recipe; without
             it a used directory is refused.
         overwrite: delete the run that is in the directory and start again.
+        text: what `prepare_text` made of this recipe, for a caller who needed it before; None prepares it.
 
     Returns:
         Where the model is, and its last held-out figures.
@@ -109,7 +117,8 @@ def pretrain(recipe: Recipe, *, output_dir: str | Path, resume: bool = True, ove
                 run_dir=run_dir, model_dir=model_dir, step=recipe.training.max_steps, metrics=_last_held_out(run_dir)
             )
         checkpoint = newest_intact_checkpoint(run_dir / "checkpoints") if continues else None
-        text = prepare_text(recipe, run_dir if continues or not is_first else None)
+        if text is None:
+            text = prepare_text(recipe, run_dir if continues or not is_first else None)
         set_seed(recipe.training.seed)
         model = build_model(recipe, text.tokenizer)
         if is_first and not continues:

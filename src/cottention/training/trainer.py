@@ -215,13 +215,17 @@ class PretrainingTrainer(Trainer):
         """Measure the held-out loss and log it."""
         self._refuse_non_finite()
         with self._stopwatch.paused():
-            measured = self.text.held_out.measure(cast(PreTrainedModel, self.model), self._autocast, self.accelerator)
+            measured = self.measure_held_out()
         if not math.isfinite(measured["val_loss"]):
             step = self.state.global_step
             self._stop("held-out loss", step, newest_good=step - 1)
         self.log(measured)
         self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics=measured)
         return measured
+
+    def measure_held_out(self) -> dict[str, float]:
+        """Loss and its relatives on the held-out text, as the model is now."""
+        return self.text.held_out.measure(cast(PreTrainedModel, self.model), self._autocast, self.accelerator)
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         """Write a line to metrics.jsonl and show it."""
