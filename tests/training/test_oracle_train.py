@@ -42,15 +42,14 @@ def optimizer_settings(folder: Path) -> OptimizerSettings:
     """The same as a recipe's section."""
     names = ("learning_rate", "betas", "eps", "weight_decay", "warmup_steps")
     given = settings_of(folder)
-    return OptimizerSettings(
-        **{name: tuple(value) if name == "betas" else value for name, value in given.items() if name in names}
-    )
+    values: dict[str, Any] = {name: given[name] for name in names}
+    return OptimizerSettings(**{**values, "betas": tuple(values["betas"])})
 
 
 def new_model(folder: Path, dtype: torch.dtype) -> Any:
     """The model before the first update."""
     config = published_config(folder / "init")
-    model = CottentionGPTForCausalLM(config) if folder.name == "gpt" else CottentionBertForPreTraining(config)
+    model: Any = CottentionGPTForCausalLM(config) if folder.name == "gpt" else CottentionBertForPreTraining(config)
     model.load_state_dict(torch.load(folder / "init" / "pytorch_model.bin", weights_only=True), strict=True)
     return model.to(dtype).train()
 

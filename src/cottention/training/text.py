@@ -15,7 +15,6 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import pyarrow.compute as pc
 from datasets import Dataset
 from transformers import PreTrainedTokenizerBase
 
@@ -32,7 +31,6 @@ from cottention.training.recipe import BertRecipe, DataSettings, GPTRecipe, Reci
 TRAINED = "train"
 """`data.tokenizer` of a recipe that trains its own."""
 
-_ROWS_PER_BATCH = 1 << 12
 _WINDOWS_IN_FINGERPRINT = 64
 
 logger = get_logger(__name__)
@@ -110,13 +108,13 @@ def open_documents(settings: DataSettings, *, seed: int) -> tuple[Dataset, Datas
         DataError: a source cannot be read, or is one document only and no other is held out.
     """
     options: dict[str, Any] = {"split_by": settings.split_by, "text_column": settings.text_column}
-    if settings.source == DEFAULT_CORPUS and isinstance(settings.validation, (int, float)):
-        train = load_corpus(f"{DEFAULT_CORPUS}:train", **options)
-        return _without_long(train, settings), load_corpus(f"{DEFAULT_CORPUS}:validation", **options)
-    documents = _without_long(load_corpus(settings.source, **options), settings)
+    limited = {**options, "max_document_chars": settings.max_document_chars}
     if isinstance(settings.validation, (int, float)):
-        return _hold_out(documents, settings.validation, seed)
-    return documents, load_corpus(settings.validation, **options)
+        if settings.source == DEFAULT_CORPUS:
+            train = load_corpus(f"{DEFAULT_CORPUS}:train", **limited)
+            return train, load_corpus(f"{DEFAULT_CORPUS}:validation", **options)
+        return _hold_out(load_corpus(settings.source, **limited), settings.validation, seed)
+    return load_corpus(settings.source, **limited), load_corpus(settings.validation, **options)
 
 
 def _hold_out(documents: Dataset, fraction: float, seed: int) -> tuple[Dataset, Dataset]:
@@ -133,22 +131,6 @@ def _hold_out(documents: Dataset, fraction: float, seed: int) -> tuple[Dataset, 
     is_held_out[np.random.default_rng(seed).permutation(num_documents)[:num_held_out]] = True
     rows = is_held_out[numbers]
     return documents.select(np.flatnonzero(~rows)), documents.select(np.flatnonzero(rows))
-
-
-def _without_long(documents: Dataset, settings: DataSettings) -> Dataset:
-    if settings.max_document_chars is None:
-        return documents
-    columns = documents.select_columns("text").with_format("arrow")
-    # pyarrow makes its functions at run time, which a type checker cannot see.
-    lengths = [pc.utf8_length(table["text"]).to_numpy() for table in columns.iter(_ROWS_PER_BATCH)]  # pyright: ignore
-    numbers = _document_numbers(documents)
-    is_kept = np.bincount(numbers, weights=np.concatenate(lengths)) <= settings.max_document_chars
-    if not is_kept.any():
-        raise DataError(
-            f"every document has more than data.max_document_chars={settings.max_document_chars} characters"
-        )
-    logger.info("%d of %d documents are too long and left out", (~is_kept).sum(), len(is_kept))
-    return documents.select(np.flatnonzero(is_kept[numbers]))
 
 
 def _document_numbers(documents: Dataset) -> np.ndarray:

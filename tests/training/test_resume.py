@@ -1,0 +1,43 @@
+"""A run that was killed and started again ends as one that never was: same metrics, same weights, bit for bit."""
+
+from __future__ import annotations
+
+import signal
+from pathlib import Path
+
+from tests.training import victims
+from tests.training.helpers import Run, assert_same_run, in_child, metrics_of, steps_of
+
+KILLED = -signal.SIGKILL
+
+# Checkpoints come every 3 steps, of 4 micro batches each. (moment, times it comes, exit code, checkpoints then)
+FATES = [
+    ("a micro batch is done", 7, KILLED, []),  # before the first checkpoint
+    ("a micro batch is done", 18, KILLED, [3]),
+    ("an update is done", 1, KILLED, [3]),
+    ("a line of metrics is half written", 2, KILLED, [3]),
+    ("weights are half written", 1, KILLED, [3]),
+    ("an optimizer state is half written", 4, KILLED, [3, 6]),  # torch.save writes three files of each checkpoint
+    ("a checkpoint waits for its manifest", 1, KILLED, [3, 6]),
+    ("SIGTERM comes", 4, 128 + signal.SIGTERM, [6, 7]),
+    ("a checkpoint waits for its new name", 1, KILLED, [6, 7]),
+    ("a checkpoint has its name", 2, KILLED, [7, 9, 12]),
+    ("old checkpoints are gone", 1, KILLED, [12, 15]),
+    ("Ctrl-C comes", 5, 128 + signal.SIGINT, [15, 17]),
+    ("the model is half written", 1, KILLED, [18, 20]),
+    (None, 1, 0, [18, 20]),
+]
+
+
+def test_a_run_killed_at_every_kind_of_moment_ends_like_one_that_never_was(finished: Run, tmp_path: Path) -> None:
+    run_dir = tmp_path / "run"
+    expected = metrics_of(finished.directory)
+    num_passes = finished.recipe.training.max_steps * 8 / finished.num_windows
+    assert num_passes > 2, "the run reads its text several times"
+    for moment, count, exit_code, checkpoints in FATES:
+        assert in_child(victims.run, finished.recipe, run_dir, moment, count) == exit_code, moment
+        assert steps_of(run_dir) == checkpoints, moment
+        if (run_dir / "metrics.jsonl").exists() and moment != "a line of metrics is half written":
+            written = metrics_of(run_dir)
+            assert written == expected[: len(written)], moment
+    assert_same_run(run_dir, finished.directory)
