@@ -15,8 +15,11 @@ FEATURES = Features({"input_ids": List(Value("int32")), "ends_document": Value("
 corpora = st.lists(st.lists(st.integers(0, 4), min_size=1, max_size=4), min_size=1, max_size=6)
 
 
-def corpus(row_lengths: list[list[int]]) -> tuple[Dataset, list[list[int]]]:
-    """A tokenised corpus of documents with rows of these lengths, and each document with both its ends."""
+def corpus(row_lengths: list[list[int]], cut_off: bool) -> tuple[Dataset, list[list[int]]]:
+    """A tokenised corpus of documents with rows of these lengths, and each document with both its ends.
+
+    The last one has no end where the corpus is cut off inside it.
+    """
     rows, ends, documents, next_id = [], [], [], 1
     for lengths in row_lengths:
         document = []
@@ -26,14 +29,17 @@ def corpus(row_lengths: list[list[int]]) -> tuple[Dataset, list[list[int]]]:
             document += rows[-1]
             next_id += length
         documents.append([EOS, *document, EOS])
+    if cut_off:
+        ends[-1] = False
+        documents[-1].pop()
     return Dataset.from_dict({"input_ids": rows, "ends_document": ends}, features=FEATURES), documents
 
 
 @settings(deadline=None, max_examples=60)
-@given(corpora, st.integers(1, 9), st.integers(1, 9))
-def test_windows_ask_for_every_token_once_with_enough_before_it(row_lengths, context, stride):
+@given(corpora, st.booleans(), st.integers(1, 9), st.integers(1, 9))
+def test_windows_ask_for_every_token_once_with_enough_before_it(row_lengths, cut_off, context, stride):
     stride = min(stride, context)
-    tokens, documents = corpus(row_lengths)
+    tokens, documents = corpus(row_lengths, cut_off)
     windows = iter(document_windows(tokens, EOS, context, stride))
     for document in documents:
         asked = 0
@@ -52,9 +58,9 @@ def test_windows_ask_for_every_token_once_with_enough_before_it(row_lengths, con
 
 
 @settings(deadline=None, max_examples=60)
-@given(corpora, st.integers(1, 9), st.integers(1, 5))
-def test_continued_pieces_put_together_are_the_documents(row_lengths, context, batch_size):
-    tokens, documents = corpus(row_lengths)
+@given(corpora, st.booleans(), st.integers(1, 9), st.integers(1, 5))
+def test_continued_pieces_put_together_are_the_documents(row_lengths, cut_off, context, batch_size):
+    tokens, documents = corpus(row_lengths, cut_off)
     read: list[list[int]] = []
     group: list[list[int]] = []
     num_before = 0
@@ -73,7 +79,8 @@ def test_continued_pieces_put_together_are_the_documents(row_lengths, context, b
             assert ids[: len(real)] == [document[-1], *real[:-1]]
             assert following[len(real) :] == [IGNORED] * (len(ids) - len(real))
             document += real
-    assert sorted([*read, *group]) == sorted(documents)
+    # A document that is cut off before its first token asks for nothing.
+    assert sorted([*read, *group]) == sorted(document for document in documents if len(document) > 1)
 
 
 def test_batches_pad_on_the_right():

@@ -22,7 +22,6 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import numpy as np
 import torch
@@ -182,8 +181,9 @@ def _sizes_of(tokens: Dataset) -> tuple[int, int, int, int]:
 
 
 def _fresh_logits(model: PreTrainedModel, batches: Iterator[tuple[Tensor, Tensor]]) -> Iterator[tuple[Tensor, Tensor]]:
+    # Padding needs no mask: it stands behind a row's last target, where a causal model does not look.
     for inputs, targets in batches:
-        yield _forward(model, inputs, targets, use_cache=False).logits, targets
+        yield model(input_ids=inputs.to(model.device), use_cache=False).logits, targets
 
 
 def _carried_logits(
@@ -196,18 +196,10 @@ def _carried_logits(
         elif len(inputs) < num_rows:
             assert cache is not None
             cache.batch_select_indices(torch.arange(len(inputs), device=model.device))
-        output = _forward(model, inputs, targets, use_cache=True, past_key_values=cache)
+        # A row is padded in the last piece of its document alone, so no padding is ever carried on.
+        output = model(input_ids=inputs.to(model.device), use_cache=True, past_key_values=cache)
         cache, num_rows = output.past_key_values, len(inputs)
         yield output.logits, targets
-
-
-def _forward(model: PreTrainedModel, inputs: Tensor, targets: Tensor, **settings: Any) -> Any:
-    """Run the model; what is behind the last target of a row is padding."""
-    place = torch.arange(1, inputs.shape[1] + 1)
-    lengths = (place * (targets != IGNORED)).amax(dim=1, keepdim=True)
-    if int(lengths.min()) < inputs.shape[1]:
-        settings["attention_mask"] = (place <= lengths).long().to(model.device)
-    return model(input_ids=inputs.to(model.device), **settings)
 
 
 def _nats_of(logits: Tensor, targets: Tensor) -> float:
