@@ -37,7 +37,7 @@ SEPARATORS = {"document": None, "paragraph": re.compile(r"\n(?:[ \t]*\n)+"), "li
 
 _CHUNK = 1 << 20
 _LONGEST_LINE = 1 << 28  # bytes of one JSON row: more is one array written in a single line, not rows
-_BLANK_LINES = re.compile(r"(?:[ \t]*\n)+")
+_BLANK_HEAD = re.compile(r"(?:[ \t]*\n)+")
 _MAGIC = {
     b"\x1f\x8b": "gzip-compressed (name it .gz)",
     b"\x28\xb5\x2f\xfd": "zstd-compressed (name it .zst)",
@@ -111,17 +111,25 @@ def _split(chunks: Iterable[str], separator: re.Pattern[str] | None) -> Iterator
         if separator is not None:
             *complete, rest = separator.split(rest)
             for document in complete:
-                yield from _last_blocks(_trimmed(document, inside), inside)
+                yield from _last_blocks(_without_head(document, inside), inside)
                 inside = False
         rest, inside = yield from _first_blocks(rest, inside)
-    yield from _last_blocks(rest if separator is None else _trimmed(rest, inside), inside)
+    if separator is not None:
+        rest = _without_tail(_without_head(rest, inside))
+    yield from _last_blocks(rest, inside)
 
 
-def _trimmed(document: str, inside: bool) -> str:
-    """Take off the blank lines around a document; what reads as its head may be the middle of a line."""
-    # A separator cut by the end of a chunk leaves its second half here.
-    blank = None if inside else _BLANK_LINES.match(document)
-    return document[blank.end() if blank else 0 :].rstrip("\n")
+def _without_head(document: str, inside: bool) -> str:
+    """Take off blank lines: of a separator that the end of a chunk cut in two, the second half is left here."""
+    head = None if inside else _BLANK_HEAD.match(document)
+    return document[head.end() :] if head else document
+
+
+def _without_tail(document: str) -> str:
+    """Take off blank lines at the end of a file."""
+    text = document.rstrip(" \t\n")
+    line_end = document.find("\n", len(text))
+    return document[:line_end] if line_end >= 0 else document
 
 
 def _last_blocks(document: str, inside: bool) -> Iterator[tuple[str, bool]]:

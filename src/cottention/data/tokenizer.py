@@ -89,9 +89,8 @@ def load_tokenizer(path_or_name: str | os.PathLike[str]) -> PreTrainedTokenizerB
     except DataError:
         raise
     except Exception as error:
-        # The tokenizers library reports a damaged file as a plain Exception, nothing more exact, and where a value is of
-        # the wrong kind transformers looks for attributes it lacks; what is none of the errors of reading is a bug and
-        # passes.
+        # The tokenizers library reports a damaged file as a plain Exception, nothing more exact, and transformers looks
+        # for attributes where a value is of the wrong kind; what is none of the errors of reading is a bug and passes.
         damage = (OSError, ValueError, KeyError, TypeError, AttributeError, RuntimeError)
         if type(error) is not Exception and not isinstance(error, damage):
             raise
