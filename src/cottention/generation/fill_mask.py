@@ -97,7 +97,7 @@ def _fill_batch(
     real = torch.tensor([[1] * len(row) + [0] * (longest - len(row)) for row in rows], device=model.device)
     hidden = model.base_model(input_ids, attention_mask=real).last_hidden_state  # [B, T, D]
     is_mask = (input_ids == tokenizer.mask_token_id) & (real == 1)
-    head: Any = model.cls
+    head: Any = model.cls.predictions  # pyright: ignore[reportAttributeAccessIssue]
     logits = head(hidden[is_mask])  # [masks of the batch, vocab]
     best = logits.float().softmax(-1).topk(top_k)
 
