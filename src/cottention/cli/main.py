@@ -3,7 +3,7 @@
 Only the module of the command that was asked for is imported, and it imports torch inside `run`, so every `--help`
 answers at once. A command is a module with `build_parser()` and `run(args)` and one row in COMMANDS.
 
-    sys.exit(main(["generate", "runs/quickstart-gpt", "--prompt", "My fellow Americans"]))
+    sys.exit(main(["generate", "--model", "runs/mine/model", "--prompt", "My fellow Americans"]))
 """
 
 from __future__ import annotations
@@ -41,6 +41,8 @@ _FILE_ERRORS = (FileNotFoundError, PermissionError, IsADirectoryError, NotADirec
 
 def entry_point() -> None:
     """Run the command line given to the process; the installed `cottention` script."""
+    # Where a terminal cannot show a character it shows its code: text that a model writes must not end the run.
+    sys.stdout.reconfigure(errors="backslashreplace")  # pyright: ignore[reportAttributeAccessIssue]
     sys.exit(main())
 
 

@@ -62,6 +62,8 @@ def _summary(arch: str, result: PretrainResult) -> str:
             figures += f", {result.metrics['val_accuracy']:.1%} of the masked tokens right"
         lines.append(figures)
     lines.append(f"curve: {result.run_dir / 'loss_curve.png'}")
-    prompt = "generate {} --prompt 'The people'" if arch == "gpt" else "fill-mask {} 'The [MASK] of the people.'"
+    prompt = "generate --model {} --prompt 'The people'"
+    if arch == "bert":
+        prompt = "fill-mask --model {} 'The [MASK] of the people.'"
     lines.append(f"next:  cottention {prompt.format(result.model_dir)}")
     return "\n".join(lines)

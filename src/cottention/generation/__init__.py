@@ -1,7 +1,7 @@
 """Text generation and fill-mask as people call them.
 
 from cottention.generation import generate_text, load_model_and_tokenizer
-model, tokenizer = load_model_and_tokenizer("runs/quickstart", "causal-lm")
+model, tokenizer = load_model_and_tokenizer("runs/quickstart-gpt/model", "causal-lm")
 print(generate_text(model, tokenizer, "My fellow Americans").texts[0])
 """
 

@@ -17,6 +17,7 @@ from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from cottention.errors import SettingsError
+from cottention.generation.encoding import encode
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -147,9 +148,9 @@ def _encode(
     model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, text: str, number: int, num_texts: int
 ) -> list[int]:
     which = "the text" if num_texts == 1 else f"text {number}"
-    token_ids: list[int] = tokenizer(text, verbose=False)["input_ids"]  # pyright: ignore[reportAssignmentType]
     if tokenizer.mask_token_id is None:
         raise SettingsError("this model's tokenizer has no mask token")
+    token_ids = encode(tokenizer, text, which)
     if tokenizer.mask_token_id not in token_ids:
         shown = text if len(text) <= 40 else f"{text[:40]}..."
         raise SettingsError(f"{which} has no {tokenizer.mask_token} to fill; got {shown!r}")

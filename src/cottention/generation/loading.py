@@ -3,7 +3,7 @@
 transformers answers a wrong directory with a page of text, and fills missing weights with random numbers; here config,
 kind, weights and tokenizer are looked at in turn, and the first thing that is wrong is named.
 
-    model, tokenizer = load_model_and_tokenizer("runs/quickstart", "causal-lm")
+    model, tokenizer = load_model_and_tokenizer("runs/quickstart-gpt/model", "causal-lm")
 """
 
 from __future__ import annotations
@@ -69,8 +69,8 @@ def load_model_and_tokenizer(
 def _check_config(directory: Path, kind: Kind, source: str | Path) -> None:
     path = directory / "config.json"
     if not path.is_file():
-        inside = sorted(entry.parent.name for entry in directory.glob("*/config.json"))
-        hint = f"; it holds the model {Path(source) / inside[-1]}" if inside else ""
+        inside = _model_inside(directory)
+        hint = f"; it holds the model {Path(source) / inside}" if inside else ""
         raise CheckpointError(f"{source} is not a model directory: it has no config.json{hint}")
     try:
         config: Any = json.loads(path.read_text(encoding="utf-8"))
@@ -87,6 +87,15 @@ def _check_config(directory: Path, kind: Kind, source: str | Path) -> None:
             f"cottention convert official {source} NEW_DIRECTORY"
         )
     raise CheckpointError(f"{source} is not one of our models: model_type is {model_type!r}, not {_MODEL_TYPES[kind]}")
+
+
+def _model_inside(directory: Path) -> Path | None:
+    """The newest model that is one or two levels down: in a run directory its result, else its last checkpoint."""
+    for pattern in ("*/config.json", "*/*/config.json"):
+        found = sorted(directory.glob(pattern), key=lambda path: path.stat().st_mtime)
+        if found:
+            return found[-1].parent.relative_to(directory)
+    return None
 
 
 def _check_weights(directory: Path, source: str | Path) -> None:

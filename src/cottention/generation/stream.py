@@ -1,9 +1,11 @@
 """Turns tokens into text while they are generated, and stops at stop strings.
 
 A token may end in the middle of a UTF-8 character, and a piece of text may be the beginning of a stop string: both are
-held back until they are settled, so that the pieces, put together, are exactly the text that is returned.
+held back until they are settled, so that the pieces, put together, are exactly the text that is returned. How a token
+reads may depend on the one before it (many tokenizers write a space only between two), so the prompt's end is decoded
+with the new tokens and taken off again.
 
-    watcher = TextWatcher(tokenizer, num_rows=1, prompt_length=40, end_ids={0}, stop_strings=["END"], on_text=print)
+    watcher = TextWatcher(tokenizer, prompt_ids=[[5, 6]], prompt_length=2, end_ids={0}, on_text=print)
     model.generate(..., stopping_criteria=StoppingCriteriaList([watcher]))
 """
 
@@ -17,6 +19,8 @@ from tokenizers.decoders import DecodeStream
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase, StoppingCriteria
 
+_LONGEST_CHARACTER = 4  # bytes of UTF-8, each of which may be a token
+
 
 class TextWatcher(StoppingCriteria):
     """Follows every row of a batch; `generate` calls it after each token.
@@ -25,8 +29,8 @@ class TextWatcher(StoppingCriteria):
 
     Args:
         tokenizer: decodes the tokens.
-        num_rows: rows of the batch.
-        prompt_length: tokens before the first generated one.
+        prompt_ids: each row's prompt, without padding.
+        prompt_length: columns before the first generated token.
         end_ids: tokens that end a row.
         stop_strings: texts that end a row; they and what follows are cut off.
         on_text: called with (row, piece of text) as soon as a piece is settled.
@@ -36,13 +40,13 @@ class TextWatcher(StoppingCriteria):
         self,
         tokenizer: PreTrainedTokenizerBase,
         *,
-        num_rows: int,
+        prompt_ids: Sequence[Sequence[int]],
         prompt_length: int,
         end_ids: set[int],
         stop_strings: Sequence[str] = (),
         on_text: Callable[[int, str], None] | None = None,
     ) -> None:
-        self._rows = [RowText(tokenizer, end_ids=end_ids, stop_strings=stop_strings) for _ in range(num_rows)]
+        self._rows = [RowText(tokenizer, after=ids, end_ids=end_ids, stop_strings=stop_strings) for ids in prompt_ids]
         self._num_seen = prompt_length
         self._on_text = on_text
 
@@ -73,10 +77,16 @@ class RowText:
         tokenizer: decodes the tokens.
         end_ids: tokens that end the row.
         stop_strings: texts that end the row; they and what follows are cut off.
+        after: tokens of the prompt, whose end decides how the first new token reads.
     """
 
     def __init__(
-        self, tokenizer: PreTrainedTokenizerBase, *, end_ids: set[int], stop_strings: Sequence[str] = ()
+        self,
+        tokenizer: PreTrainedTokenizerBase,
+        *,
+        end_ids: set[int],
+        stop_strings: Sequence[str] = (),
+        after: Sequence[int] = (),
     ) -> None:
         self.token_ids: list[int] = []
         """Generated tokens, without an end token."""
@@ -85,7 +95,8 @@ class RowText:
         self.reason = "length"
         """Why the row ended: "end" (an end token), "stop" (a stop string), or "length" (nothing ended it)."""
         self._backend: Tokenizer = tokenizer.backend_tokenizer  # pyright: ignore[reportAttributeAccessIssue]
-        self._decoder = DecodeStream(skip_special_tokens=True)
+        self._before = _readable_end(self._backend, after)
+        self._decoder = DecodeStream(ids=self._before, skip_special_tokens=True)
         self._end_ids = end_ids
         self._stop_strings = [stop for stop in stop_strings if stop]
         self._held_back = ""
@@ -111,8 +122,9 @@ class RowText:
         if self.reason == "stop":
             return ""
         # A character that was never completed is not in the decoder's pieces; the whole text shows it as U+FFFD.
-        whole = self._backend.decode(self.token_ids, skip_special_tokens=True)
-        settled = self._settle(whole[len(self.text) + len(self._held_back) :])
+        whole = self._backend.decode([*self._before, *self.token_ids], skip_special_tokens=True)
+        before = self._backend.decode(self._before, skip_special_tokens=True)
+        settled = self._settle(whole[len(before) + len(self.text) + len(self._held_back) :])
         rest, self._held_back = self._held_back, ""
         self.text += rest
         return settled + rest
@@ -136,3 +148,13 @@ class RowText:
             if any(stop.startswith(pending[-length:]) for stop in self._stop_strings):
                 return length
         return 0
+
+
+def _readable_end(backend: Tokenizer, ids: Sequence[int]) -> list[int]:
+    """The fewest last tokens that are text by themselves, no character being cut; none where there is no such end."""
+    for length in range(1, min(_LONGEST_CHARACTER, len(ids)) + 1):
+        end = list(ids[-length:])
+        text = backend.decode(end, skip_special_tokens=True)
+        if text and "\ufffd" not in text:
+            return end
+    return []

@@ -17,9 +17,17 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase, StoppingCriteriaList
+from transformers import (
+    GenerationConfig,
+    LogitsProcessor,
+    LogitsProcessorList,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+    StoppingCriteriaList,
+)
 
-from cottention.errors import SettingsError
+from cottention.errors import CheckpointError, SettingsError
+from cottention.generation.encoding import encode
 from cottention.generation.stream import RowText, TextWatcher
 
 
@@ -104,17 +112,19 @@ def generate_text(
 
     Raises:
         SettingsError: a setting makes no sense, or a softmax model has too few positions for prompt and new tokens.
+        DataError: a prompt is no text.
+        CheckpointError: the model computes NaN, which no token can be chosen by.
     """
     texts = [prompts] if isinstance(prompts, str) else list(prompts)
-    _check(texts, max_new_tokens, temperature, top_k, top_p, repetition_penalty, stream, prefill_chunk)
-    prompt_ids = [_encode(tokenizer, text) for text in texts]
+    _check(texts, max_new_tokens, temperature, top_k, top_p, repetition_penalty, seed, stream, prefill_chunk)
+    prompt_ids = [_prompt_ids(tokenizer, text) for text in texts]
     _check_length(model, max(map(len, prompt_ids)), max_new_tokens)
     input_ids, attention_mask = _left_padded(prompt_ids, model.device)
 
     end_ids = _end_ids(model, tokenizer)
     watcher = TextWatcher(
         tokenizer,
-        num_rows=len(texts),
+        prompt_ids=prompt_ids,
         prompt_length=input_ids.shape[1],
         end_ids=end_ids,
         stop_strings=stop_strings,
@@ -139,6 +149,7 @@ def generate_text(
             attention_mask=attention_mask,
             past_key_values=cache,
             generation_config=config,
+            logits_processor=LogitsProcessorList([_RefuseNaN()]),
             stopping_criteria=StoppingCriteriaList([watcher]),
         )
         rows = watcher.finish()
@@ -190,6 +201,15 @@ def _bytes_in(value: Any) -> int:
     return sum(map(_bytes_in, value)) if isinstance(value, (tuple, list)) else 0
 
 
+class _RefuseNaN(LogitsProcessor):
+    """Stops at logits that are no numbers: the first of them would win, and sampling fails deep inside torch."""
+
+    def __call__(self, input_ids: Tensor, scores: Tensor) -> Any:
+        if scores.isnan().any() or scores.isposinf().any():
+            raise CheckpointError("the model's logits are not finite; its weights are damaged or its training diverged")
+        return scores
+
+
 def _row_result(prompt: str, prompt_ids: list[int], row: RowText) -> GeneratedText:
     return GeneratedText(
         prompt=prompt,
@@ -200,8 +220,8 @@ def _row_result(prompt: str, prompt_ids: list[int], row: RowText) -> GeneratedTe
     )
 
 
-def _encode(tokenizer: PreTrainedTokenizerBase, text: str) -> list[int]:
-    token_ids: list[int] = tokenizer(text, verbose=False)["input_ids"]  # pyright: ignore[reportAssignmentType]
+def _prompt_ids(tokenizer: PreTrainedTokenizerBase, text: str) -> list[int]:
+    token_ids = encode(tokenizer, text, "the prompt")
     if token_ids:
         return token_ids
     # Every training document follows an end-of-text, so that token is where a new text begins.
@@ -262,6 +282,7 @@ def _check(
     top_k: int | None,
     top_p: float,
     repetition_penalty: float,
+    seed: int,
     stream: object,
     prefill_chunk: int,
 ) -> None:
@@ -272,6 +293,7 @@ def _check(
         (top_k is None or top_k >= 1, f"top_k must be at least 1; got {top_k}"),
         (0 < top_p <= 1, f"top_p must be above 0 and at most 1; got {top_p}"),
         (0 < repetition_penalty < float("inf"), f"repetition_penalty must be above 0; got {repetition_penalty}"),
+        (0 <= seed < 2**63, f"seed must be from 0 to 2**63 - 1; got {seed}"),
         (prefill_chunk >= 1, f"prefill_chunk must be at least 1; got {prefill_chunk}"),
         (stream is None or len(texts) == 1, f"stream takes one prompt; got {len(texts)}"),
     )
