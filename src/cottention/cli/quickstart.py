@@ -112,8 +112,8 @@ def _behind_text(report: QuickstartReport) -> str:
 def _filled_masks(report: QuickstartReport) -> str:
     lines = []
     for filled in report.examples:
-        shown = ", ".join(f"{choice['token']} {choice['probability']:.0%}" for choice in filled["masks"][0])
-        lines.append(f"  {filled['text']:<58}{shown}")
+        shown = ", ".join(f"{choice['token']} {choice['probability']:.0%}" for choice in filled["candidates"])
+        lines.append(f"  {filled['text']:<48}{shown}")
     return "\n".join(lines)
 
 

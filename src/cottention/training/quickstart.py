@@ -212,7 +212,7 @@ def _read(run_dir: Path, settings: QuickstartSettings) -> dict[str, Any] | None:
         return None
     try:
         record = json.loads(path.read_text(encoding="utf-8"))
-        there, _ = record["settings"], (record["fitted"], record["report"])
+        there, _ = dict(record["settings"]), (dict(record["fitted"]), record["report"])
     except (ValueError, KeyError, TypeError) as error:
         raise SettingsError(f"{path} is damaged; {_REMEDY}") from error
     for name, value in dataclasses.asdict(settings).items():

@@ -23,8 +23,9 @@ from cottention.training.text import open_documents
 PROMPT = "My fellow citizens"
 MASKED = (
     "The people of the United [MASK] are at peace.",
-    "Congress should pass this [MASK] without delay.",
-    "I ask you to [MASK] the budget that I have sent to you.",
+    "I ask the [MASK] to pass this bill.",
+    "We have to [MASK] the budget this year.",
+    "We are at [MASK] with all nations.",
 )
 _NEW_TOKENS = 160
 _CANDIDATES = 3
@@ -81,11 +82,18 @@ def try_out(
         on_text: called with the prompt and with each new piece of text.
 
     Returns:
-        One text (prompt, text, num_new_tokens, tokens_per_s, state_bytes), or several with masks (text, best_text,
-        masks: for each mask its candidates).
+        One text (prompt, text, num_new_tokens, tokens_per_s, state_bytes), or several with a mask (text, best_text,
+        candidates: the likeliest tokens with their probability).
     """
     if tokenizer.mask_token is not None:
-        return [filled.to_dict() for filled in fill_mask(model, tokenizer, MASKED, _CANDIDATES)]
+        return [
+            {
+                "text": filled.text,
+                "best_text": filled.best_text,
+                "candidates": [{"token": one.token, "probability": one.probability} for one in filled.masks[0]],
+            }
+            for filled in fill_mask(model, tokenizer, MASKED, _CANDIDATES)
+        ]
     num_new_tokens = _NEW_TOKENS
     if model.config.attention_type == "softmax":
         num_read = len(tokenizer(PROMPT)["input_ids"])  # pyright: ignore[reportArgumentType]
