@@ -5,6 +5,9 @@ from __future__ import annotations
 import signal
 from pathlib import Path
 
+import pytest
+
+from cottention.training.pretraining import pretrain
 from tests.training import victims
 from tests.training.helpers import Run, assert_same_run, in_child, metrics_of, steps_of
 
@@ -41,3 +44,24 @@ def test_a_run_killed_at_every_kind_of_moment_ends_like_one_that_never_was(finis
             written = metrics_of(run_dir)
             assert written == expected[: len(written)], moment
     assert_same_run(run_dir, finished.directory)
+
+
+@pytest.mark.parametrize("file", ["model.safetensors", "optimizer.pt"])
+def test_a_full_disk_keeps_the_checkpoint_before(file: str, finished_gpt: Run, tmp_path: Path) -> None:
+    run_dir, said = tmp_path / "run", tmp_path / "said"
+    newest = finished_gpt.directory / "checkpoints" / "checkpoint-20"
+    sizes = {path.name: path.stat().st_size for path in newest.iterdir()}
+    assert (
+        sizes["tokenizer.json"] < sizes["model.safetensors"] - 64 < sizes["model.safetensors"] < sizes["optimizer.pt"]
+    )
+    assert in_child(victims.run, finished_gpt.recipe, run_dir, "SIGTERM comes", 12) == 128 + signal.SIGTERM
+    assert steps_of(run_dir) == [3]
+    assert in_child(victims.run_on_a_full_disk, finished_gpt.recipe, run_dir, sizes[file] - 64, said) == 2
+    line = said.read_text()
+    assert line.startswith(f"cannot write to {run_dir / 'checkpoints'}: "), line
+    assert line.endswith("; what was saved before is intact"), line
+    assert "\n" not in line
+    assert steps_of(run_dir) == [3]
+    assert not (run_dir / "checkpoints" / ".writing").exists(), "what was half written takes no room"
+    pretrain(finished_gpt.recipe, output_dir=run_dir)
+    assert_same_run(run_dir, finished_gpt.directory)

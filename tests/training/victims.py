@@ -7,6 +7,7 @@ no chance to tidy up: nothing behind it runs, no `finally`, no handler.
 from __future__ import annotations
 
 import os
+import resource
 import signal
 import sys
 from collections.abc import Callable
@@ -15,6 +16,7 @@ from typing import Any
 
 import torch
 
+from cottention.errors import CheckpointError
 from cottention.training import checkpoints, pretraining, trainer
 from cottention.training.metrics import MetricsLog
 from cottention.training.recipe import Recipe
@@ -94,3 +96,13 @@ def run(recipe: Recipe, run_dir: Path, moment: str | None = None, count: int = 1
 
         setattr(owner, name, counting)
     sys.exit(pretraining.pretrain(recipe, output_dir=run_dir).exit_code)
+
+
+def run_on_a_full_disk(recipe: Recipe, run_dir: Path, max_bytes: int, said: Path) -> None:
+    """Continue a run where no file can have more than `max_bytes`; write down what it says about that."""
+    resource.setrlimit(resource.RLIMIT_FSIZE, (max_bytes, max_bytes))
+    try:
+        pretraining.pretrain(recipe, output_dir=run_dir)
+    except CheckpointError as error:
+        said.write_text(str(error))
+        sys.exit(2)

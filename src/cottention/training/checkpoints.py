@@ -89,7 +89,7 @@ def writing_to(folder: Path) -> Iterator[None]:
         raise _unwritable(folder, str(error)) from error
     except RuntimeError as error:
         # All that torch.save says about a full disk is where in its own code it noticed.
-        if "inline_container" not in str(error):
+        if not any(sign in str(error) for sign in ("inline_container", "iostream error")):
             raise
         raise _unwritable(folder, "a file could not be written to its end, is the disk full?") from error
 

@@ -210,7 +210,9 @@ def build_model(recipe: Recipe, tokenizer: PreTrainedTokenizerBase | None = None
         model_class = CottentionBertForPreTraining if recipe.model.next_sentence_head else CottentionBertForMaskedLM
         model = model_class(CottentionBertConfig(**fields))
     if recipe.training.gradient_checkpointing:
-        model.gradient_checkpointing_enable({"use_reentrant": False})
+        # transformers 5.23 renamed it.
+        enable = getattr(model, "activation_checkpointing_enable", None) or model.gradient_checkpointing_enable
+        enable({"use_reentrant": False})
     if recipe.training.compile:
         model.compile()
     return model
