@@ -90,12 +90,12 @@ def _mapped(path: Path) -> Dataset | None:
 
 def _write(tables: Iterable[pa.Table], schema: pa.Schema, path: Path) -> None:
     partial = path.with_name(f"{path.stem}-{uuid.uuid4().hex}.partial")
+    with using_cache():
+        path.parent.mkdir(parents=True, exist_ok=True)
+        _remove_abandoned(path.parent)
+        # Arrow's own file keeps nothing back that closing would have to write, so closing on a full disk is no error.
+        file = pa.OSFile(str(partial), "wb")
     try:
-        with using_cache():
-            path.parent.mkdir(parents=True, exist_ok=True)
-            _remove_abandoned(path.parent)
-            # Arrow's own file keeps nothing back that closing would have to write, so closing a full disk is no error.
-            file = pa.OSFile(str(partial), "wb")
         with file:
             with using_cache():
                 writer = pa.ipc.new_stream(file, schema)

@@ -289,11 +289,17 @@ def _parquet_texts(path: Path, column: str) -> Iterator[str]:
         if not (pa.types.is_string(kind) or pa.types.is_large_string(kind) or pa.types.is_string_view(kind)):
             raise DataError(f"{path}: the column {column!r} must hold text; got {kind}")
         num_read = 0
-        for batch in file.iter_batches(batch_size=256, columns=[column]):
+        for batch in file.iter_batches(batch_size=_parquet_batch(file.metadata), columns=[column]):
             for number, text in enumerate(batch.column(0), start=num_read + 1):
                 if text.is_valid:
                     yield _newlines(_parquet_text(text, f"{path}, row {number}"))
             num_read += len(batch)
+
+
+def _parquet_batch(metadata: pq.FileMetaData) -> int:
+    """Rows that make up some megabytes, by their mean size."""
+    num_bytes = sum(metadata.row_group(number).total_byte_size for number in range(metadata.num_row_groups))
+    return min(256, 1 + 4 * _CHUNK * metadata.num_rows // (num_bytes + 1))
 
 
 def _parquet_text(text: pa.Scalar, where: str) -> str:
