@@ -102,18 +102,22 @@ def damage(folder: Path) -> str | None:
     """Say what is wrong with a sealed directory, in a few words; None when nothing is."""
     try:
         entries = json.loads((folder / MANIFEST).read_text(encoding="utf-8"))
+        sealed = {folder / name: (entry["bytes"], entry["sha256"]) for name, entry in entries.items()}
     except FileNotFoundError:
         return f"{MANIFEST} is missing"
-    except (ValueError, OSError):
+    except (OSError, ValueError, AttributeError, TypeError, KeyError):
         return f"{MANIFEST} cannot be read"
-    for name, entry in entries.items():
-        path = folder / name
+    for path, (num_bytes, digest) in sealed.items():
+        name = path.relative_to(folder)
         if not path.is_file():
             return f"{name} is missing"
-        if path.stat().st_size != entry["bytes"]:
-            return f"{name} has {path.stat().st_size} bytes instead of {entry['bytes']}"
-        if _sha256(path) != entry["sha256"]:
-            return f"{name} was changed after it was written"
+        if path.stat().st_size != num_bytes:
+            return f"{name} has {path.stat().st_size} bytes instead of {num_bytes}"
+        try:
+            if _sha256(path) != digest:
+                return f"{name} was changed after it was written"
+        except OSError as error:
+            return f"{name} cannot be read: {error.strerror}"
     return None
 
 
