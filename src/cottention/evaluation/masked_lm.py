@@ -23,7 +23,8 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from cottention.data.collators import IGNORED, MaskedLMCollator
 from cottention.data.packing import pack_mlm_windows
 from cottention.errors import DataError, SettingsError
-from cottention.evaluation.inputs import as_tokens, check_vocabulary
+from cottention.evaluation.inputs import as_tokens
+from cottention.models.configuration import check_vocabulary
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -82,7 +83,7 @@ def evaluate_masked_lm(
         raise SettingsError(f"the model has {limit} positions; got a window of {window}")
     if batch_size < 1:
         raise SettingsError(f"batch_size must be at least 1; got {batch_size}")
-    check_vocabulary(model, tokenizer)
+    check_vocabulary(tokenizer, model.config)
     collator = MaskedLMCollator(tokenizer, mlm_probability, seed)
     windows = _windows(documents, tokenizer, window)
     nats, num_right = 0.0, 0

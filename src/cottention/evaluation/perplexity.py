@@ -33,9 +33,10 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from cottention.data.tokenization import arrow_batches
 from cottention.errors import DataError, SettingsError
-from cottention.evaluation.inputs import as_tokens, check_vocabulary
+from cottention.evaluation.inputs import as_tokens
 from cottention.evaluation.score import TextScore, exp_of
 from cottention.evaluation.windows import IGNORED, batches_of, continued_batches, document_windows
+from cottention.models.configuration import check_vocabulary
 
 _LOGIT_ROWS = 2048  # logits turned to float32 at a time: 400 MB at 50k tokens, whatever the batch
 
@@ -105,7 +106,7 @@ def evaluate_perplexity(
     check_context(model, context)
     stride = context if stride is None else stride
     _check(model, context, stride, carry_state, batch_size)
-    check_vocabulary(model, tokenizer)
+    check_vocabulary(tokenizer, model.config)
     eos_token_id = _end_of_text(tokenizer)
     tokens = as_tokens(documents, tokenizer)
     num_bytes, num_words, num_documents, num_targets = _sizes_of(tokens)

@@ -18,6 +18,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from cottention.errors import SettingsError
 from cottention.generation.encoding import encode
+from cottention.models.configuration import check_vocabulary
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -69,8 +70,10 @@ def fill_mask(
         One entry per text, in the order given.
 
     Raises:
-        SettingsError: a text has no mask or is too long, or a number makes no sense.
+        SettingsError: a text has no mask or is too long, a number makes no sense, or the tokenizer is not the model's.
+        DataError: a text is none.
     """
+    check_vocabulary(tokenizer, model.config)
     texts = [texts] if isinstance(texts, str) else list(texts)
     if not 1 <= top_k <= model.config.vocab_size:
         raise SettingsError(f"top_k must be from 1 to the vocabulary's {model.config.vocab_size}; got {top_k}")
@@ -138,10 +141,16 @@ def _filled(
         return str(tokenizer.decode(filled, skip_special_tokens=True))
     whole = parts[0]
     for candidates, part in zip(masks, parts[1:], strict=True):
-        token = candidates[0].token
-        whole = whole.rstrip() + token[2:] if token.startswith("##") else whole + token
-        whole += part
+        whole = _appended(tokenizer, whole, candidates[0]) + part
     return whole
+
+
+def _appended(tokenizer: PreTrainedTokenizerBase, text: str, candidate: Candidate) -> str:
+    if candidate.token.startswith("##"):
+        return text.rstrip() + candidate.token[2:]
+    # Byte-level tokens bring their own space, and the text may have one before its mask.
+    written = str(tokenizer.decode([candidate.token_id])) or candidate.token
+    return text + (written.lstrip(" ") if text.endswith(" ") else written)
 
 
 def _encode(

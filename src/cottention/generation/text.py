@@ -29,6 +29,7 @@ from transformers import (
 from cottention.errors import CheckpointError, SettingsError
 from cottention.generation.encoding import encode
 from cottention.generation.stream import RowText, TextWatcher
+from cottention.models.configuration import check_vocabulary
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -111,12 +112,14 @@ def generate_text(
         The texts in the order of the prompts, with speed and memory.
 
     Raises:
-        SettingsError: a setting makes no sense, or a softmax model has too few positions for prompt and new tokens.
+        SettingsError: a setting makes no sense, a softmax model has too few positions for prompt and new tokens, or
+            the tokenizer is not the model's.
         DataError: a prompt is no text.
         CheckpointError: the model computes NaN, which no token can be chosen by.
     """
     texts = [prompts] if isinstance(prompts, str) else list(prompts)
     _check(texts, max_new_tokens, temperature, top_k, top_p, repetition_penalty, seed, stream, prefill_chunk)
+    check_vocabulary(tokenizer, model.config)
     prompt_ids = [_prompt_ids(tokenizer, text) for text in texts]
     _check_length(model, max(map(len, prompt_ids)), max_new_tokens)
     input_ids, attention_mask = _left_padded(prompt_ids, model.device)

@@ -121,3 +121,16 @@ def check_token_id(name: str, value: Any, vocab_size: int) -> None:
             raise TypeError(f"{name} must be an int or None; got {one!r}")
         if not 0 <= one < vocab_size:
             raise SettingsError(f"{name} must be from 0 to vocab_size - 1 = {vocab_size - 1}; got {one}")
+
+
+def check_vocabulary(tokenizer: Any, config: PreTrainedConfig) -> None:
+    """Refuse a tokenizer with ids that the model has no embedding for.
+
+    Raises:
+        SettingsError: they do not belong together.
+    """
+    num_tokens, num_embeddings = len(tokenizer), config.vocab_size
+    if num_tokens > num_embeddings:
+        raise SettingsError(
+            f"tokenizer and model do not belong together: {num_tokens} tokens but {num_embeddings} embeddings"
+        )
