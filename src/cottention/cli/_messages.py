@@ -71,10 +71,12 @@ def _wrong_choice(found: re.Match[str], _known: list[str]) -> str:
     return f"{name} must be one of {', '.join(choices)}; got {value!r}{did_you_mean(value, choices)}"
 
 
-def _missing(found: re.Match[str], _known: list[str]) -> str:
-    # "official.src" is the src of the subcommand official, which is how nobody writes it.
+def _missing(found: re.Match[str], known: list[str]) -> str:
+    # "official.src" is the src of the subcommand official, which is how nobody writes it; an option is told by its --.
     names = [name.strip().rpartition(".")[2] for name in found["names"].split(",")]
-    return f"missing {', '.join(names)}"
+    options = [f"--{name.replace('_', '-')}" for name in names]
+    shown = [option if option in known else name for name, option in zip(names, options, strict=True)]
+    return f"missing {', '.join(shown)}"
 
 
 def _no_subcommand(found: re.Match[str], _known: list[str]) -> str:
