@@ -249,6 +249,18 @@ def test_help_loads_no_heavy_library(name):
     assert ran.stderr == ""
 
 
+@pytest.mark.parametrize("name", cli.COMMANDS)
+def test_help_takes_less_than_half_a_second(name):
+    # Of processor time: how long it takes by the clock depends on what else the machine does.
+    code = f"""
+        import time
+        from cottention.cli.main import main
+        assert main([{name!r}, "--help"]) == 0
+        print(time.process_time())
+    """
+    assert min(float(run_python(code).stdout.splitlines()[-1]) for _ in range(2)) < 0.5
+
+
 def test_the_installed_script_answers():
     script = Path(sys.executable).with_name("cottention")
     if not script.exists():

@@ -14,6 +14,7 @@ from transformers import PreTrainedTokenizerFast
 from cottention.benchmarks.memory import MALLOC_ENVIRONMENT
 from cottention.errors import CheckpointError, CottentionError, DataError
 from cottention.generation import GenerationResult, generate_text
+from cottention.generation.text import _left_padded
 from tests import tiny
 from tests.models.helpers import ATTENTION_TYPES
 
@@ -133,6 +134,13 @@ def test_a_repetition_penalty_makes_what_occurred_less_likely(cosine: Any) -> No
     expected = [decoded(by_hand(cosine, prompt, penalised)) for prompt in PROMPTS]
     assert write(cosine, PROMPTS, repetition_penalty=1.7).texts == expected
     assert expected != write(cosine, PROMPTS).texts
+
+
+def test_padding_repeats_what_a_row_has_anyway() -> None:
+    # Any other token would be made less likely by a repetition penalty, though it never occurred.
+    input_ids, attention_mask = _left_padded([[5, 6, 7], [8], [9, 8]], torch.device("cpu"))
+    assert input_ids.tolist() == [[5, 6, 7], [8, 8, 8], [9, 9, 8]]
+    assert attention_mask.tolist() == [[1, 1, 1], [0, 0, 1], [0, 1, 1]]
 
 
 @pytest.mark.parametrize("attention_type", ATTENTION_TYPES)
