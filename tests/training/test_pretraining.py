@@ -218,13 +218,20 @@ def test_a_text_that_changed_under_a_run_is_refused(corpus: Path, tmp_path: Path
     assert pretrain(recipe, output_dir=tmp_path / "run").step == 3
 
 
-def test_a_directory_with_models_but_no_recipe_is_left_alone(finished_gpt: Run, copied: Path) -> None:
-    (copied / "recipe.yaml").unlink()
-    before = everything_in(copied)
+@pytest.mark.parametrize("name", ["checkpoints", "model", "tokenizer", "metrics.jsonl", "loss_curve.png"])
+def test_a_directory_that_no_run_made_is_left_alone(name: str, finished_gpt: Run, tmp_path: Path) -> None:
+    copy = shutil.copytree if (finished_gpt.directory / name).is_dir() else shutil.copy
+    copy(finished_gpt.directory / name, tmp_path / name)
+    before = everything_in(tmp_path)
     for overwrite in (False, True):
-        with pytest.raises(SettingsError, match=r"holds a model or checkpoints but no recipe\.yaml"):
-            pretrain(finished_gpt.recipe, output_dir=copied, overwrite=overwrite)
-    assert everything_in(copied) == before
+        with pytest.raises(SettingsError, match=rf"{tmp_path} holds {name} but no recipe\.yaml; choose another"):
+            pretrain(finished_gpt.recipe, output_dir=tmp_path, overwrite=overwrite)
+    assert everything_in(tmp_path) == before
+
+
+def test_an_output_directory_without_a_name_is_refused(finished_gpt: Run) -> None:
+    with pytest.raises(SettingsError, match="the output directory must have a name; got ''"):
+        pretrain(finished_gpt.recipe, output_dir="")
 
 
 # Starting, and starting again
@@ -321,3 +328,11 @@ def test_a_tokenizer_with_more_tokens_than_the_model_has_rows_is_refused(finishe
     changes = {"data.tokenizer": str(finished_gpt.directory / "tokenizer"), "model.vocab_size": 288}
     with pytest.raises(SettingsError, match=r"model\.vocab_size must be at least the tokenizer's 290; got 288"):
         pretrain(replace_settings(finished_gpt.recipe, changes), output_dir=tmp_path / "run")
+
+
+def test_a_warmup_longer_than_the_run_is_remarked_on(corpus: Path, tmp_path: Path, log_lines: list[str]) -> None:
+    recipe = tiny_recipe("gpt", corpus, training__max_steps=2, optimizer__warmup_steps=10_000)
+    pretrain(recipe, output_dir=tmp_path / "run")
+    assert (
+        "the learning rate never reaches its peak: optimizer.warmup_steps is 10000 of training.max_steps=2" in log_lines
+    )

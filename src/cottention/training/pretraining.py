@@ -41,6 +41,8 @@ from cottention.training.text import TRAINED, PreparedText, prepare_text
 from cottention.training.trainer import PretrainingTrainer, save_model, training_arguments
 
 _RECIPE = "recipe.yaml"
+_FOLDERS = ("checkpoints", "model", "tokenizer")
+_FILES = ("metrics.jsonl", "loss_curve.png")
 
 logger = get_logger(__name__)
 
@@ -102,9 +104,17 @@ def pretrain(
         DataError: the text cannot be used.
         NonFiniteLossError: the loss became infinite or NaN.
     """
+    if not str(output_dir):
+        raise SettingsError("the output directory must have a name; got ''")
     run_dir = Path(output_dir)
     model_dir = run_dir / "model"
     arguments = training_arguments(recipe, run_dir)
+    if recipe.num_warmup_steps >= recipe.training.max_steps:
+        logger.warning(
+            "the learning rate never reaches its peak: optimizer.warmup_steps is %d of training.max_steps=%d",
+            recipe.num_warmup_steps,
+            recipe.training.max_steps,
+        )
     # Process 0 prepares everything; the others then find the run started, whatever was asked for.
     with arguments.main_process_first(local=False):
         is_first = arguments.process_index == 0
@@ -157,12 +167,13 @@ def check_run_directory(recipe: Recipe, run_dir: Path, *, resume: bool = True, o
     if not os.access(run_dir, os.W_OK):
         raise SettingsError(f"the run directory must be writable; got {run_dir}")
     recipe_file = run_dir / _RECIPE
-    if not (list_checkpoints(run_dir / "checkpoints") or (run_dir / "model").is_dir()):
-        return False  # at most what a run leaves that was stopped before its first checkpoint
     if not recipe_file.is_file():
-        raise SettingsError(f"{run_dir} holds a model or checkpoints but no {_RECIPE}; choose another --output-dir")
-    if overwrite:
+        foreign = [name for name in (*_FOLDERS, *_FILES) if (run_dir / name).exists()]
+        if foreign:
+            raise SettingsError(f"{run_dir} holds {foreign[0]} but no {_RECIPE}; choose another --output-dir")
         return False
+    if overwrite or not (list_checkpoints(run_dir / "checkpoints") or (run_dir / "model").is_dir()):
+        return False  # a run that was stopped before its first checkpoint starts again too
     remedy = "choose another --output-dir, or --overwrite to start again"
     difference = differing_setting(recipe, load_recipe(recipe_file))
     if difference is not None:
@@ -175,10 +186,10 @@ def check_run_directory(recipe: Recipe, run_dir: Path, *, resume: bool = True, o
 def claim_run_directory(recipe: Recipe, run_dir: Path, tokenizer: PreTrainedTokenizerBase) -> None:
     """Begin a new run: delete what an earlier one left, write the resolved recipe and the tokenizer trained for it."""
     with writing_to(run_dir):
-        for entry in ("checkpoints", "model", "tokenizer"):
-            shutil.rmtree(run_dir / entry, ignore_errors=True)
-        for entry in ("metrics.jsonl", "loss_curve.png"):
-            (run_dir / entry).unlink(missing_ok=True)
+        for name in _FOLDERS:
+            shutil.rmtree(run_dir / name, ignore_errors=True)
+        for name in _FILES:
+            (run_dir / name).unlink(missing_ok=True)
         write_atomically(run_dir / _RECIPE, recipe_text(recipe))
         if recipe.data.tokenizer == TRAINED:
             with atomic_directory(run_dir / "tokenizer", sealed=False) as staging:

