@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 import torch
+import transformers
 from transformers import PreTrainedTokenizerFast
 
 from cottention.benchmarks.memory import MALLOC_ENVIRONMENT
@@ -162,8 +163,9 @@ def test_rows_of_a_batch_end_each_in_its_own_time(ending: Any) -> None:
         assert (row.finish_reason == "length") == (len(new) == 30)
 
 
-def test_a_prompt_may_end_with_any_token(cosine: Any) -> None:
+def test_a_prompt_may_end_with_any_token(cosine: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     # transformers takes a prompt that ends with its padding token for padded on the wrong side, and warns.
+    monkeypatch.setattr(transformers.generation.utils.logger, "warning", pytest.fail)
     for prompt in ["a<|endoftext|>", "<|endoftext|>", "!", '"', "#"]:
         new = by_hand(cosine, prompt, likeliest)
         assert write(cosine, prompt).texts == [decoded(new)]

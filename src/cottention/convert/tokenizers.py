@@ -22,7 +22,7 @@ from transformers import (
 from cottention.convert.configs import Architecture, read_json_object
 from cottention.convert.weights import listed
 from cottention.errors import CheckpointError
-from cottention.generation.source import one_line
+from cottention.generation.source import damage_told_as, one_line
 
 TOKENIZER_FILES = (
     "tokenizer.json",
@@ -111,10 +111,8 @@ class _Settings:
 def _from_tokenizer_json(directory: Path, settings: _Settings) -> PreTrainedTokenizerBase:
     path = directory / "tokenizer.json"
     read_json_object(path)
-    try:
+    with damage_told_as(f"{path} describes no tokenizer"):
         return PreTrainedTokenizerFast(tokenizer_file=str(path), **settings.special_tokens)
-    except (ValueError, KeyError, TypeError) as error:
-        raise CheckpointError(f"{path} describes no tokenizer: {one_line(error)}") from error
 
 
 def _from_vocab_txt(path: Path, settings: _Settings) -> PreTrainedTokenizerBase:
@@ -143,12 +141,13 @@ def _from_vocab_json(directory: Path, settings: _Settings) -> PreTrainedTokenize
         **{name: _END_OF_TEXT for name in ("bos_token", "eos_token", "unk_token") if _END_OF_TEXT in vocab},
         **settings.special_tokens,
     }
-    return GPT2Tokenizer(
-        vocab=vocab,
-        merges=merges,  # pyright: ignore[reportArgumentType]  # pairs work, and unlike strings are not ambiguous
-        add_prefix_space=settings.option("add_prefix_space", False),
-        **special_tokens,
-    )
+    with damage_told_as(f"{directory} has vocab.json and merges.txt that make no tokenizer"):
+        return GPT2Tokenizer(
+            vocab=vocab,
+            merges=merges,  # pyright: ignore[reportArgumentType]  # pairs work, and unlike strings are not ambiguous
+            add_prefix_space=settings.option("add_prefix_space", False),
+            **special_tokens,
+        )
 
 
 def _lines(path: Path) -> list[str]:

@@ -21,7 +21,7 @@ from transformers.utils import logging as transformers_logging
 
 from cottention import models
 from cottention.errors import CheckpointError, CottentionError, SettingsError
-from cottention.generation.source import one_line, resolve_directory
+from cottention.generation.source import damage_told_as, one_line, resolve_directory
 
 Kind = Literal["causal-lm", "masked-lm"]
 
@@ -128,10 +128,8 @@ def _load_model(directory: Path, kind: Kind, source: str | Path, dtype: torch.dt
 def _load_tokenizer(directory: Path, source: str | Path) -> PreTrainedTokenizerBase:
     if not any((directory / name).is_file() for name in ("tokenizer.json", "vocab.txt", "vocab.json")):
         raise CheckpointError(f"{source} has no tokenizer (tokenizer.json)")
-    try:
+    with damage_told_as(f"{source} has a damaged tokenizer"):
         return AutoTokenizer.from_pretrained(directory, local_files_only=True, trust_remote_code=False)
-    except (OSError, ValueError, TypeError, KeyError) as error:
-        raise CheckpointError(f"{source} has a damaged tokenizer: {one_line(error)}") from error
 
 
 @contextmanager
