@@ -6,6 +6,8 @@ cottention pretrain gpt --config quickstart_gpt --training.max_steps 500 --outpu
 from __future__ import annotations
 
 import json
+import logging
+import os
 from typing import TYPE_CHECKING
 
 from cottention.cli.main import new_parser
@@ -42,7 +44,12 @@ def run(args: jsonargparse.Namespace) -> int:
     recipe = recipe_from_dict(RECIPE_CLASSES[args.arch], given.as_dict())
     from cottention.training.pretraining import pretrain  # seconds of torch, after the settings have been checked
 
+    is_first = int(os.environ.get("RANK", "0")) == 0  # as torchrun and its kind number the processes
+    if not is_first:
+        logging.getLogger("cottention").setLevel(logging.ERROR)  # one of them says it
     result = pretrain(recipe, output_dir=given.output_dir, overwrite=given.overwrite)
+    if not is_first:
+        return result.exit_code
     if given.json:
         print(json.dumps(result.as_dict()))
     elif result.model_dir is not None:

@@ -109,12 +109,6 @@ def pretrain(
     run_dir = Path(output_dir)
     model_dir = run_dir / "model"
     arguments = training_arguments(recipe, run_dir)
-    if recipe.num_warmup_steps >= recipe.training.max_steps:
-        logger.warning(
-            "the learning rate never reaches its peak: optimizer.warmup_steps is %d of training.max_steps=%d",
-            recipe.num_warmup_steps,
-            recipe.training.max_steps,
-        )
     # Process 0 prepares everything; the others then find the run started, whatever was asked for.
     with arguments.main_process_first(local=False):
         is_first = arguments.process_index == 0
@@ -133,6 +127,12 @@ def pretrain(
         model = build_model(recipe, text.tokenizer)
         if is_first and not continues:
             claim_run_directory(recipe, run_dir, text.tokenizer)
+    if recipe.num_warmup_steps >= recipe.training.max_steps:
+        logger.warning(
+            "the learning rate never reaches its peak: optimizer.warmup_steps is %d of training.max_steps=%d",
+            recipe.num_warmup_steps,
+            recipe.training.max_steps,
+        )
     trainer = PretrainingTrainer(recipe, model, arguments=arguments, text=text, run_dir=run_dir)
     if checkpoint is not None:
         logger.info("resuming from %s", checkpoint)

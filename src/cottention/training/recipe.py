@@ -107,7 +107,7 @@ class DataSettings:
     split_by: Literal["document", "line", "paragraph"] = "document"
     """What one document is in a .txt file: the file, a line, or a paragraph."""
     text_column: str = "text"
-    """Column with the text in .jsonl, .parquet and hub data."""
+    """Column with the text in .jsonl and .parquet files."""
     tokenizer: str = "train"
     """Tokenizer directory or hub name; "train" trains one of model.vocab_size on the training text."""
     sequence_length: int = 1024

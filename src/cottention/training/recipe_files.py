@@ -30,7 +30,8 @@ class RecipeParser(jsonargparse.ArgumentParser):
     def __init__(self, *, recipe_class: type[Recipe], **options: Any) -> None:
         # The help of a flag is the docstring under its field.
         jsonargparse.set_parsing_settings(docstring_parse_attribute_docstrings=True)
-        super().__init__(**{"exit_on_error": False, "allow_abbrev": False, **options})
+        # --print_config would print what --config does not take; a run directory holds its resolved recipe.
+        super().__init__(**{"exit_on_error": False, "allow_abbrev": False, "print_config": None, **options})
         self.recipe_class = recipe_class
         self.add_argument(
             "--config",
