@@ -20,10 +20,12 @@ from transformers import (
     AutoModelForSequenceClassification,
     AutoModelForTokenClassification,
     PreTrainedTokenizerFast,
+    TextIteratorStreamer,
     pipeline,
 )
 
 from cottention import models as ours
+from tests import tiny
 from tests.models.helpers import ATTENTION_TYPES, bert_config, gpt_config, randomised
 
 WORDS = ["the", "cat", "sat", "on", "a", "mat", "and", "dog", "ran", "to"]
@@ -116,6 +118,26 @@ def test_text_generation_pipeline_writes_text(attention_type: str, tmp_path: Pat
     assert all(alone)
     batched = write(prompts, batch_size=2, **settings)
     assert [out[0]["generated_text"] for out in batched] == alone
+
+
+@pytest.mark.parametrize("attention_type", ATTENTION_TYPES)
+def test_a_pipeline_samples_streams_stops_and_searches(attention_type: str, tmp_path: Path) -> None:
+    tiny.save(tmp_path, tiny.gpt(attention_type, torch.float32), tiny.bpe_tokenizer())
+    write = pipeline("text-generation", model=str(tmp_path))
+    tokenizer: Any = write.tokenizer
+    settings: dict[str, Any] = {"max_new_tokens": 20, "do_sample": True, "top_k": 4, "return_full_text": False}
+    streamer = TextIteratorStreamer(tokenizer, skip_prompt=True, skip_special_tokens=True)
+    torch.manual_seed(0)
+    text = write("The people", streamer=streamer, **settings)[0]["generated_text"]
+    assert "".join(streamer) == text
+    torch.manual_seed(0)
+    stop = next(text[i : i + 2] for i in range(3, 20) if text[i : i + 2].isascii())  # no half of a character
+    stopped = write("The people", stop_strings=[stop], tokenizer=tokenizer, **settings)[0]["generated_text"]
+    assert text.startswith(stopped)
+    assert stop in stopped
+    assert len(stopped) < len(text)
+    beams = write("The people", max_new_tokens=5, num_beams=3, num_return_sequences=3)
+    assert len({beam["generated_text"] for beam in beams}) == 3
 
 
 @pytest.mark.parametrize("attention_type", ATTENTION_TYPES)

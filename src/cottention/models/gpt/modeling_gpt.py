@@ -16,10 +16,7 @@ from jaxtyping import Float, Int
 from torch import Tensor, nn
 from transformers.cache_utils import Cache, DynamicCache
 from transformers.generation.utils import GenerationMixin
-from transformers.modeling_outputs import (
-    BaseModelOutputWithPast,
-    CausalLMOutputWithPast,
-)
+from transformers.modeling_outputs import BaseModelOutputWithPast, CausalLMOutputWithPast
 
 from cottention.layers import CosineAttention, RotaryTable, SoftmaxAttention, rotary_table
 from cottention.models.cache import CosineCache
@@ -431,6 +428,8 @@ class CottentionGPTForCausalLM(CottentionGPTPreTrainedModel, GenerationMixin):
             inputs_embeds=inputs_embeds,
             **kwargs,
         )
+        # What `generate` takes for stop_strings, it hands on to the model.
+        inputs.pop("tokenizer", None)
         if isinstance(past_key_values, CosineCache) and past_key_values.get_seq_length() > 0:
             # The cache knows where its rows stand, filled by generate or by a plain forward (which counts padding).
             inputs.pop("position_ids", None)
