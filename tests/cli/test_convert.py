@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 import torch
+from transformers import PreTrainedTokenizerBase
 
 from cottention.cli.main import main
 from tests.convert.helpers import RunsCode
@@ -107,6 +108,19 @@ def test_a_mistake_is_one_line_and_leaves_nothing(
         == message
     )
     assert not places["NEW"].exists()
+
+
+def test_an_interrupted_conversion_leaves_nothing(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def interrupted(*_: Any, **__: Any) -> None:
+        raise KeyboardInterrupt
+
+    # The weights are on disk by then, the tokenizer is not.
+    monkeypatch.setattr(PreTrainedTokenizerBase, "save_pretrained", interrupted)
+    out, err = run(capsys, "convert", "official", GPT, tmp_path / "gpt", code=130)
+    assert (out, err) == ("", "cottention convert: error: interrupted\n")
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_one_of_ours_is_not_converted_again(gpt_dir: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
