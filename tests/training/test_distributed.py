@@ -1,0 +1,97 @@
+"""Two processes train as one does: the same examples in the same steps, the same losses, one run directory.
+
+Real processes under torchrun, on the CPU with gloo. Dropout is off where one process is compared with two: each process
+drops out other units. Sums over processes add up in another order than sums over micro batches, hence the tolerances.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from cottention.training.pretraining import pretrain
+from cottention.training.recipe_files import recipe_text
+from tests.training.helpers import assert_same_run, metrics_of, steps_of, tiny_recipe, weights_of
+
+pytestmark = pytest.mark.slow
+
+ENTRY = "import sys; from cottention.cli.main import main; sys.exit(main(sys.argv[1:]))"
+
+
+def torchrun(recipe: Any, run_dir: Path, num_processes: int = 2) -> list[str]:
+    """The words that start a run in several processes."""
+    folder = run_dir.parent
+    (folder / "entry.py").write_text(ENTRY)
+    (folder / "recipe.yaml").write_text(recipe_text(recipe))
+    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={num_processes}"]
+    words = ["pretrain", recipe.arch, "--config", str(folder / "recipe.yaml"), "--output-dir", str(run_dir), "--json"]
+    return [*launcher, str(folder / "entry.py"), *words]
+
+
+def losses_of(run_dir: Path) -> list[float]:
+    """Training and held-out losses, in their order."""
+    return [line["loss" if "loss" in line else "val_loss"] for line in metrics_of(run_dir)]
+
+
+@pytest.mark.parametrize(
+    ("arch", "changes"),
+    [
+        ("gpt", {"data__reset_at_documents": True}),
+        ("bert", {"model__next_sentence_head": True, "training__gradient_checkpointing": True}),
+    ],
+)
+def test_two_processes_give_the_losses_of_one(arch: str, changes: dict[str, Any], corpus: Path, tmp_path: Path) -> None:
+    recipe = tiny_recipe(arch, corpus, model__dropout=0.0, training__max_steps=12, **changes)
+    pretrain(recipe, output_dir=tmp_path / "one")
+    ran = subprocess.run(torchrun(recipe, tmp_path / "two"), capture_output=True, text=True, check=False, timeout=300)
+    assert ran.returncode == 0, ran.stderr
+    result = json.loads(ran.stdout)  # one process prints
+    assert result["step"] == 12
+    assert ran.stderr.count("windows of 32 tokens to train on") == 1
+    one, two = metrics_of(tmp_path / "one"), metrics_of(tmp_path / "two")
+    assert [(line["step"], line["tokens"]) for line in two] == [(line["step"], line["tokens"]) for line in one]
+    assert losses_of(tmp_path / "two") == pytest.approx(losses_of(tmp_path / "one"), rel=2e-5)
+    norms = [[line["grad_norm"] for line in lines if "loss" in line] for lines in (one, two)]
+    assert norms[1] == pytest.approx(norms[0], rel=1e-3)
+    assert steps_of(tmp_path / "two") == [9, 12]
+    assert weights_of(tmp_path / "two" / "model").keys() == weights_of(tmp_path / "one" / "model").keys()
+
+
+def test_a_signal_stops_all_processes_after_one_step_and_they_go_on_exactly(corpus: Path, tmp_path: Path) -> None:
+    # A step of the log between checkpoints: each process has its share of the loss since the last line to restore.
+    recipe = tiny_recipe("gpt", corpus, training__max_steps=120, training__save_every=7, training__log_every=10)
+    subprocess.run(torchrun(recipe, tmp_path / "whole"), capture_output=True, check=True, timeout=300)
+    words = torchrun(recipe, tmp_path / "stopped")
+    with subprocess.Popen(words, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as process:
+        until = time.monotonic() + 240
+        while len(losses_of(tmp_path / "stopped") if (tmp_path / "stopped" / "metrics.jsonl").exists() else []) < 3:
+            assert process.poll() is None
+            assert time.monotonic() < until
+            time.sleep(0.02)
+        os.kill(process.pid, signal.SIGTERM)  # torchrun hands it to its processes, one after the other
+        _, err = process.communicate(timeout=120)
+    assert process.returncode != 0
+    stopped = steps_of(tmp_path / "stopped")[-1]
+    assert 10 <= stopped < 120, err
+    assert err.count("SIGTERM: saving a checkpoint after this step") == 1, err
+    subprocess.run(torchrun(recipe, tmp_path / "stopped"), capture_output=True, check=True, timeout=300)
+    assert_same_run(tmp_path / "stopped", tmp_path / "whole")
+
+
+def test_a_mistake_in_two_processes_ends_both(corpus: Path, tmp_path: Path) -> None:
+    recipe = tiny_recipe("gpt", tmp_path / "missing.txt")
+    ran = subprocess.run(torchrun(recipe, tmp_path / "run"), capture_output=True, text=True, check=False, timeout=120)
+    assert ran.returncode != 0
+    assert "cottention pretrain: error: no such file or folder" in ran.stderr
+    assert ran.stderr.count("Traceback") == 1, "torchrun's own"
+    recipe = tiny_recipe("gpt", corpus, training__global_batch_size=6, training__micro_batch_size=6)
+    ran = subprocess.run(torchrun(recipe, tmp_path / "run"), capture_output=True, text=True, check=False, timeout=120)
+    assert "training.global_batch_size must be a multiple of micro_batch_size x devices = 12; got 6" in ran.stderr
