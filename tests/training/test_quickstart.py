@@ -24,7 +24,7 @@ from cottention.training.text import open_documents, prepare_text
 from cottention.training.trainer import PretrainingTrainer
 from tests.training.helpers import assert_same_run, in_child, metrics_of, steps_of, tiny_recipe
 
-FITTED = {"training.max_steps": 20, "training.eval_every": 5, "training.save_every": 3}
+FITTED = {"training.precision": "bf16", "training.max_steps": 20, "training.eval_every": 5, "training.save_every": 3}
 SECONDS = 1 / 60  # minutes
 
 
@@ -324,6 +324,27 @@ def test_steps_and_evaluations_fill_the_time(
     monkeypatch.setattr(time_budget, "_measure", lambda *_args, **_options: (step_s, evaluation_s))
     training = time_budget.fit_to_time(_recipe("gpt", corpus), None, budget_s=budget_s).training  # pyright: ignore
     assert (training.max_steps, training.eval_every, training.save_every) == expected
+
+
+@pytest.mark.parametrize(
+    ("asked", "multiplies_bf16", "expected"),
+    [("auto", True, "bf16"), ("auto", False, "auto"), ("fp32", True, "fp32")],
+)
+def test_a_processor_with_bf16_instructions_uses_them_unless_told(
+    asked: str, multiplies_bf16: bool, expected: str, corpus: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    timed: list[Recipe] = []
+
+    def measure(recipe: Recipe, _text: Any, *, timed_s: float) -> tuple[float, float]:
+        timed.append(recipe)
+        return 0.1, 0.1
+
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    monkeypatch.setattr(time_budget, "_multiplies_bf16", lambda: multiplies_bf16)
+    monkeypatch.setattr(time_budget, "_measure", measure)
+    recipe = replace_settings(_recipe("gpt", corpus), {"training.precision": asked})
+    fitted = time_budget.fit_to_time(recipe, None, budget_s=10.0)  # pyright: ignore[reportArgumentType]
+    assert fitted.training.precision == timed[0].training.precision == expected
 
 
 def test_time_spent_on_timing_is_part_of_the_time(corpus: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -30,7 +30,7 @@ if TYPE_CHECKING:
     from cottention.training.text import PreparedText
 
 _FILE = "quickstart.json"
-_FITTED = ("max_steps", "eval_every", "save_every")
+_FITTED = ("precision", "max_steps", "eval_every", "save_every")
 _REMEDY = "choose another --output-dir, or --overwrite to start again"
 
 logger = get_logger(__name__)

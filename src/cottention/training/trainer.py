@@ -44,6 +44,7 @@ from cottention.training.checkpoints import (
     writing_to,
 )
 from cottention.training.held_out import count_targets
+from cottention.training.memory import keep_freed_memory
 from cottention.training.metrics import MetricsLog
 from cottention.training.optimizer import build_optimizer, build_scheduler
 from cottention.training.progress import ProgressBar, RunControl
@@ -99,6 +100,8 @@ class PretrainingTrainer(Trainer):
             callbacks=[self.run_control, ProgressBar(recipe)],
         )
         self.remove_callback(PrinterCallback)
+        if self.args.device.type == "cpu":
+            keep_freed_memory()
         if self.args.world_size > 1:
             self.run_control.agree_among(self.args.world_size)
             set_seed(recipe.training.seed + self.args.process_index)  # each process drops out other units
