@@ -10,11 +10,12 @@ import numpy as np
 import pytest
 import torch
 from datasets import Dataset
+from transformers import GPTJConfig, GPTJForCausalLM
 
 from cottention.errors import CottentionError, DataError
 from cottention.evaluation import PerplexityResult, TextScore, evaluate_perplexity
 from tests import tiny
-from tests.models.helpers import ATTENTION_TYPES
+from tests.models.helpers import ATTENTION_TYPES, randomised
 
 TEXTS = [*tiny.TEXTS, "To the people.", "x"]
 
@@ -117,23 +118,38 @@ def test_windows_are_sorted_by_length_a_part_at_a_time(cosine: Any, monkeypatch:
     assert score(cosine, context=5, batch_size=2).nats == pytest.approx(expected, rel=1e-12)
 
 
-def test_a_pass_holds_no_more_than_the_context(cosine: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    lengths, forward = [], type(cosine).forward
-
-    def spying(self: Any, input_ids: torch.Tensor, **arguments: Any) -> Any:
-        lengths.append(input_ids.shape[1])
-        return forward(self, input_ids, **arguments)
-
-    monkeypatch.setattr(type(cosine), "forward", spying)
+def test_a_pass_holds_no_more_than_the_context(cosine: Any) -> None:
+    lengths: list[int] = []
+    hook = cosine.transformer.wte.register_forward_hook(lambda _module, _inputs, out: lengths.append(out.shape[1]))
     score(cosine, ["the people " * 50], context=16, carry_state=True)
+    hook.remove()
     assert max(lengths) == 16
     assert len(lengths) > 5
 
 
-def test_logits_are_read_in_parts(cosine: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    expected = score(cosine, context=64).nats
+@pytest.mark.parametrize("settings", [{}, {"carry_state": True}])
+def test_a_long_window_never_has_all_its_logits_at_once(
+    cosine: Any, monkeypatch: pytest.MonkeyPatch, settings: dict[str, Any]
+) -> None:
+    expected = score(cosine, context=64)
     monkeypatch.setattr("cottention.evaluation.perplexity._LOGIT_ROWS", 3)
-    assert score(cosine, context=64).nats == pytest.approx(expected, rel=1e-12)
+    rows: list[int] = []
+    hook = cosine.lm_head.register_forward_hook(lambda _module, _inputs, logits: rows.append(len(logits)))
+    assert score(cosine, context=64, **settings).nats == pytest.approx(expected.nats, rel=1e-12)
+    hook.remove()
+    assert max(rows) == 3
+    assert sum(rows) == expected.num_tokens
+
+
+def test_any_causal_model_is_scored() -> None:
+    sizes = {"vocab_size": 290, "n_embd": 16, "n_layer": 1, "n_head": 2, "rotary_dim": 4, "n_positions": 64}
+    model = randomised(GPTJForCausalLM(GPTJConfig(**sizes, bos_token_id=0, eos_token_id=0)))
+    # The stock model's attention works in float32.
+    assert score(model, context=64).nats_per_token == pytest.approx(by_hand(model, lambda j: 0), rel=1e-7)
+    with pytest.raises(CottentionError, match="reads at most its 64 positions"):
+        score(model, context=65)
+    with pytest.raises(CottentionError, match="carry_state needs a cosine model"):
+        score(model, context=64, carry_state=True)
 
 
 def test_a_half_precision_model_is_scored_in_full_precision() -> None:

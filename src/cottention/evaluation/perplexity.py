@@ -22,6 +22,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import torch
@@ -36,9 +37,10 @@ from cottention.errors import DataError, SettingsError
 from cottention.evaluation.inputs import as_tokens
 from cottention.evaluation.score import TextScore, exp_of
 from cottention.evaluation.windows import IGNORED, batches_of, continued_batches, document_windows
+from cottention.models import CottentionGPTForCausalLM
 from cottention.models.configuration import check_vocabulary
 
-_LOGIT_ROWS = 2048  # logits turned to float32 at a time: 400 MB at 50k tokens, whatever the batch
+_LOGIT_ROWS = 2048  # logits at a time: 400 MB at 50k tokens, whatever the batch and the context
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -112,18 +114,20 @@ def evaluate_perplexity(
     num_bytes, num_words, num_documents, num_targets = _sizes_of(tokens)
     if not num_bytes:
         raise DataError("there is no text to score")
+    body, head = _body_and_head(model)
     if carry_state:
-        batches = _carried_logits(model, continued_batches(tokens, eos_token_id, context, batch_size))
+        outputs = _carried(body, continued_batches(tokens, eos_token_id, context, batch_size))
     else:
-        batches = _fresh_logits(model, batches_of(document_windows(tokens, eos_token_id, context, stride), batch_size))
+        outputs = _fresh(body, batches_of(document_windows(tokens, eos_token_id, context, stride), batch_size))
     nats = 0.0
     was_training = model.training
     model.eval()
     try:
         with torch.inference_mode(), tqdm(total=num_targets, unit="tok", disable=not show_progress) as bar:
-            for logits, targets in batches:
-                nats += _nats_of(logits, targets.to(logits.device))
-                bar.update(int((targets != IGNORED).sum()))
+            for hidden, targets in outputs:
+                asked = targets != IGNORED
+                nats += _nats_of(hidden[asked.to(hidden.device)], targets[asked].to(hidden.device), head)
+                bar.update(int(asked.sum()))
     finally:
         model.train(was_training)
     return PerplexityResult(
@@ -181,34 +185,40 @@ def _sizes_of(tokens: Dataset) -> tuple[int, int, int, int]:
     return tuple(sizes.tolist())
 
 
-def _fresh_logits(model: PreTrainedModel, batches: Iterator[tuple[Tensor, Tensor]]) -> Iterator[tuple[Tensor, Tensor]]:
+def _body_and_head(model: PreTrainedModel) -> tuple[Any, Any]:
+    """What computes hidden states, and what makes logits of some of them: those of a long window fit no memory.
+
+    Other models may do more behind their head than we know, so theirs come as they are.
+    """
+    if isinstance(model, CottentionGPTForCausalLM):
+        return model.transformer, model.lm_head
+    return model, torch.nn.Identity()
+
+
+def _fresh(body: Any, batches: Iterator[tuple[Tensor, Tensor]]) -> Iterator[tuple[Tensor, Tensor]]:
     # Padding needs no mask: it stands behind a row's last target, where a causal model does not look.
     for inputs, targets in batches:
-        yield model(input_ids=inputs.to(model.device), use_cache=False).logits, targets
+        yield body(input_ids=inputs.to(body.device), use_cache=False)[0], targets
 
 
-def _carried_logits(
-    model: PreTrainedModel, batches: Iterator[tuple[Tensor, Tensor, bool]]
-) -> Iterator[tuple[Tensor, Tensor]]:
+def _carried(body: Any, batches: Iterator[tuple[Tensor, Tensor, bool]]) -> Iterator[tuple[Tensor, Tensor]]:
     cache, num_rows = None, 0
     for inputs, targets, begins in batches:
         if begins:
             cache = None
         elif len(inputs) < num_rows:
             assert cache is not None
-            cache.batch_select_indices(torch.arange(len(inputs), device=model.device))
+            cache.batch_select_indices(torch.arange(len(inputs), device=body.device))
         # A row is padded in the last piece of its document alone, so no padding is ever carried on.
-        output = model(input_ids=inputs.to(model.device), use_cache=True, past_key_values=cache)
+        output = body(input_ids=inputs.to(body.device), use_cache=True, past_key_values=cache)
         cache, num_rows = output.past_key_values, len(inputs)
-        yield output.logits, targets
+        yield output[0], targets
 
 
-def _nats_of(logits: Tensor, targets: Tensor) -> float:
+def _nats_of(hidden: Tensor, targets: Tensor, head: Any) -> float:
     nats = 0.0
-    for rows, row_targets in zip(
-        logits.flatten(0, 1).split(_LOGIT_ROWS), targets.flatten().split(_LOGIT_ROWS), strict=True
-    ):
-        rows = rows if rows.dtype == torch.float64 else rows.float()
-        losses = F.cross_entropy(rows, row_targets, ignore_index=IGNORED, reduction="none")
-        nats += losses.double().sum().item()
+    for rows, row_targets in zip(hidden.split(_LOGIT_ROWS), targets.split(_LOGIT_ROWS), strict=True):
+        logits = head(rows)
+        logits = logits if logits.dtype == torch.float64 else logits.float()
+        nats += F.cross_entropy(logits, row_targets, reduction="none").double().sum().item()
     return nats
