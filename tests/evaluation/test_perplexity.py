@@ -142,7 +142,14 @@ def test_a_long_window_never_has_all_its_logits_at_once(
 
 
 def test_any_causal_model_is_scored() -> None:
-    sizes = {"vocab_size": 290, "n_embd": 16, "n_layer": 1, "n_head": 2, "rotary_dim": 4, "n_positions": 64}
+    sizes: dict[str, Any] = {
+        "vocab_size": 290,
+        "n_embd": 16,
+        "n_layer": 1,
+        "n_head": 2,
+        "rotary_dim": 4,
+        "n_positions": 64,
+    }
     model = randomised(GPTJForCausalLM(GPTJConfig(**sizes, bos_token_id=0, eos_token_id=0)))
     # The stock model's attention works in float32.
     assert score(model, context=64).nats_per_token == pytest.approx(by_hand(model, lambda j: 0), rel=1e-7)
