@@ -1,0 +1,311 @@
+// The passes over the tokens of one sequence and head, a chunk at a time.
+//
+// Causal, S the state before the chunk, k' = k_hat / max(c ** p, 1), g the gradient of o, D that of the state after it:
+//
+//     o   = q_hat S + tril(q_hat k'^T) v                S += k'^T v
+//     dq_ = g S^T + tril(g v^T) k'                      forward in time, with S
+//     dk_ = v D^T + tril(g v^T)^T q_hat                 backward in time, with D:  D += q_hat^T g
+//     dv  = k' D  + tril(q_hat k'^T)^T g
+//
+// where dq_ and dk_ are the gradients of q_hat and k'. Not causal, S and D are those of all tokens and the triangles
+// are gone. No state is stored per chunk: each pass runs its own.
+#pragma once
+
+#include "product.h"
+#include "rows.h"
+
+namespace {
+
+class Scratch {
+  public:
+    explicit Scratch(float* next) : next_(next) {}
+    float* take(int64_t n) {
+        float* p = next_;
+        next_ += round_up(n, 16);
+        return p;
+    }
+    Block rows(int64_t n, int64_t D) {
+        Block block(nullptr, D);
+        block.data = take(n * block.ld);
+        return block;
+    }
+
+  private:
+    float* next_;
+};
+
+// Bound for every pass below: 4 blocks of K, 4 of V, their transposes, 2 score matrices and 2 states.
+int64_t scratch_size(int64_t K, int64_t V, int64_t chunk) {
+    const int64_t Kp = round_up(K, 16), Vp = round_up(V, 16);
+    return chunk * 5 * (Kp + Vp) + 2 * (chunk * chunk + 16) + 2 * Kp * Vp + 16 * 16;
+}
+
+// A state [K, V] in scratch with padded rows, or transposed [V, K].
+struct State {
+    float* data;
+    int64_t K, V, ld;
+
+    State(Scratch& scratch, int64_t K, int64_t V) : K(K), V(V), ld(round_up(V, kWidth)) {
+        data = scratch.take(round_up(K, kWidth) * ld);
+    }
+    void load(const float* kv) {
+        clear(data, round_up(K, kWidth) * ld);
+        if (kv == nullptr) return;
+        for (int64_t i = 0; i < K; i++) load_row(data + i * ld, kv + i * V, V);
+    }
+    void store(float* kv) const {
+        if (kv == nullptr) return;
+        for (int64_t i = 0; i < K; i++) store_row(kv + i * V, data + i * ld, V);
+    }
+    void transpose_to(const State& other) const { transpose_rows(other.data, other.ld, data, ld, K); }
+    // += x^T y for n tokens of x [n, K] and y [n, V].
+    void add(const Block& x, const Block& y, int64_t n) {
+        multiply(K, ld, {x.data, 1, x.ld, y.data, y.ld, n}, data, ld, true);
+    }
+};
+
+inline Product times(const Block& x, const State& state, int64_t depth) {
+    return {x.data, x.ld, 1, state.data, state.ld, depth};
+}
+
+inline const auto keep_all = [](int64_t, int64_t, int, Product&) {};
+// The second product's left side is a lower triangle, or its transpose.
+inline const auto keep_lower = [](int64_t i0, int64_t i1, int p, Product& product) {
+    if (p == 1) narrow_lower(i0, i1, product);
+};
+inline const auto keep_upper = [](int64_t i0, int64_t i1, int p, Product& product) {
+    if (p == 1) narrow_upper(i0, i1, product);
+};
+
+void key_state(const Range& range, float* memory) {
+    Scratch scratch(memory);
+    const Block k = scratch.rows(range.chunk, range.K), v = scratch.rows(range.chunk, range.V);
+    State state(scratch, range.K, range.V);
+    state.load(range.state);
+    UnitScale scale;
+    Weights weights;
+    int64_t count = range.divisor.count;
+    for (int64_t t = 0; t < range.tokens; t += range.chunk) {
+        const int64_t n = smaller(range.chunk, range.tokens - t);
+        weights.set(range.divisor, range.key_mask, t, n, count);
+        count += count_real(range.key_mask, t, n);
+        load_unit_rows(k, range.k, range.dtype, t, n, range.key_mask, weights.get(), scale);
+        load_rows(v, range.v, range.dtype, t, n, range.key_mask);
+        state.add(k, v, n);
+    }
+    state.store(range.state_out);
+}
+
+void query_state(const Range& range, float* memory) {
+    Scratch scratch(memory);
+    const Block q = scratch.rows(range.chunk, range.K), g = scratch.rows(range.chunk, range.V);
+    State state(scratch, range.K, range.V);
+    state.load(range.state);
+    UnitScale scale;
+    for (int64_t t = 0; t < range.tokens; t += range.chunk) {
+        const int64_t n = smaller(range.chunk, range.tokens - t);
+        load_unit_rows(q, range.q, range.dtype, t, n, range.query_mask, nullptr, scale);
+        load_rows(g, range.grad, range.dtype, t, n, range.query_mask);
+        state.add(q, g, n);
+    }
+    state.store(range.state_out);
+}
+
+void causal_forward(const Range& range, float* memory) {
+    const int64_t C = range.chunk, K = range.K;
+    Scratch scratch(memory);
+    State state(scratch, K, range.V);
+    const Block q = scratch.rows(C, K), k = scratch.rows(C, K), v = scratch.rows(C, range.V);
+    const Block o = scratch.rows(C, range.V);
+    float *k_transposed = scratch.take(C * k.ld), *scores = scratch.take(C * C + 16);
+    state.load(range.state);
+    UnitScale q_scale, k_scale;
+    Weights weights;
+    int64_t count = range.divisor.count;
+    for (int64_t t = 0; t < range.tokens; t += C) {
+        const int64_t n = smaller(C, range.tokens - t);
+        weights.set(range.divisor, range.key_mask, t, n, count);
+        count += count_real(range.key_mask, t, n);
+        load_unit_rows(q, range.q, range.dtype, t, n, range.query_mask, nullptr, q_scale);
+        load_unit_rows(k, range.k, range.dtype, t, n, range.key_mask, weights.get(), k_scale);
+        load_rows(v, range.v, range.dtype, t, n, range.key_mask);
+        transpose_rows(k_transposed, C, k.data, k.ld, n);
+        multiply_lower(n, {q.data, q.ld, 1, k_transposed, C, K}, scores, C);
+        const Product products[] = {times(q, state, K), {scores, C, 1, v.data, v.ld, n}};
+        multiply(n, o.ld, products, 2, o.data, o.ld, false, keep_lower);
+        store_rows(range.o, range.dtype, t, n, range.query_mask, o);
+        if (t + C < range.tokens || range.state_out != nullptr) state.add(k, v, n);
+    }
+    state.store(range.state_out);
+}
+
+void causal_backward_q(const Range& range, float* memory) {
+    const int64_t C = range.chunk, K = range.K, V = range.V;
+    Scratch scratch(memory);
+    State state(scratch, V, K);  // transposed
+    const Block q = scratch.rows(C, K), k = scratch.rows(C, K), v = scratch.rows(C, V), g = scratch.rows(C, V);
+    const Block dq = scratch.rows(C, K);
+    float *v_transposed = scratch.take(C * v.ld), *dscores = scratch.take(C * C + 16);
+    {
+        State start(scratch, K, V);
+        start.load(range.state);
+        clear(state.data, round_up(V, kWidth) * state.ld);
+        start.transpose_to(state);
+    }
+    UnitScale q_scale, k_scale;
+    Weights weights;
+    int64_t count = range.divisor.count;
+    for (int64_t t = 0; t < range.tokens; t += C) {
+        const int64_t n = smaller(C, range.tokens - t);
+        weights.set(range.divisor, range.key_mask, t, n, count);
+        count += count_real(range.key_mask, t, n);
+        load_unit_rows(q, range.q, range.dtype, t, n, range.query_mask, nullptr, q_scale);
+        load_unit_rows(k, range.k, range.dtype, t, n, range.key_mask, weights.get(), k_scale);
+        load_rows(v, range.v, range.dtype, t, n, range.key_mask);
+        load_rows(g, range.grad, range.dtype, t, n, range.query_mask);
+        transpose_rows(v_transposed, C, v.data, v.ld, n);
+        multiply_lower(n, {g.data, g.ld, 1, v_transposed, C, V}, dscores, C);
+        const Product products[] = {times(g, state, V), {dscores, C, 1, k.data, k.ld, n}};
+        multiply(n, dq.ld, products, 2, dq.data, dq.ld, false, keep_lower);
+        store_unit_gradient(range.dq, range.dtype, t, n, range.query_mask, dq, q, q_scale);
+        if (t + C < range.tokens) state.add(v, k, n);
+    }
+}
+
+// dk and dv of n tokens from t on, from the gradients of k' and v; collects dp.
+inline void store_key_gradients(const Range& range, int64_t t, int64_t n, const Block& dk, const Block& dv,
+                                const Block& k, const Block& v, const UnitScale& scale, const Weights& weights) {
+    if (weights.divides && range.dp != nullptr)
+        for (int64_t i = 0; i < n; i++)
+            if (!is_padding(range.key_mask, t + i))
+                *range.dp -= double(weights.log_count[i]) * dot(v.row(i), dv.row(i), v.ld);
+    store_rows(range.dv, range.dtype, t, n, range.key_mask, dv);
+    store_unit_gradient(range.dk, range.dtype, t, n, range.key_mask, dk, k, scale);
+}
+
+void causal_backward_kv(const Range& range, float* memory) {
+    const int64_t C = range.chunk, K = range.K, V = range.V;
+    Scratch scratch(memory);
+    State after(scratch, K, V), after_transposed(scratch, V, K);
+    const Block q = scratch.rows(C, K), k = scratch.rows(C, K), v = scratch.rows(C, V), g = scratch.rows(C, V);
+    const Block dk = scratch.rows(C, K), dv = scratch.rows(C, V);
+    float *k_transposed = scratch.take(C * k.ld), *v_transposed = scratch.take(C * v.ld);
+    float *scores = scratch.take(C * C + 16), *dscores = scratch.take(C * C + 16);
+    after.load(range.state);
+    after.transpose_to(after_transposed);
+    UnitScale q_scale, k_scale;
+    Weights weights;
+    int64_t count = range.divisor.count + count_real(range.key_mask, 0, range.tokens);
+    for (int64_t t = range.tokens > 0 ? (range.tokens - 1) / C * C : -1; t >= 0; t -= C) {
+        const int64_t n = smaller(C, range.tokens - t);
+        count -= count_real(range.key_mask, t, n);
+        weights.set(range.divisor, range.key_mask, t, n, count);
+        load_unit_rows(q, range.q, range.dtype, t, n, range.query_mask, nullptr, q_scale);
+        load_unit_rows(k, range.k, range.dtype, t, n, range.key_mask, weights.get(), k_scale);
+        load_rows(v, range.v, range.dtype, t, n, range.key_mask);
+        load_rows(g, range.grad, range.dtype, t, n, range.query_mask);
+        transpose_rows(k_transposed, C, k.data, k.ld, n);
+        transpose_rows(v_transposed, C, v.data, v.ld, n);
+        multiply_lower(n, {q.data, q.ld, 1, k_transposed, C, K}, scores, C);
+        multiply_lower(n, {g.data, g.ld, 1, v_transposed, C, V}, dscores, C);
+        const Product for_k[] = {times(v, after_transposed, V), {dscores, 1, C, q.data, q.ld, n}};
+        const Product for_v[] = {times(k, after, K), {scores, 1, C, g.data, g.ld, n}};
+        multiply(n, dk.ld, for_k, 2, dk.data, dk.ld, false, keep_upper);
+        multiply(n, dv.ld, for_v, 2, dv.data, dv.ld, false, keep_upper);
+        store_key_gradients(range, t, n, dk, dv, k, v, k_scale, weights);
+        if (t > 0 || range.state_out != nullptr) after.add(q, g, n);
+        if (t > 0) after.transpose_to(after_transposed);
+    }
+    after.store(range.state_out);
+}
+
+void full_forward(const Range& range, float* memory) {
+    const int64_t C = range.chunk;
+    Scratch scratch(memory);
+    State state(scratch, range.K, range.V);
+    const Block q = scratch.rows(C, range.K), o = scratch.rows(C, range.V);
+    state.load(range.state);
+    UnitScale scale;
+    for (int64_t t = 0; t < range.tokens; t += C) {
+        const int64_t n = smaller(C, range.tokens - t);
+        load_unit_rows(q, range.q, range.dtype, t, n, range.query_mask, nullptr, scale);
+        multiply(n, o.ld, times(q, state, range.K), o.data, o.ld, false);
+        store_rows(range.o, range.dtype, t, n, range.query_mask, o);
+    }
+}
+
+void full_backward_q(const Range& range, float* memory) {
+    const int64_t C = range.chunk;
+    Scratch scratch(memory);
+    State state(scratch, range.K, range.V), transposed(scratch, range.V, range.K);
+    const Block q = scratch.rows(C, range.K), g = scratch.rows(C, range.V), dq = scratch.rows(C, range.K);
+    state.load(range.state);
+    state.transpose_to(transposed);
+    UnitScale scale;
+    for (int64_t t = 0; t < range.tokens; t += C) {
+        const int64_t n = smaller(C, range.tokens - t);
+        load_unit_rows(q, range.q, range.dtype, t, n, range.query_mask, nullptr, scale);
+        load_rows(g, range.grad, range.dtype, t, n, range.query_mask);
+        multiply(n, dq.ld, times(g, transposed, range.V), dq.data, dq.ld, false);
+        store_unit_gradient(range.dq, range.dtype, t, n, range.query_mask, dq, q, scale);
+    }
+}
+
+void full_backward_kv(const Range& range, float* memory) {
+    const int64_t C = range.chunk;
+    Scratch scratch(memory);
+    State after(scratch, range.K, range.V), transposed(scratch, range.V, range.K);
+    const Block k = scratch.rows(C, range.K), v = scratch.rows(C, range.V);
+    const Block dk = scratch.rows(C, range.K), dv = scratch.rows(C, range.V);
+    after.load(range.state);
+    after.transpose_to(transposed);
+    UnitScale scale;
+    Weights weights;
+    for (int64_t t = 0; t < range.tokens; t += C) {
+        const int64_t n = smaller(C, range.tokens - t);
+        weights.set(range.divisor, range.key_mask, t, n, 0);
+        load_unit_rows(k, range.k, range.dtype, t, n, range.key_mask, weights.get(), scale);
+        load_rows(v, range.v, range.dtype, t, n, range.key_mask);
+        multiply(n, dk.ld, times(v, transposed, range.V), dk.data, dk.ld, false);
+        multiply(n, dv.ld, times(k, after, range.K), dv.data, dv.ld, false);
+        store_key_gradients(range, t, n, dk, dv, k, v, scale, weights);
+    }
+}
+
+// S += k'^T v and o = q_hat S row by row of S, each read and written once.
+void step(const Range& range, float* memory) {
+    Scratch scratch(memory);
+    const Block q = scratch.rows(kWidth, range.K), k = scratch.rows(kWidth, range.K);
+    const Block v = scratch.rows(kWidth, range.V), o = scratch.rows(kWidth, range.V);
+    UnitScale scale;
+    Weights weights;
+    weights.set(range.divisor, range.key_mask, 0, 1, range.divisor.count);
+    load_unit_rows(q, range.q, range.dtype, 0, 1, range.query_mask, nullptr, scale);
+    load_unit_rows(k, range.k, range.dtype, 0, 1, range.key_mask, weights.get(), scale);
+    load_rows(v, range.v, range.dtype, 0, 1, range.key_mask);
+    clear(o.data, o.ld);
+    for (int64_t i = 0; i < range.K; i++) {
+        const float *kv = range.state == nullptr ? nullptr : range.state + i * range.V;
+        float* out = range.state_out + i * range.V;
+        const Vector::F query = Vector::set1(q.data[i]), key = Vector::set1(k.data[i]);
+        for (int64_t d = 0; d < range.V; d += kWidth) {
+            const int left = int(smaller(kWidth, range.V - d));
+            Vector::F row = Vector::zero();
+            if (kv != nullptr) row = left == kWidth ? Vector::load(kv + d) : load_tail(kv + d, left);
+            row = Vector::fma(key, Vector::load(v.data + d), row);
+            Vector::store(o.data + d, Vector::fma(query, row, Vector::load(o.data + d)));
+            if (left == kWidth) {
+                Vector::store(out + d, row);
+            } else {
+                store_tail(out + d, row, left);
+            }
+        }
+    }
+    store_rows(range.o, range.dtype, 0, 1, range.query_mask, o);
+}
+
+}  // namespace
+
+#define COTTENTION_KERNELS(NAME) \
+    {NAME, scratch_size, key_state, query_state, causal_forward, causal_backward_q, causal_backward_kv, full_forward, \
+     full_backward_q, full_backward_kv, step}
