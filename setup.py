@@ -218,7 +218,9 @@ class PlatformWheel(bdist_wheel):
 
     def get_tag(self) -> tuple[str, str, str]:
         """Python, ABI and platform of what was built."""
-        if not self.get_finalized_command("build_ext").library.exists():
+        build = self.get_finalized_command("build_ext")
+        assert isinstance(build, BuildNative)
+        if not build.library.exists():
             self.root_is_pure = True
             return "py3", "none", "any"
         *_, system = super().get_tag()
