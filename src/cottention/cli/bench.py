@@ -35,11 +35,15 @@ def run(args: Namespace) -> int:
     """Measure, print, write."""
     given = args.attention
     settings = settings_from(given)
-    from cottention.benchmarks.attention import benchmark_attention, write_report
+    from cottention.benchmarks.attention import benchmark_attention, open_journal, write_report
     from cottention.benchmarks.table import as_text
 
-    report = benchmark_attention(settings)
-    paths = write_report(report, Path(given.output_dir))
+    directory = Path(given.output_dir)
+    with open_journal(settings, directory) as journal:
+        report = benchmark_attention(settings, journal)
+        paths = write_report(report, directory)
+        if not report.interrupted:
+            journal.finish()
     if given.json:
         print(json.dumps(report.to_dict()))
     else:

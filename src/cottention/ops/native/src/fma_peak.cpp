@@ -1,8 +1,6 @@
 // Runs a loop of fma_peak.h in several threads for a while, for the benchmark's roofline.
 //
-//   ct_fma_peak(2, 0.5, "avx512")   // operations a second of two threads; 0: not compiled in
-//
-// The caller answers for the processor having the instruction set.
+//   ct_fma_peak(2, 0.5, "avx512")   // operations a second of two threads; 0: this library or processor has none
 #include "fma_peak.h"
 
 #include <chrono>
@@ -16,24 +14,31 @@ using Clock = std::chrono::steady_clock;
 
 struct Loop {
   const char* isa;
+  bool runs;  // on this processor
   double (*run)(long rounds);
   double operations;  // of a round
 };
 
+#ifdef __x86_64__
+#define RUNS(name) (__builtin_cpu_supports(name) != 0)
+#else
+#define RUNS(name) false
+#endif
+
 const Loop kLoops[] = {
 #ifdef COTTENTION_HAVE_AVX512BF16
-    {"avx512bf16", fma_peak_avx512bf16, kFmaPeakAvx512Bf16},
+    {"avx512bf16", RUNS("avx512bf16"), fma_peak_avx512bf16, kFmaPeakAvx512Bf16},
 #endif
 #ifdef COTTENTION_HAVE_AVX512
-    {"avx512", fma_peak_avx512, kFmaPeakAvx512},
+    {"avx512", RUNS("avx512f"), fma_peak_avx512, kFmaPeakAvx512},
 #endif
 #ifdef COTTENTION_HAVE_AVX2
-    {"avx2", fma_peak_avx2, kFmaPeakAvx2},
+    {"avx2", RUNS("avx2") && RUNS("fma"), fma_peak_avx2, kFmaPeakAvx2},
 #endif
 #ifdef COTTENTION_HAVE_NEON
-    {"neon", fma_peak_neon, kFmaPeakNeon},
+    {"neon", true, fma_peak_neon, kFmaPeakNeon},
 #endif
-    {"generic", fma_peak_generic, kFmaPeakGeneric},
+    {"generic", true, fma_peak_generic, kFmaPeakGeneric},
 };
 
 constexpr long kRoundsBetweenLooks = 100000;  // a tenth of a millisecond or so
@@ -59,7 +64,7 @@ double rate(const Loop& loop, double seconds) {
 
 extern "C" __attribute__((visibility("default"))) double ct_fma_peak(int threads, double seconds, const char* isa) {
   for (const Loop& loop : kLoops) {
-    if (std::strcmp(loop.isa, isa) != 0) continue;
+    if (!loop.runs || std::strcmp(loop.isa, isa) != 0) continue;
     std::vector<double> rates(threads > 0 ? threads : 1);
     std::vector<std::thread> others;
     for (size_t i = 1; i < rates.size(); ++i) {
