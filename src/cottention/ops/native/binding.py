@@ -1,6 +1,6 @@
 """The compiled library in Python: found beside this file, loaded by ctypes, called with one packed struct of words.
 
-`Call` mirrors the struct of the same name in `src/abi.h`, field by field. Packing a struct and passing it as bytes costs
+`Call` of `src/abi.h` is packed here field by field. Packing a struct and passing it as bytes costs
 a microsecond or two, which is what keeps short sequences and single tokens fast.
 
     if is_available():

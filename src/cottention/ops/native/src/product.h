@@ -8,6 +8,8 @@
 
 #include <cstdint>
 
+#include "ahead.h"
+
 namespace {
 
 struct Product {
@@ -101,7 +103,7 @@ struct Blocks {
 // a product for the rows i0 .. i1, which is how triangles are skipped.
 template <class Narrow>
 void multiply(int64_t rows, int64_t columns, const Product* products, int num_products, float* c, int64_t ld,
-              bool accumulate, Narrow narrow) {
+              bool accumulate, Ahead& ahead, Narrow narrow) {
     for (int64_t n = 0; n < columns;) {
         const int vectors = int(smaller((columns - n) / kWidth, kMaxVectors));
         const Blocks blocks(rows, max_rows(vectors));
@@ -114,18 +116,20 @@ void multiply(int64_t rows, int64_t columns, const Product* products, int num_pr
                 moved[p].b += n;
                 narrow(i0, i1, p, moved[p]);
             }
+            ahead.some();
             pick_tile(int(i1 - i0), vectors)(moved, num_products, c + i0 * ld + n, ld, accumulate);
         }
         n += vectors * kWidth;
     }
 }
 
-inline void multiply(int64_t rows, int64_t columns, const Product& product, float* c, int64_t ld, bool accumulate) {
-    multiply(rows, columns, &product, 1, c, ld, accumulate, [](int64_t, int64_t, int, Product&) {});
+inline void multiply(int64_t rows, int64_t columns, const Product& product, float* c, int64_t ld, bool accumulate,
+                     Ahead& ahead) {
+    multiply(rows, columns, &product, 1, c, ld, accumulate, ahead, [](int64_t, int64_t, int, Product&) {});
 }
 
 // c [n, n] = tril(a b), b [depth, n]: whole vectors right of the diagonal are skipped, the rest beside it zeroed.
-inline void multiply_lower(int64_t n, const Product& product, float* c, int64_t ld) {
+inline void multiply_lower(int64_t n, const Product& product, float* c, int64_t ld, Ahead& ahead) {
     const int64_t height = n <= 2 * kWidth ? max_rows(2) : max_rows(kMaxVectors);
     const Blocks blocks(n, height);
     for (int64_t block = 0; block < blocks.count; block++) {
@@ -137,6 +141,7 @@ inline void multiply_lower(int64_t n, const Product& product, float* c, int64_t 
             Product moved = product;
             moved.a += i0 * moved.row;
             moved.b += j * kWidth;
+            ahead.some();
             pick_tile(int(i1 - i0), vectors)(&moved, 1, c + i0 * ld + j * kWidth, ld, false);
             j += vectors;
         }

@@ -11,6 +11,7 @@
 // are gone. No state is stored per chunk: each pass runs its own.
 #pragma once
 
+#include "ahead.h"
 #include "product.h"
 #include "rows.h"
 
@@ -59,8 +60,8 @@ struct State {
     }
     void transpose_to(const State& other) const { transpose_rows(other.data, other.ld, data, ld, K); }
     // += x^T y for n tokens of x [n, K] and y [n, V].
-    void add(const Block& x, const Block& y, int64_t n) {
-        multiply(K, ld, {x.data, 1, x.ld, y.data, y.ld, n}, data, ld, true);
+    void add(const Block& x, const Block& y, int64_t n, Ahead& ahead) {
+        multiply(K, ld, {x.data, 1, x.ld, y.data, y.ld, n}, data, ld, true, ahead);
     }
 };
 
@@ -68,7 +69,14 @@ inline Product times(const Block& x, const State& state, int64_t depth) {
     return {x.data, x.ld, 1, state.data, state.ld, depth};
 }
 
-inline const auto keep_all = [](int64_t, int64_t, int, Product&) {};
+// Ask for the rows that chunk t reads or writes; nothing when there is no such chunk.
+inline void ask(Ahead& ahead, const Range& range, const Rows& rows, int64_t t, int64_t D, bool to_write) {
+    if (t < 0 || t >= range.tokens) return;
+    const int64_t size = range.dtype == 0 ? 4 : 2, stride = rows.stride * size;
+    ahead.add(static_cast<const char*>(rows.data) + t * stride, stride, smaller(range.chunk, range.tokens - t), D * size,
+              to_write);
+}
+
 // The second product's left side is a lower triangle, or its transpose.
 inline const auto keep_lower = [](int64_t i0, int64_t i1, int p, Product& product) {
     if (p == 1) narrow_lower(i0, i1, product);
@@ -83,6 +91,7 @@ void key_state(const Range& range, float* memory) {
     State state(scratch, range.K, range.V);
     state.load(range.state);
     UnitScale scale;
+    Ahead ahead;
     Weights weights;
     int64_t count = range.divisor.count;
     for (int64_t t = 0; t < range.tokens; t += range.chunk) {
@@ -91,7 +100,10 @@ void key_state(const Range& range, float* memory) {
         count += count_real(range.key_mask, t, n);
         load_unit_rows(k, range.k, range.dtype, t, n, range.key_mask, weights.get(), scale);
         load_rows(v, range.v, range.dtype, t, n, range.key_mask);
-        state.add(k, v, n);
+        ahead.clear();
+        ask(ahead, range, range.k, t + range.chunk, range.K, false);
+        ask(ahead, range, range.v, t + range.chunk, range.V, false);
+        state.add(k, v, n, ahead);
     }
     state.store(range.state_out);
 }
@@ -102,11 +114,15 @@ void query_state(const Range& range, float* memory) {
     State state(scratch, range.K, range.V);
     state.load(range.state);
     UnitScale scale;
+    Ahead ahead;
     for (int64_t t = 0; t < range.tokens; t += range.chunk) {
         const int64_t n = smaller(range.chunk, range.tokens - t);
         load_unit_rows(q, range.q, range.dtype, t, n, range.query_mask, nullptr, scale);
         load_rows(g, range.grad, range.dtype, t, n, range.query_mask);
-        state.add(q, g, n);
+        ahead.clear();
+        ask(ahead, range, range.q, t + range.chunk, range.K, false);
+        ask(ahead, range, range.grad, t + range.chunk, range.V, false);
+        state.add(q, g, n, ahead);
     }
     state.store(range.state_out);
 }
@@ -120,6 +136,7 @@ void causal_forward(const Range& range, float* memory) {
     float *k_transposed = scratch.take(C * k.ld), *scores = scratch.take(C * C + 16);
     state.load(range.state);
     UnitScale q_scale, k_scale;
+    Ahead ahead;
     Weights weights;
     int64_t count = range.divisor.count;
     for (int64_t t = 0; t < range.tokens; t += C) {
@@ -129,12 +146,17 @@ void causal_forward(const Range& range, float* memory) {
         load_unit_rows(q, range.q, range.dtype, t, n, range.query_mask, nullptr, q_scale);
         load_unit_rows(k, range.k, range.dtype, t, n, range.key_mask, weights.get(), k_scale);
         load_rows(v, range.v, range.dtype, t, n, range.key_mask);
+        ahead.clear();
+        ask(ahead, range, range.o, t, range.V, true);
+        ask(ahead, range, range.q, t + C, range.K, false);
+        ask(ahead, range, range.k, t + C, range.K, false);
+        ask(ahead, range, range.v, t + C, range.V, false);
         transpose_rows(k_transposed, C, k.data, k.ld, n);
-        multiply_lower(n, {q.data, q.ld, 1, k_transposed, C, K}, scores, C);
+        multiply_lower(n, {q.data, q.ld, 1, k_transposed, C, K}, scores, C, ahead);
         const Product products[] = {times(q, state, K), {scores, C, 1, v.data, v.ld, n}};
-        multiply(n, o.ld, products, 2, o.data, o.ld, false, keep_lower);
+        multiply(n, o.ld, products, 2, o.data, o.ld, false, ahead, keep_lower);
         store_rows(range.o, range.dtype, t, n, range.query_mask, o);
-        if (t + C < range.tokens || range.state_out != nullptr) state.add(k, v, n);
+        if (t + C < range.tokens || range.state_out != nullptr) state.add(k, v, n, ahead);
     }
     state.store(range.state_out);
 }
@@ -146,13 +168,12 @@ void causal_backward_q(const Range& range, float* memory) {
     const Block q = scratch.rows(C, K), k = scratch.rows(C, K), v = scratch.rows(C, V), g = scratch.rows(C, V);
     const Block dq = scratch.rows(C, K);
     float *v_transposed = scratch.take(C * v.ld), *dscores = scratch.take(C * C + 16);
-    {
-        State start(scratch, K, V);
-        start.load(range.state);
-        clear(state.data, round_up(V, kWidth) * state.ld);
-        start.transpose_to(state);
-    }
+    State upright(scratch, K, V);
+    upright.load(range.state);
+    clear(state.data, round_up(V, kWidth) * state.ld);
+    upright.transpose_to(state);
     UnitScale q_scale, k_scale;
+    Ahead ahead;
     Weights weights;
     int64_t count = range.divisor.count;
     for (int64_t t = 0; t < range.tokens; t += C) {
@@ -163,13 +184,22 @@ void causal_backward_q(const Range& range, float* memory) {
         load_unit_rows(k, range.k, range.dtype, t, n, range.key_mask, weights.get(), k_scale);
         load_rows(v, range.v, range.dtype, t, n, range.key_mask);
         load_rows(g, range.grad, range.dtype, t, n, range.query_mask);
+        ahead.clear();
+        ask(ahead, range, range.dq, t, K, true);
+        ask(ahead, range, range.q, t + C, K, false);
+        ask(ahead, range, range.k, t + C, K, false);
+        ask(ahead, range, range.v, t + C, V, false);
+        ask(ahead, range, range.grad, t + C, V, false);
         transpose_rows(v_transposed, C, v.data, v.ld, n);
-        multiply_lower(n, {g.data, g.ld, 1, v_transposed, C, V}, dscores, C);
+        multiply_lower(n, {g.data, g.ld, 1, v_transposed, C, V}, dscores, C, ahead);
         const Product products[] = {times(g, state, V), {dscores, C, 1, k.data, k.ld, n}};
-        multiply(n, dq.ld, products, 2, dq.data, dq.ld, false, keep_lower);
+        multiply(n, dq.ld, products, 2, dq.data, dq.ld, false, ahead, keep_lower);
         store_unit_gradient(range.dq, range.dtype, t, n, range.query_mask, dq, q, q_scale);
-        if (t + C < range.tokens) state.add(v, k, n);
+        if (t + C < range.tokens || range.state_out != nullptr) state.add(v, k, n, ahead);
     }
+    if (range.state_out == nullptr) return;
+    state.transpose_to(upright);
+    upright.store(range.state_out);
 }
 
 // dk and dv of n tokens from t on, from the gradients of k' and v; collects dp.
@@ -194,6 +224,7 @@ void causal_backward_kv(const Range& range, float* memory) {
     after.load(range.state);
     after.transpose_to(after_transposed);
     UnitScale q_scale, k_scale;
+    Ahead ahead;
     Weights weights;
     int64_t count = range.divisor.count + count_real(range.key_mask, 0, range.tokens);
     for (int64_t t = range.tokens > 0 ? (range.tokens - 1) / C * C : -1; t >= 0; t -= C) {
@@ -204,16 +235,23 @@ void causal_backward_kv(const Range& range, float* memory) {
         load_unit_rows(k, range.k, range.dtype, t, n, range.key_mask, weights.get(), k_scale);
         load_rows(v, range.v, range.dtype, t, n, range.key_mask);
         load_rows(g, range.grad, range.dtype, t, n, range.query_mask);
+        ahead.clear();
+        ask(ahead, range, range.dk, t, K, true);
+        ask(ahead, range, range.dv, t, V, true);
+        ask(ahead, range, range.q, t - C, K, false);
+        ask(ahead, range, range.k, t - C, K, false);
+        ask(ahead, range, range.v, t - C, V, false);
+        ask(ahead, range, range.grad, t - C, V, false);
         transpose_rows(k_transposed, C, k.data, k.ld, n);
         transpose_rows(v_transposed, C, v.data, v.ld, n);
-        multiply_lower(n, {q.data, q.ld, 1, k_transposed, C, K}, scores, C);
-        multiply_lower(n, {g.data, g.ld, 1, v_transposed, C, V}, dscores, C);
+        multiply_lower(n, {q.data, q.ld, 1, k_transposed, C, K}, scores, C, ahead);
+        multiply_lower(n, {g.data, g.ld, 1, v_transposed, C, V}, dscores, C, ahead);
         const Product for_k[] = {times(v, after_transposed, V), {dscores, 1, C, q.data, q.ld, n}};
         const Product for_v[] = {times(k, after, K), {scores, 1, C, g.data, g.ld, n}};
-        multiply(n, dk.ld, for_k, 2, dk.data, dk.ld, false, keep_upper);
-        multiply(n, dv.ld, for_v, 2, dv.data, dv.ld, false, keep_upper);
+        multiply(n, dk.ld, for_k, 2, dk.data, dk.ld, false, ahead, keep_upper);
+        multiply(n, dv.ld, for_v, 2, dv.data, dv.ld, false, ahead, keep_upper);
         store_key_gradients(range, t, n, dk, dv, k, v, k_scale, weights);
-        if (t > 0 || range.state_out != nullptr) after.add(q, g, n);
+        if (t > 0 || range.state_out != nullptr) after.add(q, g, n, ahead);
         if (t > 0) after.transpose_to(after_transposed);
     }
     after.store(range.state_out);
@@ -226,10 +264,14 @@ void full_forward(const Range& range, float* memory) {
     const Block q = scratch.rows(C, range.K), o = scratch.rows(C, range.V);
     state.load(range.state);
     UnitScale scale;
+    Ahead ahead;
     for (int64_t t = 0; t < range.tokens; t += C) {
         const int64_t n = smaller(C, range.tokens - t);
         load_unit_rows(q, range.q, range.dtype, t, n, range.query_mask, nullptr, scale);
-        multiply(n, o.ld, times(q, state, range.K), o.data, o.ld, false);
+        ahead.clear();
+        ask(ahead, range, range.o, t, range.V, true);
+        ask(ahead, range, range.q, t + C, range.K, false);
+        multiply(n, o.ld, times(q, state, range.K), o.data, o.ld, false, ahead);
         store_rows(range.o, range.dtype, t, n, range.query_mask, o);
     }
 }
@@ -242,11 +284,16 @@ void full_backward_q(const Range& range, float* memory) {
     state.load(range.state);
     state.transpose_to(transposed);
     UnitScale scale;
+    Ahead ahead;
     for (int64_t t = 0; t < range.tokens; t += C) {
         const int64_t n = smaller(C, range.tokens - t);
         load_unit_rows(q, range.q, range.dtype, t, n, range.query_mask, nullptr, scale);
         load_rows(g, range.grad, range.dtype, t, n, range.query_mask);
-        multiply(n, dq.ld, times(g, transposed, range.V), dq.data, dq.ld, false);
+        ahead.clear();
+        ask(ahead, range, range.dq, t, range.K, true);
+        ask(ahead, range, range.q, t + C, range.K, false);
+        ask(ahead, range, range.grad, t + C, range.V, false);
+        multiply(n, dq.ld, times(g, transposed, range.V), dq.data, dq.ld, false, ahead);
         store_unit_gradient(range.dq, range.dtype, t, n, range.query_mask, dq, q, scale);
     }
 }
@@ -260,14 +307,20 @@ void full_backward_kv(const Range& range, float* memory) {
     after.load(range.state);
     after.transpose_to(transposed);
     UnitScale scale;
+    Ahead ahead;
     Weights weights;
     for (int64_t t = 0; t < range.tokens; t += C) {
         const int64_t n = smaller(C, range.tokens - t);
         weights.set(range.divisor, range.key_mask, t, n, 0);
         load_unit_rows(k, range.k, range.dtype, t, n, range.key_mask, weights.get(), scale);
         load_rows(v, range.v, range.dtype, t, n, range.key_mask);
-        multiply(n, dk.ld, times(v, transposed, range.V), dk.data, dk.ld, false);
-        multiply(n, dv.ld, times(k, after, range.K), dv.data, dv.ld, false);
+        ahead.clear();
+        ask(ahead, range, range.dk, t, range.K, true);
+        ask(ahead, range, range.dv, t, range.V, true);
+        ask(ahead, range, range.k, t + C, range.K, false);
+        ask(ahead, range, range.v, t + C, range.V, false);
+        multiply(n, dk.ld, times(v, transposed, range.V), dk.data, dk.ld, false, ahead);
+        multiply(n, dv.ld, times(k, after, range.K), dv.data, dv.ld, false, ahead);
         store_key_gradients(range, t, n, dk, dv, k, v, scale, weights);
     }
 }

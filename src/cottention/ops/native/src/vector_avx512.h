@@ -16,7 +16,13 @@ struct Vector {
     static inline F add(F a, F b) { return _mm512_add_ps(a, b); }
     static inline F mul(F a, F b) { return _mm512_mul_ps(a, b); }
     static inline F fma(F a, F b, F c) { return _mm512_fmadd_ps(a, b, c); }
-    static inline float sum(F x) { return _mm512_reduce_add_ps(x); }
+    static inline float sum(F x) {
+        const __m256 high = _mm256_castpd_ps(_mm512_maskz_extractf64x4_pd(0xff, _mm512_castps_pd(x), 1));
+        const __m256 half = _mm256_add_ps(_mm512_castps512_ps256(x), high);
+        __m128 s = _mm_add_ps(_mm256_castps256_ps128(half), _mm256_extractf128_ps(half, 1));
+        s = _mm_add_ps(s, _mm_movehl_ps(s, s));
+        return _mm_cvtss_f32(_mm_add_ss(s, _mm_movehdup_ps(s)));
+    }
 
     static inline F load(const float* p) { return _mm512_loadu_ps(p); }
     static inline F load(const BFloat16* p) { return widen(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(p))); }
