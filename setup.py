@@ -197,7 +197,7 @@ class BuildNative(build_ext):
             self.library.unlink(missing_ok=True)  # one of an earlier version would be worse than none
             self._record(built=False, reason=str(error).partition("\n")[0])
             if wish != "0":
-                self.warn(f"the native library was not built: {error}\n{REMEDY}")
+                print(f"warning: the native library was not built: {error}\n{REMEDY}", file=sys.stderr)
             return
         self._record(built=True, compiler=shlex.join(build.compiler), instruction_sets=build.known)
 

@@ -164,6 +164,15 @@ def test_an_interrupted_run_reports_what_it_has(monkeypatch, tmp_path):
     assert len(write_report(report, tmp_path)) == 3
 
 
+def test_memory_alone_when_no_sample_is_asked_for(monkeypatch):
+    monkeypatch.setattr(attention, "time_interleaved", lambda *args, **options: pytest.fail("it was timed"))
+    report = benchmark_attention(replace(TINY, passes=("forward",), peers=(), repeats=0))
+    results = report.to_dict()["results"]
+    assert isinstance(results, list)
+    assert all(result["time"] is None and result["memory"]["peak_bytes"] > 0 for result in results)
+    assert "not asked for" not in as_text(report)
+
+
 def test_a_gpu_that_is_not_there_is_a_line(monkeypatch):
     monkeypatch.setattr(attention.torch.cuda, "is_available", lambda: False)
     with pytest.raises(SettingsError, match="device 'cuda' is not to be had"):

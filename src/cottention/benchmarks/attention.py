@@ -84,7 +84,8 @@ def benchmark_attention(settings: AttentionSettings, journal: Journal | None = N
     try:
         _sample(roofline, journal)
         _measure_memory(report, candidates, journal)
-        _measure_time(report, candidates, meters, journal)
+        if settings.repeats:
+            _measure_time(report, candidates, meters, journal)
         _sample(roofline, journal)
     except KeyboardInterrupt:
         report.interrupted = True

@@ -1,4 +1,4 @@
-"""Log-log pictures of a report, one for each group of workloads: time and memory over the length, a line a candidate.
+"""Log-log pictures of a report: time and memory over the length or the position, a line for each candidate.
 
 Implementations of cosine attention are solid, peers dashed; thin lines show what growth with T and with T^2 looks like.
 
@@ -15,6 +15,7 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from matplotlib.ticker import FixedLocator, FuncFormatter, NullLocator
 
+from cottention.benchmarks.decode import DecodePoint, DecodeReport
 from cottention.benchmarks.results import AttentionReport, Point
 from cottention.benchmarks.table import machine, title
 
@@ -57,6 +58,41 @@ def _draw(report: AttentionReport, group: list[Point], styles: dict[str, tuple[s
     return figure
 
 
+def write_decode_figure(report: DecodeReport, directory: Path) -> Path:
+    """Draw decode.png, time and state over the position; returns the file."""
+    figure = Figure(figsize=(10, 4.6), layout="constrained")
+    FigureCanvasAgg(figure)
+    time_axes, state_axes = figure.subplots(1, 2)
+    lines: dict[str, list[DecodePoint]] = {}
+    for point in report.points:
+        lines.setdefault(f"{point.name}, B = {point.batch_size}", []).append(point)
+    for i, (label, points) in enumerate(lines.items()):
+        positions = [point.position for point in points]
+        style = {"color": _COLOURS[i % len(_COLOURS)], "marker": _MARKERS[i % len(_MARKERS)], "label": label}
+        style["linestyle"] = "--" if points[0].error is None else "-"
+        time_axes.plot(positions, [point.timing.median_s * 1e6 for point in points], **style)
+        state_axes.plot(positions, [point.state_bytes / 2**20 for point in points], **style)
+    for axes, label in ((time_axes, "time of a step, us"), (state_axes, "carried from token to token, MiB")):
+        axes.set_xlabel("position, tokens")
+        axes.set_ylabel(label)
+        _logarithmic(axes)
+    settings = report.settings
+    figure.suptitle(f"One token, {settings.dtype}, H = {settings.num_heads}, K = V = {settings.head_dim}", fontsize=12)
+    handles, labels = time_axes.get_legend_handles_labels()
+    figure.legend(handles, labels, loc="outside lower center", ncols=min(4, len(labels)), frameon=False, fontsize=9)
+    path = directory / "decode.png"
+    figure.savefig(path, dpi=150)
+    return path
+
+
+def _logarithmic(axes: Axes) -> None:
+    axes.set_xscale("log")
+    axes.set_yscale("log")
+    axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
+    axes.grid(True, which="major", color="0.9", linewidth=0.6)
+    axes.spines[["top", "right"]].set_visible(False)
+
+
 def _panel(
     axes: Axes,
     group: list[Point],
@@ -64,8 +100,7 @@ def _panel(
     figure_of: Callable[[Point], float | None],
     label: str,
 ) -> None:
-    axes.set_xscale("log")
-    axes.set_yscale("log")
+    _logarithmic(axes)
     lengths = sorted({point.workload.length for point in group})
     for name in dict.fromkeys(point.name for point in group):
         points = [point for point in group if point.name == name]
@@ -87,9 +122,6 @@ def _panel(
     axes.xaxis.set_major_locator(FixedLocator(lengths))
     axes.xaxis.set_minor_locator(NullLocator())
     axes.xaxis.set_major_formatter(FuncFormatter(lambda T, _: f"{T / 1024:g}k" if T >= 1024 else f"{T:g}"))
-    axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
-    axes.grid(True, which="major", color="0.9", linewidth=0.6)
-    axes.spines[["top", "right"]].set_visible(False)
 
 
 def _guides(axes: Axes, lengths: list[int]) -> None:
