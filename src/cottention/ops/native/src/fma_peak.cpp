@@ -25,21 +25,26 @@ struct Loop {
 #define RUNS(name) false
 #endif
 
-const Loop kLoops[] = {
+std::vector<Loop> find_loops() {
+#ifdef __x86_64__
+  __builtin_cpu_init();
+#endif
+  return {
 #ifdef COTTENTION_HAVE_AVX512BF16
-    {"avx512bf16", RUNS("avx512bf16"), fma_peak_avx512bf16, kFmaPeakAvx512Bf16},
+      {"avx512bf16", RUNS("avx512bf16"), fma_peak_avx512bf16, kFmaPeakAvx512Bf16},
 #endif
 #ifdef COTTENTION_HAVE_AVX512
-    {"avx512", RUNS("avx512f"), fma_peak_avx512, kFmaPeakAvx512},
+      {"avx512", RUNS("avx512f"), fma_peak_avx512, kFmaPeakAvx512},
 #endif
 #ifdef COTTENTION_HAVE_AVX2
-    {"avx2", RUNS("avx2") && RUNS("fma"), fma_peak_avx2, kFmaPeakAvx2},
+      {"avx2", RUNS("avx2") && RUNS("fma"), fma_peak_avx2, kFmaPeakAvx2},
 #endif
 #ifdef COTTENTION_HAVE_NEON
-    {"neon", true, fma_peak_neon, kFmaPeakNeon},
+      {"neon", true, fma_peak_neon, kFmaPeakNeon},
 #endif
-    {"generic", true, fma_peak_generic, kFmaPeakGeneric},
-};
+      {"generic", true, fma_peak_generic, kFmaPeakGeneric},
+  };
+}
 
 constexpr long kRoundsBetweenLooks = 100000;  // a tenth of a millisecond or so
 
@@ -63,7 +68,7 @@ double rate(const Loop& loop, double seconds) {
 }  // namespace
 
 extern "C" __attribute__((visibility("default"))) double ct_fma_peak(int threads, double seconds, const char* isa) {
-  for (const Loop& loop : kLoops) {
+  for (const Loop& loop : find_loops()) {
     if (!loop.runs || std::strcmp(loop.isa, isa) != 0) continue;
     std::vector<double> rates(threads > 0 ? threads : 1);
     std::vector<std::thread> others;
