@@ -23,6 +23,7 @@ struct Choice {
                             __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl");
         offer(avx2, kernels_avx2);
         offer(avx512, kernels_avx512);
+        offer(avx512 && __builtin_cpu_supports("avx512bf16"), kernels_avx512bf16);
 #elif defined(__aarch64__)
         offer(true, kernels_neon);
 #endif

@@ -53,6 +53,11 @@ struct Kernels {
     void (*step)(const Range&, float* scratch);
 };
 
+// A Kernels made of the functions that sweeps.h, or a variant of it, defines under these names.
+#define COTTENTION_KERNELS(NAME) \
+    {NAME, scratch_size, key_state, query_state, causal_forward, causal_backward_q, causal_backward_kv, full_forward, \
+     full_backward_q, full_backward_kv, step}
+
 extern const Kernels kernels_generic;
 extern const Kernels kernels_avx2;
 extern const Kernels kernels_avx512;

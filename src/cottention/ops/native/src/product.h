@@ -31,7 +31,12 @@ constexpr int max_rows(int vectors) {
 // Beside the diagonal of a lower triangle, zeros as far as the highest tile reaches.
 constexpr int kDiagonal = max_rows(1);
 
-template <int kRows, int kVectors>
+// How a number of a and a vector of b meet. Another arithmetic may take each 32-bit word for something else than a float.
+struct MultiplyAdd {
+    static inline Vector::F apply(Vector::F a, Vector::F b, Vector::F c) { return Vector::fma(a, b, c); }
+};
+
+template <class Arithmetic, int kRows, int kVectors>
 void tile(const Product* products, int num_products, float* c, int64_t ld, bool accumulate) {
     Vector::F sums[kRows][kVectors];
 #pragma GCC unroll 16
@@ -50,7 +55,7 @@ void tile(const Product* products, int num_products, float* c, int64_t ld, bool 
             for (int i = 0; i < kRows; i++) {
                 const Vector::F left = Vector::set1(a[i * row]);
 #pragma GCC unroll 4
-                for (int j = 0; j < kVectors; j++) sums[i][j] = Vector::fma(left, right[j], sums[i][j]);
+                for (int j = 0; j < kVectors; j++) sums[i][j] = Arithmetic::apply(left, right[j], sums[i][j]);
             }
             a += step;
             b += ld_b;
@@ -73,18 +78,19 @@ struct MakeSequence<0, kIs...> {
     typedef Sequence<kIs...> type;
 };
 
-template <int kVectors, int... kRows>
+template <class Arithmetic, int kVectors, int... kRows>
 inline Tile pick(int rows, Sequence<kRows...>) {
-    static constexpr Tile kTiles[] = {tile<kRows, kVectors>...};
+    static constexpr Tile kTiles[] = {tile<Arithmetic, kRows, kVectors>...};
     return kTiles[rows - 1];
 }
 
+template <class Arithmetic>
 inline Tile pick_tile(int rows, int vectors) {
-    if (vectors == 1) return pick<1>(rows, MakeSequence<max_rows(1)>::type());
-    if (vectors == 2) return pick<2>(rows, MakeSequence<max_rows(2)>::type());
+    if (vectors == 1) return pick<Arithmetic, 1>(rows, MakeSequence<max_rows(1)>::type());
+    if (vectors == 2) return pick<Arithmetic, 2>(rows, MakeSequence<max_rows(2)>::type());
     if constexpr (kMaxVectors == 4) {
-        if (vectors == 3) return pick<3>(rows, MakeSequence<max_rows(3)>::type());
-        return pick<4>(rows, MakeSequence<max_rows(4)>::type());
+        if (vectors == 3) return pick<Arithmetic, 3>(rows, MakeSequence<max_rows(3)>::type());
+        return pick<Arithmetic, 4>(rows, MakeSequence<max_rows(4)>::type());
     }
     return nullptr;
 }
@@ -101,7 +107,7 @@ struct Blocks {
 
 // c [rows, columns] (+)= the products; `columns` in whole vectors. `narrow(i0, i1, product index, Product&)` may shorten
 // a product for the rows i0 .. i1, which is how triangles are skipped.
-template <class Narrow>
+template <class Arithmetic = MultiplyAdd, class Narrow>
 void multiply(int64_t rows, int64_t columns, const Product* products, int num_products, float* c, int64_t ld,
               bool accumulate, Ahead& ahead, Narrow narrow) {
     for (int64_t n = 0; n < columns;) {
@@ -117,18 +123,20 @@ void multiply(int64_t rows, int64_t columns, const Product* products, int num_pr
                 narrow(i0, i1, p, moved[p]);
             }
             ahead.some();
-            pick_tile(int(i1 - i0), vectors)(moved, num_products, c + i0 * ld + n, ld, accumulate);
+            pick_tile<Arithmetic>(int(i1 - i0), vectors)(moved, num_products, c + i0 * ld + n, ld, accumulate);
         }
         n += vectors * kWidth;
     }
 }
 
+template <class Arithmetic = MultiplyAdd>
 inline void multiply(int64_t rows, int64_t columns, const Product& product, float* c, int64_t ld, bool accumulate,
                      Ahead& ahead) {
-    multiply(rows, columns, &product, 1, c, ld, accumulate, ahead, [](int64_t, int64_t, int, Product&) {});
+    multiply<Arithmetic>(rows, columns, &product, 1, c, ld, accumulate, ahead, [](int64_t, int64_t, int, Product&) {});
 }
 
 // c [n, n] = tril(a b), b [depth, n]: whole vectors right of the diagonal are skipped, the rest beside it zeroed.
+template <class Arithmetic = MultiplyAdd>
 inline void multiply_lower(int64_t n, const Product& product, float* c, int64_t ld, Ahead& ahead) {
     const int64_t height = n <= 2 * kWidth ? max_rows(2) : max_rows(kMaxVectors);
     const Blocks blocks(n, height);
@@ -142,7 +150,7 @@ inline void multiply_lower(int64_t n, const Product& product, float* c, int64_t 
             moved.a += i0 * moved.row;
             moved.b += j * kWidth;
             ahead.some();
-            pick_tile(int(i1 - i0), vectors)(&moved, 1, c + i0 * ld + j * kWidth, ld, false);
+            pick_tile<Arithmetic>(int(i1 - i0), vectors)(&moved, 1, c + i0 * ld + j * kWidth, ld, false);
             j += vectors;
         }
         for (int64_t i = i0; i < i1; i++)
