@@ -5,6 +5,7 @@ PYTHON ?= python3
 VENV ?= .venv
 WORKERS ?= 2
 ARGS ?=
+OUTPUT ?= runs/bench
 
 BIN := $(VENV)/bin
 NATIVE := src/cottention/ops/native
@@ -57,8 +58,9 @@ format: $(VENV)/.stamp-dev ## format, and mend what the linter can mend
 	$(BIN)/ruff format .
 	$(BIN)/ruff check --fix .
 
-bench: $(VENV)/.stamp-native ## measure the attention against softmax
-	$(BIN)/cottention bench attention $(ARGS)
+bench: $(VENV)/.stamp-native ## measure attention and decoding against softmax: OUTPUT=runs/bench ARGS=--full
+	$(BIN)/cottention bench attention --output-dir $(OUTPUT)/attention $(ARGS)
+	$(BIN)/cottention bench decode --output-dir $(OUTPUT)/decode
 
 docs: $(VENV)/.stamp-docs ## build the documentation in site/
 	$(BIN)/mkdocs build --strict

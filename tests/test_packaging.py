@@ -248,14 +248,14 @@ print(json.dumps(found))
 @pytest.mark.parametrize("compiler", ["with", "without"])
 @pytest.mark.parametrize("editable", [False, True], ids=["install", "editable"])
 def test_an_install_works_in_a_new_environment(compiler: str, editable: bool, tmp_path: Path, setup_py: ModuleType):
-    """torch and the rest come from this environment, by a path file: it is the install of this package that is tried."""
+    """torch, pip and the rest come from this environment, by a path file: it is our own install that is tried."""
     source = tmp_path / "source"
     source.mkdir()
     for name in ("pyproject.toml", "setup.py", "README.md", "LICENSE"):
         shutil.copy(_REPOSITORY / name, source)
     unwanted = shutil.ignore_patterns("*.egg-info", "__pycache__", "_kernels.*", "_build.json")
     shutil.copytree(_REPOSITORY / "src", source / "src", ignore=unwanted)
-    subprocess.run([sys.executable, "-m", "venv", tmp_path / "venv"], check=True)
+    subprocess.run([sys.executable, "-m", "venv", "--without-pip", tmp_path / "venv"], check=True)
     python = tmp_path / "venv/bin/python"
     site = Path(sysconfig.get_path("purelib", vars={"base": str(tmp_path / "venv")}))
     (site / "others.pth").write_text(f"{sysconfig.get_path('purelib')}\n")
