@@ -137,7 +137,7 @@ FULL_GRID = {
     "repeats": 5,
     "time_limit_s": 1.0,
 }
-"""What `--full` measures instead of the defaults: 72 groups of ten lengths, by the time limit at most two hours on two cores."""
+"""What `--full` measures instead of the defaults: 72 groups of ten lengths, within two hours by the time limit."""
 
 
 @dataclass(frozen=True, kw_only=True)
