@@ -38,10 +38,25 @@ def _variants() -> list[tuple[str, str | None]]:
 VARIANTS = pytest.mark.parametrize(("implementation", "isa"), _variants(), ids=lambda each: each or "")
 
 # Largest error of a tensor, as a share of its own largest entry.
-# float32 (2^-24 a rounding): what the project promises; found are a tenth of it.
-# bfloat16 (2^-8) and float16 (2^-11): the rounding of the result and one and a half more, for a form that also takes
-# products in that dtype: the roundings of their factors have both signs and mostly cancel.
-TOLERANCE = {torch.float32: 1e-5, torch.bfloat16: 2.5 * 2.0**-8, torch.float16: 2.5 * 2.0**-11}
+# float32: what the project promises; a rounding is 2^-24, and a tenth of the promise is what is found.
+# bfloat16 and float16: the sums are float32, so all that shows is the rounding of the result, 2^-8 and 2^-11 at most.
+# Where products are taken in bfloat16 (AVX512-BF16) the score, the value and the state they meet in are rounded too;
+# of a long sum these mostly cancel, of a single term they add up to four.
+_PROMISED = 1e-5
+_ROUNDING = {torch.bfloat16: 2.0**-8, torch.float16: 2.0**-11}
+_OF_THE_RESULT, _OF_BFLOAT16_PRODUCTS = 1.1, 4.0
+
+
+def _products_are_rounded(dtype: torch.dtype, isa: str | None) -> bool:
+    return isa == "avx512bf16" and dtype == torch.bfloat16
+
+
+def tolerance(dtype: torch.dtype, isa: str | None) -> float:
+    """The share for a call in this dtype, by the native library's instruction set where it is the library."""
+    if dtype == torch.float32:
+        return _PROMISED
+    return _ROUNDING[dtype] * (_OF_BFLOAT16_PRODUCTS if _products_are_rounded(dtype, isa) else _OF_THE_RESULT)
+
 
 _LAYOUTS = ("plain", "heads first", "fused", "every other", "offset", "expanded batch", "expanded heads", "shuffled")
 
@@ -269,13 +284,15 @@ def in_float64(given: Arguments) -> Arguments:
     )
 
 
-def scale_of(name: str, call: Call, given: Arguments, truth: dict[str, Tensor]) -> float:
+def scale_of(name: str, call: Call, isa: str | None, given: Arguments, truth: dict[str, Tensor]) -> float:
     """What an error is measured by: the tensor's largest entry, or what that would be if its terms did not cancel."""
     largest = float(truth[name].abs().max()) if truth[name].numel() else 0.0
     if name in ("dq", "dk"):
         # Only the part across the vector is left of a gradient: nothing with K = 1, little with K = 2. What was there
         # before is a sum over tokens and V, of both signs; here at its size for one token, that is at its smallest.
+        # Where the factors of that sum were rounded, their largest entries count, three times the usual ones.
         width = math.sqrt(call.V * (max(call.T, call.num_keys) if call.K <= 2 else 1))
+        width *= 3 if _products_are_rounded(call.dtype, isa) else 1
         return max(largest, width / call.scale / math.sqrt(call.K))
     if name == "dnorm_const" and given.v.numel():
         # A sum over all tokens of (dv . v) log(c) p (1 - p), which may cancel: at least the 2-norm of its terms.
@@ -285,7 +302,7 @@ def scale_of(name: str, call: Call, given: Arguments, truth: dict[str, Tensor]) 
     return max(largest, 1e-30)
 
 
-def check(call: Call, implementation: str) -> None:
+def check(call: Call, implementation: str, isa: str | None) -> None:
     """Compare one call with naive in float64, and see that its arguments were left as they were."""
     given = make_arguments(call)
     before = [x.clone() for x in (given.q, given.k, given.v)]
@@ -306,13 +323,13 @@ def check(call: Call, implementation: str) -> None:
         if not expected.numel():
             continue
         error = float((actual.double() - expected).abs().max())
-        allowed = TOLERANCE[call.dtype] * scale_of(name, call, given, truth)
+        allowed = tolerance(call.dtype, isa) * scale_of(name, call, isa, given, truth)
         assert error <= allowed, f"{name} is off by {error:.2e}, allowed {allowed:.2e}"
 
 
 # Fixed calls, the same in every run: a red test is a change of the code, not of luck.
 _QUICK = settings(
-    deadline=None, derandomize=True, max_examples=80, suppress_health_check=[HealthCheck.too_slow], database=None
+    deadline=None, derandomize=True, max_examples=50, suppress_health_check=[HealthCheck.too_slow], database=None
 )
 _LONG = settings(_QUICK, derandomize=False, max_examples=2000, print_blob=True)
 
@@ -346,7 +363,7 @@ def _skip_what_does_not_run_here(implementation: str) -> None:
 def test_any_call_equals_naive_in_float64(implementation: str, isa: str | None, call: Call) -> None:
     _skip_what_does_not_run_here(implementation)
     with _running_as(isa, call.num_threads):
-        check(call, implementation)
+        check(call, implementation, isa)
 
 
 @pytest.mark.slow
@@ -356,4 +373,4 @@ def test_any_call_equals_naive_in_float64(implementation: str, isa: str | None, 
 def test_thousands_of_calls_equal_naive_in_float64(implementation: str, isa: str | None, call: Call) -> None:
     _skip_what_does_not_run_here(implementation)
     with _running_as(isa, call.num_threads):
-        check(call, implementation)
+        check(call, implementation, isa)
