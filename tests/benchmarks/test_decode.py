@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import json
 from dataclasses import replace
 from pathlib import Path
@@ -18,7 +19,7 @@ from cottention.ops import CosineState
 from cottention.ops.native import is_available
 
 TINY = DecodeSettings(positions=(3, 70), batch_sizes=(1, 2), num_heads=2, head_dim=16, repeats=3)
-NAMES = ["native", "torch", "sdpa"] if is_available() else ["torch", "sdpa"]
+NAMES = ["native", "in-place", "torch", "sdpa"] if is_available() else ["torch", "sdpa"]
 
 
 @pytest.fixture(scope="module")
@@ -64,23 +65,18 @@ def test_the_files_hold_what_was_measured(report, tmp_path: Path):
 
 def test_the_table_has_a_line_for_each_point(report):
     lines = decode_as_text(report).splitlines()
-    assert sum(line.startswith(("native ", "torch ", "sdpa ")) for line in lines) == len(report.points)
+    assert sum(line.startswith(("native ", "in-place ", "torch ", "sdpa ")) for line in lines) == len(report.points)
 
 
 @pytest.mark.parametrize("change", [1.001, float("nan")])
 @pytest.mark.parametrize("where", ["output", "state"])
 def test_a_wrong_step_is_never_timed(monkeypatch: pytest.MonkeyPatch, change: float, where: str):
-    right = decode.cosine_attention_step
+    def wrong(*arguments):
+        o, state = right(*arguments)
+        return (o * change, state) if where == "output" else (o, CosineState(state.kv * change, state.seen))
 
-    def wrong(*arguments, **options):
-        o, state = right(*arguments, **options)
-        if options.get("implementation") == "chunk" and where == "output":
-            o = o * change
-        if options.get("implementation") == "chunk" and where == "state":
-            state = CosineState(state.kv * change, state.seen)
-        return o, state
-
-    monkeypatch.setattr(decode, "cosine_attention_step", wrong)
+    right = decode._torch_step
+    monkeypatch.setitem(decode.STEPS, "torch", functools.partial(decode._cosine_step, step=wrong))
     monkeypatch.setattr(decode, "time_interleaved", lambda *args, **options: pytest.fail("it was timed"))
     with pytest.raises(WrongResultError, match="nothing is reported: the step of 'torch' differs from float64"):
         benchmark_decode(replace(TINY, implementations=("torch",)))
@@ -91,13 +87,14 @@ def test_an_unknown_name_gets_a_suggestion():
         benchmark_decode(replace(TINY, implementations=("natve",)))
 
 
-def test_native_that_was_not_built_is_left_out_unless_asked_for(monkeypatch: pytest.MonkeyPatch):
-    monkeypatch.setattr(decode, "is_available", lambda: False)
-    names, unavailable = decode._find(TINY)
+def test_native_is_left_out_where_it_does_not_run_unless_asked_for(monkeypatch: pytest.MonkeyPatch):
+    names, unavailable = decode._find(replace(TINY, dtype="float64"))
     assert names == ["torch", "sdpa"]
-    assert list(unavailable) == ["native"]
-    with pytest.raises(SettingsError, match="'native' cannot be measured here"):
-        decode._find(replace(TINY, implementations=("native",)))
+    assert list(unavailable) == ["native", "in-place"]
+    with pytest.raises(SettingsError, match=r"'native' cannot be measured here: .* float64"):
+        decode._find(replace(TINY, dtype="float64", implementations=("native",)))
+    monkeypatch.setattr(decode, "suits_native", lambda q: False)
+    assert decode._find(TINY)[0] == ["torch", "sdpa"]
 
 
 @pytest.mark.parametrize(

@@ -28,7 +28,8 @@ from cottention.benchmarks.measure import Timing, time_interleaved
 from cottention.benchmarks.settings import DecodeSettings
 from cottention.errors import SettingsError, did_you_mean
 from cottention.ops import CosineState, cosine_attention, cosine_attention_step
-from cottention.ops.native import is_available
+from cottention.ops.native.binding import suits_native
+from cottention.ops.state import _step as plain_step
 
 BASELINE = "torch"
 """What the others are compared with: the same step in plain torch operators."""
@@ -124,10 +125,11 @@ def _find(settings: DecodeSettings) -> tuple[list[str], dict[str, str]]:
             raise SettingsError(
                 f"implementations must be of {', '.join(STEPS)}; got {name!r}{did_you_mean(name, STEPS)}"
             )
-        if name == "native" and not is_available():
+        if name in _NATIVE and not suits_native(torch.empty(0, dtype=getattr(torch, settings.dtype))):
+            reason = f"the native library is missing (see `cottention doctor`) or does not take {settings.dtype}"
             if settings.implementations is not None:
-                raise SettingsError("implementation 'native' cannot be measured here: it was not built (see doctor)")
-            unavailable[name] = "it was not built: see `cottention doctor`"
+                raise SettingsError(f"implementation {name!r} cannot be measured here: {reason}")
+            unavailable[name] = reason
         else:
             names.append(name)
     return names, unavailable
@@ -195,11 +197,24 @@ class _Run:
     error: Callable[[], float] | None
 
 
-def _cosine_step(token: _Token, implementation: str) -> _Run:
-    state = CosineState(token.state.kv.clone(), token.state.seen.clone())
+def _fused_step(q, k, v, norm_const, state: CosineState) -> tuple[Tensor, CosineState]:
+    return cosine_attention_step(q, k, v, norm_const, state)
 
-    def step(q: Tensor, k: Tensor, v: Tensor, norm_const: Tensor, state: CosineState) -> tuple[Tensor, CosineState]:
-        return cosine_attention_step(q, k, v, norm_const, state, implementation=implementation)
+
+def _in_place_step(q, k, v, norm_const, state: CosineState) -> tuple[Tensor, CosineState]:
+    return cosine_attention_step(q, k, v, norm_const, state, in_place=True)
+
+
+def _torch_step(q, k, v, norm_const, state: CosineState) -> tuple[Tensor, CosineState]:
+    """What runs where there is no native library."""
+    return plain_step(q, k, v, norm_const, state, None)
+
+
+def _cosine_step(token: _Token, step: Callable[..., tuple[Tensor, CosineState]]) -> _Run:
+    def copy() -> CosineState:
+        return CosineState(token.state.kv.clone(), token.state.seen.clone())
+
+    state = copy()
 
     def call() -> Tensor:
         nonlocal state
@@ -209,10 +224,9 @@ def _cosine_step(token: _Token, implementation: str) -> _Run:
 
     def error() -> float:
         before = CosineState(token.state.kv.double(), token.state.seen)
-        exact, after = cosine_attention_step(
-            token.q.double(), token.k.double(), token.v.double(), token.norm_const.double(), before
-        )
-        found, found_after = step(token.q, token.k, token.v, token.norm_const, token.state)
+        inputs = (token.q.double(), token.k.double(), token.v.double(), token.norm_const.double())
+        exact, after = plain_step(*inputs, before, None)
+        found, found_after = step(token.q, token.k, token.v, token.norm_const, copy())
         assert torch.equal(found_after.seen, after.seen)
         pairs = ((found, exact), (found_after.kv, after.kv))
         errors = [float((a.double() - b).norm() / b.norm()) for a, b in pairs]
@@ -235,11 +249,14 @@ def _softmax_step(token: _Token) -> _Run:
 
 
 STEPS: dict[str, Callable[[_Token], _Run]] = {
-    "native": functools.partial(_cosine_step, implementation="native"),
-    BASELINE: functools.partial(_cosine_step, implementation="chunk"),
+    "native": functools.partial(_cosine_step, step=_fused_step),
+    "in-place": functools.partial(_cosine_step, step=_in_place_step),
+    BASELINE: functools.partial(_cosine_step, step=_torch_step),
     "sdpa": _softmax_step,
 }
-"""Name -> the step at a token: the fused one, the same in plain torch operators, and softmax."""
+"""Name -> the step at a token: the fused one, the same over its state, in plain torch operators, and softmax."""
+
+_NATIVE = ("native", "in-place")
 
 
 def decode_as_text(report: DecodeReport) -> str:
@@ -252,13 +269,13 @@ def decode_as_text(report: DecodeReport) -> str:
         f"one token, {settings.dtype}, H = {settings.num_heads}, K = V = {settings.head_dim}",
         *(f"left out: {name}, {reason}" for name, reason in report.unavailable.items()),
         "",
-        "{:<8}{:>5}{:>10}{:>12}{:>8}{:>11}{:>10}{:>10}{:>12}".format(*columns),
+        "{:<9}{:>5}{:>10}{:>12}{:>8}{:>11}{:>10}{:>10}{:>12}".format(*columns),
     ]
     for point in report.points:
         plain, first = report.beside(point, BASELINE), report.at_first_position(point)
         median, spread = point.timing.median_s, point.timing.spread
         lines.append(
-            f"{point.name:<8}{point.batch_size:>5}{point.position:>10}{median * 1e6:>9.1f} us"
+            f"{point.name:<9}{point.batch_size:>5}{point.position:>10}{median * 1e6:>9.1f} us"
             f"{'-' if spread is None else f'{spread:.0%}':>8}{point.tokens_per_s:>11.4g}"
             f"{'-' if plain is None else f'{plain.timing.median_s / median:.2f}x':>10}"
             f"{median / first.timing.median_s:>9.2f}x{point.state_bytes / _MIB:>8.2f} MiB"

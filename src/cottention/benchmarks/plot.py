@@ -48,12 +48,17 @@ def _file_stem(point: Point) -> str:
 def _draw(report: AttentionReport, group: list[Point], styles: dict[str, tuple[str, str]]) -> Figure:
     figure = Figure(figsize=(10, 4.6), layout="constrained")
     FigureCanvasAgg(figure)
-    time_axes, memory_axes = figure.subplots(1, 2)
-    _panel(time_axes, group, styles, lambda p: p.timing and p.timing.median_s * 1e3, "time of a call, ms")
-    _panel(memory_axes, group, styles, lambda p: p.memory and p.memory.peak_bytes / 2**20, "peak memory, MiB")
+    figures: dict[str, Callable[[Point], float | None]] = {
+        "time of a call, ms": lambda p: p.timing and p.timing.median_s * 1e3,
+        "peak memory, MiB": lambda p: p.memory and p.memory.peak_bytes / 2**20,
+    }
+    shown = {label: figure_of for label, figure_of in figures.items() if any(map(figure_of, group))}
+    panels = figure.subplots(1, len(shown), squeeze=False)[0]
+    for axes, (label, figure_of) in zip(panels, shown.items(), strict=True):
+        _panel(axes, group, styles, figure_of, label)
     figure.suptitle(f"Attention, {title(group[0].workload)}\n", fontsize=12)
     figure.text(0.5, 0.925, machine(report), ha="center", fontsize=8.5, color="0.35")
-    handles, labels = _legend_entries(time_axes, memory_axes)
+    handles, labels = _legend_entries(*panels)
     figure.legend(handles, labels, loc="outside lower center", ncols=len(labels), frameon=False, fontsize=9)
     return figure
 
@@ -89,8 +94,14 @@ def _logarithmic(axes: Axes) -> None:
     axes.set_xscale("log")
     axes.set_yscale("log")
     axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
+    axes.yaxis.set_minor_formatter(FuncFormatter(_one_two_five))
     axes.grid(True, which="major", color="0.9", linewidth=0.6)
     axes.spines[["top", "right"]].set_visible(False)
+
+
+def _one_two_five(value: float, _: int) -> str:
+    """Between the powers of ten 2 and 5 are named, which is enough to read a height and never too close."""
+    return f"{value:g}" if f"{value:e}"[0] in "25" else ""
 
 
 def _panel(

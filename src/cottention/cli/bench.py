@@ -111,7 +111,7 @@ def _decode_parser() -> ArgumentParser:
     parser.add_argument("--num-heads", type=int, default=default.num_heads, help="heads")
     parser.add_argument("--head-dim", type=int, default=default.head_dim, help="K = V, numbers per head")
     parser.add_argument("--dtype", choices=DTYPES, default=default.dtype, help="of q, k and v")
-    parser.add_argument("--implementations", metavar="N,N", help="of native, torch, sdpa (default: all that run here)")
+    parser.add_argument("--implementations", metavar="N,N", help="of native, in-place, torch, sdpa (default: all)")
     parser.add_argument("--repeats", type=int, default=default.repeats, help="samples of each point")
     parser.add_argument("--time-limit-s", type=float, default=default.time_limit_s, help="seconds for each point")
     parser.add_argument("--output-dir", default="runs/bench-decode", help="where JSON and figure go")
