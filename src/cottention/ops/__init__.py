@@ -17,8 +17,8 @@ from cottention.ops import chunk_library as chunk_library
 from cottention.ops.autocast import as_autocast_would
 from cottention.ops.chunk import chunk_cosine_attention
 from cottention.ops.naive import naive_cosine_attention
-from cottention.ops.native import is_available, native_cosine_attention
-from cottention.ops.native.binding import NATIVE_DTYPES
+from cottention.ops.native.attention import native_cosine_attention
+from cottention.ops.native.binding import suits_native
 from cottention.ops.state import CosineState, cosine_attention_step
 from cottention.ops.validation import check_arguments
 
@@ -112,8 +112,7 @@ def cosine_attention(
 def _choose(implementation: str, q: Tensor) -> str:
     """The implementation that runs. One that was asked for by name is never replaced by another."""
     if implementation == "auto":
-        fused = is_available() and q.device.type == "cpu" and q.dtype in NATIVE_DTYPES
-        name = "native" if fused else "chunk"
+        name = "native" if suits_native(q) else "chunk"
         if not torch.compiler.is_compiling():
             log_once(_logger, "cosine attention runs as %r", name)
         return name

@@ -4,12 +4,11 @@ Everything that the operation does to a token (norm, divisor, mask, state, score
 one pass over the tokens while a chunk lies in the cache; see `src/sweeps.h` for the passes, `src/schedule.cpp` for the
 threads and `binding.py` for the interface between the two languages.
 
-    o, state = native_cosine_attention(q, k, v, norm_const, causal=True)      # CPU; float32, bfloat16, float16
+    o, state = cosine_attention(q, k, v, norm_const, causal=True, implementation="native")     # on the CPU, not float64
 """
 
 from __future__ import annotations
 
-from cottention.ops.native.attention import native_cosine_attention
 from cottention.ops.native.binding import is_available
 
-__all__ = ["is_available", "native_cosine_attention"]
+__all__ = ["is_available"]

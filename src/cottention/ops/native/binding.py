@@ -4,7 +4,7 @@
 a microsecond or two, which is what keeps short sequences and single tokens fast.
 
     if is_available():
-        forward(q, k, v, norm_const, causal=True, o=o)         # writes o
+        run("forward", q, k, v, norm_const, causal=True, o=o)  # writes o
     use_instruction_set("avx2")                                # COTTENTION_NATIVE_ISA=avx2 does it for a process
 """
 
@@ -23,8 +23,9 @@ from cottention.ops.validation import check_boundaries
 
 _ABI_VERSION = 1
 _DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2, torch.float64: 3}
-NATIVE_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+_NATIVE_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 _NO_VIEW = (0, 0, 0, 0)
+_NO_GRADIENTS = (0,) * 10
 _OUT_OF_MEMORY, _BAD_BOUNDARIES = 1, 2
 _REMEDY = "install a C++17 compiler and reinstall cottention: pip install --force-reinstall --no-deps cottention"
 _pack = struct.Struct("=47q").pack
@@ -46,7 +47,18 @@ def _load() -> tuple[ctypes.CDLL | None, str]:
     library.cottention_use_instruction_set.argtypes = [ctypes.c_char_p]
     for name in ("forward", "backward", "step"):
         getattr(library, f"cottention_{name}").argtypes = [ctypes.c_char_p]
+    wanted = os.environ.get("COTTENTION_NATIVE_ISA")
+    if wanted and library.cottention_use_instruction_set(wanted.encode()) != 0:
+        known = ", ".join(_names(library))
+        return None, f"COTTENTION_NATIVE_ISA must be one of {known} on this machine; got {wanted!r}"
     return library, ""
+
+
+def _names(library: ctypes.CDLL) -> list[str]:
+    names = []
+    while name := library.cottention_instruction_set(len(names)):
+        names.append(name.decode())
+    return names
 
 
 # Loaded now and not at the first call: the library tells a forked child, which must not use the parent's threads, by
@@ -56,12 +68,14 @@ _library, _reason = _load()
 
 @cache
 def _checked_library() -> ctypes.CDLL:
+    _check_loaded()
+    assert _library is not None
+    return _library
+
+
+def _check_loaded() -> None:
     if _library is None:
         raise RuntimeError(f"implementation='native' cannot run: {_reason}")
-    wanted = os.environ.get("COTTENTION_NATIVE_ISA")
-    if wanted:
-        _select(_library, wanted, "COTTENTION_NATIVE_ISA")
-    return _library
 
 
 def is_available() -> bool:
@@ -69,13 +83,14 @@ def is_available() -> bool:
     return _library is not None
 
 
+def suits_native(q: Tensor) -> bool:
+    """Whether tensors like q can be given to the library."""
+    return _library is not None and q.dtype in _NATIVE_DTYPES and q.device.type == "cpu"
+
+
 def instruction_sets() -> list[str]:
     """Those that this CPU runs, plainest first."""
-    library = _checked_library()
-    names = []
-    while name := library.cottention_instruction_set(len(names)):
-        names.append(name.decode())
-    return names
+    return _names(_checked_library())
 
 
 def instruction_set() -> str:
@@ -89,15 +104,9 @@ def use_instruction_set(name: str) -> None:
     Raises:
         ValueError: this CPU, or this build, has none of that name.
     """
-    _select(_checked_library(), name, "name")
-
-
-def _select(library: ctypes.CDLL, name: str, argument: str) -> None:
+    library = _checked_library()
     if library.cottention_use_instruction_set(name.encode()) != 0:
-        known = []
-        while each := library.cottention_instruction_set(len(known)):
-            known.append(each.decode())
-        raise ValueError(f"{argument} must be one of {', '.join(known)} on this machine; got {name!r}")
+        raise ValueError(f"name must be one of {', '.join(_names(library))} on this machine; got {name!r}")
 
 
 def check_native(q: Tensor) -> None:
@@ -108,10 +117,10 @@ def check_native(q: Tensor) -> None:
         ValueError: q is not on the CPU.
         TypeError: q's dtype has no kernels.
     """
-    _checked_library()
+    _check_loaded()  # not _checked_library: torch.compile traces this
     if q.device.type != "cpu":
         raise ValueError(f"implementation='native' needs tensors on the CPU; got {q.device}")
-    if q.dtype not in NATIVE_DTYPES:
+    if q.dtype not in _NATIVE_DTYPES:
         name = str(q.dtype).removeprefix("torch.")
         raise TypeError(f"implementation='native' takes float32, bfloat16 or float16 ('chunk' takes all); got {name}")
 
@@ -154,7 +163,7 @@ def run(
     grad_final: Tensor | None = None,
     dkv: Tensor | None = None,
 ) -> None:
-    """Call "forward", "backward" or "step" of `src/abi.h`.
+    """Call "forward" or "backward" of `src/abi.h`.
 
     Inputs may have any strides; final_kv, final_seen, o and the gradients are written and must be contiguous.
     """
@@ -202,8 +211,52 @@ def run(
         _address(dkv),
     )
     status = getattr(_checked_library(), f"cottention_{function}")(call)
-    if status == _OUT_OF_MEMORY:
-        raise MemoryError("the native kernels found no memory for their scratch")
     if status == _BAD_BOUNDARIES and cu_seqlens is not None:
         check_boundaries(cu_seqlens.tolist(), T)
+    _check_status(status)
+
+
+def run_step(
+    q: Tensor,  # [B, H, K] or [B, 1, H, K]
+    k: Tensor,  # like q
+    v: Tensor,  # [B, H, V] or [B, 1, H, V]
+    norm_const: Tensor | None,  # [H]
+    mask: Tensor | None,  # [B] bool
+    kv: Tensor | None,  # [B, H, K, V]
+    seen: Tensor | None,  # [B]
+    final_kv: Tensor,
+    final_seen: Tensor,
+    o: Tensor,
+) -> None:
+    """Call "step" of `src/abi.h`. It writes o, final_kv and final_seen, all contiguous; they may be kv and seen.
+
+    Apart from `run`, because packing takes as long here as the arithmetic.
+    """
+    q, k, v = with_unit_stride(q), with_unit_stride(k), with_unit_stride(v)
+    if kv is not None and seen is not None:
+        kv, seen = kv.contiguous(), seen.contiguous()
+    B, H, K, V = final_kv.shape
+    (q_batch, *_, q_head, _), (k_batch, *_, k_head, _), (v_batch, *_, v_head, _) = q.stride(), k.stride(), v.stride()
+    call = _pack(
+        *(_DTYPES[q.dtype], True, torch.get_num_threads(), 0, B, 1, 1, H, K, V, B, 0),
+        *((0, 0) if mask is None else (mask.data_ptr(), mask.stride(0))),
+        *(
+            (0, 0, 0)
+            if norm_const is None
+            else (norm_const.data_ptr(), _DTYPES[norm_const.dtype], norm_const.stride(0))
+        ),
+        *((0, 0) if kv is None or seen is None else (seen.data_ptr(), kv.data_ptr())),
+        *(final_kv.data_ptr(), final_seen.data_ptr()),
+        *(q.data_ptr(), q_batch, 0, q_head),
+        *(k.data_ptr(), k_batch, 0, k_head),
+        *(v.data_ptr(), v_batch, 0, v_head),
+        *(o.data_ptr(), H * V, 0, V),
+        *_NO_GRADIENTS,
+    )
+    _check_status(_checked_library().cottention_step(call))
+
+
+def _check_status(status: int) -> None:
+    if status == _OUT_OF_MEMORY:
+        raise MemoryError("the native kernels found no memory for their scratch")
     assert status == 0, status

@@ -13,8 +13,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from cottention.ops.native.binding import run
+from cottention.ops.native.binding import run, run_step
 
+# The step is too short for the checks around a custom_op: its operators are defined by hand, without gradients.
+_operators = torch.library.Library("cottention", "FRAGMENT")
 _INPUTS = "Tensor q, Tensor k, Tensor v, Tensor? norm_const, Tensor? mask, Tensor? cu_seqlens"
 
 
@@ -158,3 +160,49 @@ def _bidirectional_gradient(ctx: Any, grad: Tensor, grad_kv: Any) -> tuple[Any, 
 
 _causal.register_autograd(_causal_gradient, setup_context=_save_causal)
 _bidirectional.register_autograd(_bidirectional_gradient, setup_context=_save_bidirectional)
+
+
+_operators.define(
+    "native_step(Tensor q, Tensor k, Tensor v, Tensor? norm_const, Tensor? mask, Tensor? kv, Tensor? seen)"
+    " -> (Tensor, Tensor, Tensor)"
+)
+_operators.define(
+    "native_step_(Tensor q, Tensor k, Tensor v, Tensor? norm_const, Tensor? mask, Tensor(a!) kv, Tensor(b!) seen)"
+    " -> Tensor"
+)
+
+
+@torch.library.impl(_operators, "native_step", "CPU")
+def _step(q, k, v, norm_const, mask, kv, seen):
+    """o, kv and seen after one token, `[B, H, K or V]` or `[B, 1, H, K or V]`."""
+    if kv is None or seen is None:
+        o, final_kv, final_seen = _step_like(v, q.shape[-1])
+    else:
+        o, final_kv, final_seen = (torch.empty_like(x, memory_format=torch.contiguous_format) for x in (v, kv, seen))
+    run_step(q, k, v, norm_const, mask, kv, seen, final_kv, final_seen, o)
+    return o, final_kv, final_seen
+
+
+def _step_like(v, K):
+    B, (H, V) = v.shape[0], v.shape[-2:]
+    final_kv = torch.empty((B, H, K, V), dtype=torch.float32, device=v.device)
+    final_seen = torch.empty(B, dtype=torch.int64, device=v.device)
+    return torch.empty_like(v, memory_format=torch.contiguous_format), final_kv, final_seen
+
+
+@torch.library.register_fake("cottention::native_step")
+def _(q, k, v, norm_const, mask, kv, seen):
+    return _step_like(v, q.shape[-1])
+
+
+@torch.library.impl(_operators, "native_step_", "CPU")
+def _step_in_place(q, k, v, norm_const, mask, kv, seen):
+    """o; kv and seen, which must be contiguous, are written over."""
+    o = torch.empty_like(v, memory_format=torch.contiguous_format)
+    run_step(q, k, v, norm_const, mask, kv, seen, kv, seen, o)
+    return o
+
+
+@torch.library.register_fake("cottention::native_step_")
+def _(q, k, v, norm_const, mask, kv, seen):
+    return torch.empty_like(v, memory_format=torch.contiguous_format)

@@ -262,33 +262,67 @@ void full_backward_kv(const Range& range, float* memory) {
     }
 }
 
-// S += k'^T v and o = q_hat S row by row of S, each read and written once.
+// S += k'^T v and o = q_hat S for some vectors of columns, each number of S read and written once.
+template <int kVectors>
+inline void step_columns(const float* q, const float* k, const float* v, int64_t K, int64_t V, const float* kv, float* out,
+                         float* o) {
+    Vector::F value[kVectors], sum[kVectors];
+    for (int j = 0; j < kVectors; j++) {
+        value[j] = Vector::load(v + j * kWidth);
+        sum[j] = Vector::zero();
+    }
+    for (int64_t i = 0; i < K; i++, out += V) {
+        const Vector::F query = Vector::set1(q[i]), key = Vector::set1(k[i]);
+#pragma GCC unroll 4
+        for (int j = 0; j < kVectors; j++) {
+            Vector::F row = kv == nullptr ? Vector::zero() : Vector::load(kv + j * kWidth);
+            row = Vector::fma(key, value[j], row);
+            sum[j] = Vector::fma(query, row, sum[j]);
+            Vector::store(out + j * kWidth, row);
+        }
+        if (kv != nullptr) kv += V;
+    }
+    for (int j = 0; j < kVectors; j++) Vector::store(o + j * kWidth, sum[j]);
+}
+
+// The same for fewer columns than a vector has.
+inline void step_tail(const float* q, const float* k, const float* v, int64_t K, int64_t V, int columns, const float* kv,
+                      float* out, float* o) {
+    const Vector::F value = Vector::load(v);
+    Vector::F sum = Vector::zero();
+    for (int64_t i = 0; i < K; i++) {
+        Vector::F row = kv == nullptr ? Vector::zero() : load_tail(kv + i * V, columns);
+        row = Vector::fma(Vector::set1(k[i]), value, row);
+        sum = Vector::fma(Vector::set1(q[i]), row, sum);
+        store_tail(out + i * V, row, columns);
+    }
+    Vector::store(o, sum);
+}
+
 void step(const Range& range, float* memory) {
     Scratch scratch(memory);
-    const Block q = scratch.rows(kWidth, range.K), k = scratch.rows(kWidth, range.K);
-    const Block v = scratch.rows(kWidth, range.V), o = scratch.rows(kWidth, range.V);
+    const int64_t K = range.K, V = range.V;
+    const Block q = scratch.rows(kWidth, K), k = scratch.rows(kWidth, K);
+    const Block v = scratch.rows(kWidth, V), o = scratch.rows(kWidth, V);
     UnitScale scale;
     Weights weights;
     weights.set(range.divisor, range.key_mask, 0, 1, range.divisor.count);
     load_unit_rows(q, range.q, range.dtype, 0, 1, range.query_mask, nullptr, scale);
     load_unit_rows(k, range.k, range.dtype, 0, 1, range.key_mask, weights.get(), scale);
     load_rows(v, range.v, range.dtype, 0, 1, range.key_mask);
-    clear(o.data, o.ld);
-    for (int64_t i = 0; i < range.K; i++) {
-        const float *kv = range.state == nullptr ? nullptr : range.state + i * range.V;
-        float* out = range.state_out + i * range.V;
-        const Vector::F query = Vector::set1(q.data[i]), key = Vector::set1(k.data[i]);
-        for (int64_t d = 0; d < range.V; d += kWidth) {
-            const int left = int(smaller(kWidth, range.V - d));
-            Vector::F row = Vector::zero();
-            if (kv != nullptr) row = left == kWidth ? Vector::load(kv + d) : load_tail(kv + d, left);
-            row = Vector::fma(key, Vector::load(v.data + d), row);
-            Vector::store(o.data + d, Vector::fma(query, row, Vector::load(o.data + d)));
-            if (left == kWidth) {
-                Vector::store(out + d, row);
-            } else {
-                store_tail(out + d, row, left);
-            }
+    for (int64_t d = 0; d < V;) {
+        const int64_t left = (V - d) / kWidth;
+        const float* kv = range.state == nullptr ? nullptr : range.state + d;
+        float* out = range.state_out + d;
+        if (left >= 4) {
+            step_columns<4>(q.data, k.data, v.data + d, K, V, kv, out, o.data + d);
+            d += 4 * kWidth;
+        } else if (left > 0) {
+            step_columns<1>(q.data, k.data, v.data + d, K, V, kv, out, o.data + d);
+            d += kWidth;
+        } else {
+            step_tail(q.data, k.data, v.data + d, K, V, int(V - d), kv, out, o.data + d);
+            d = V;
         }
     }
     store_rows(range.o, range.dtype, 0, 1, range.query_mask, o);
