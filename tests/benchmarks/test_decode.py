@@ -82,6 +82,13 @@ def test_a_wrong_step_is_never_timed(monkeypatch: pytest.MonkeyPatch, change: fl
         benchmark_decode(replace(TINY, implementations=("torch",)))
 
 
+def test_a_cache_that_does_not_fit_is_left_out_with_its_size(monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(decode, "free_bytes", lambda device: 2 * decode._cache_bytes(1, 70, TINY) - 1)
+    report = benchmark_decode(replace(TINY, batch_sizes=(1,), implementations=("torch", "sdpa")))
+    assert [(point.name, point.position) for point in report.points] == [("torch", 3), ("sdpa", 3), ("torch", 70)]
+    assert list(report.unavailable) == ["sdpa at B = 1, position 70"]
+
+
 def test_an_unknown_name_gets_a_suggestion():
     with pytest.raises(SettingsError, match="got 'natve'; did you mean 'native'"):
         benchmark_decode(replace(TINY, implementations=("natve",)))

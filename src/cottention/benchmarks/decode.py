@@ -21,6 +21,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from cottention.benchmarks.budget import free_bytes
 from cottention.benchmarks.check import TOLERANCES, WrongResultError
 from cottention.benchmarks.environment import describe_environment
 from cottention.benchmarks.journal import write_texts
@@ -35,6 +36,7 @@ BASELINE = "torch"
 """What the others are compared with: the same step in plain torch operators."""
 
 _PREFILL = 4096
+_SHARE_OF_FREE_MEMORY = 0.5
 _MIB = 2**20
 
 
@@ -114,8 +116,20 @@ def benchmark_decode(settings: DecodeSettings) -> DecodeReport:
     report = DecodeReport(settings=settings, environment=describe_environment("cpu"), unavailable=unavailable)
     for batch_size in settings.batch_sizes:
         for position in settings.positions:
-            report.points += _measure(names, batch_size, position, settings)
+            fitting = list(names)
+            needed, free = _cache_bytes(batch_size, position, settings), free_bytes("cpu") * _SHARE_OF_FREE_MEMORY
+            if "sdpa" in names and needed > free:
+                fitting.remove("sdpa")
+                unavailable[f"sdpa at B = {batch_size}, position {position}"] = (
+                    f"its keys and values need {needed / 2**30:.3g} GiB, the limit is {free / 2**30:.3g} GiB"
+                )
+            report.points += _measure(fitting, batch_size, position, settings)
     return report
+
+
+def _cache_bytes(batch_size: int, position: int, settings: DecodeSettings) -> int:
+    """Keys and values of a text, drawn in float32 whatever they are kept in."""
+    return 2 * batch_size * position * settings.num_heads * settings.head_dim * 4
 
 
 def _find(settings: DecodeSettings) -> tuple[list[str], dict[str, str]]:
