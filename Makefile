@@ -40,12 +40,16 @@ test-oldest: ## run the tests with the oldest versions that pyproject.toml allow
 # The sanitizers of gcc have to be loaded before everything else. Leaks at exit are Python's and torch's.
 SANITIZER := -fsanitize=address,undefined -fno-sanitize-recover=all -fno-omit-frame-pointer -g1 -O1
 SANITIZED := build/sanitize
+# A run that took the ordinary library would find nothing.
+IS_SANITIZED := from cottention.ops.native import is_available; is_available() or exit('the library does not load'); \
+    '$(SANITIZED)' in open('/proc/self/maps').read() or exit('another library was loaded')
 sanitize: $(VENV)/.stamp-test $(VENV)/.stamp-native ## run the tests of the native library under gcc's sanitizers
 	CXX="$(CXX)" CXXFLAGS="$(SANITIZER)" LDFLAGS="$(SANITIZER)" COTTENTION_BUILD_NATIVE=1 \
 	    $(BIN)/python setup.py --quiet build_ext --build-lib $(SANITIZED) --build-temp $(SANITIZED)/objects
-	LD_PRELOAD="$$(for name in asan ubsan stdc++; do $(CXX) -print-file-name=lib$$name.so; done | paste -sd:)" \
+	export LD_PRELOAD="$$(for name in asan ubsan stdc++; do $(CXX) -print-file-name=lib$$name.so; done | paste -sd:)" \
 	    ASAN_OPTIONS=detect_leaks=0 UBSAN_OPTIONS=print_stacktrace=1 HF_HUB_OFFLINE=1 \
-	    COTTENTION_NATIVE_LIBRARY=$(abspath $(SANITIZED)/$(NATIVE:src/%=%)/_kernels.so) \
+	    COTTENTION_NATIVE_LIBRARY=$(abspath $(SANITIZED)/$(NATIVE:src/%=%)/_kernels.so); \
+	$(BIN)/python -c "$(IS_SANITIZED)" && \
 	    $(BIN)/python -m pytest -m "not slow" $(ARGS) $(wildcard tests/ops/test_native*.py) tests/ops/test_fuzz.py
 
 check: $(VENV)/.stamp-dev ## format, lint, types, import layers; changes nothing
