@@ -5,8 +5,10 @@ PYTHON ?= python3
 VENV ?= .venv
 WORKERS ?= 2
 ARGS ?=
+OUTPUT ?= runs/bench
 
 BIN := $(VENV)/bin
+NATIVE := src/cottention/ops/native
 CONSTRAINTS := constraints.txt
 PIP_INSTALL = $(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint $(CONSTRAINTS)
 
@@ -15,25 +17,40 @@ PYTEST := env OMP_NUM_THREADS=1 HF_HUB_OFFLINE=1 $(BIN)/python -m pytest -n $(WO
 UNATTENDED := not gpu and not slurm and not network
 
 .DEFAULT_GOAL := help
-.PHONY: help setup quickstart test test-slow test-oldest check format bench docs clean
+.PHONY: help setup quickstart test test-slow test-oldest sanitize check format bench docs clean
 
 help: ## list these targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-12s %s\n", $$1, $$2}' $(firstword $(MAKEFILE_LIST))
 
-setup: $(VENV)/.stamp-dev ## make the environment for development (tests, checks) in .venv
+setup: $(VENV)/.stamp-dev $(VENV)/.stamp-native ## make the environment for development (tests, checks) in .venv
 	@echo "ready: . $(BIN)/activate"
 
-quickstart: $(VENV)/.stamp-run ## install, then train, score and sample a small model (about 5 minutes of training)
+quickstart: $(VENV)/.stamp-native ## install, then train, score and sample a small model (about 5 minutes of training)
 	$(BIN)/cottention quickstart $(ARGS)
 
-test: $(VENV)/.stamp-test ## run the tests that need no GPU, cluster or network
+test: $(VENV)/.stamp-test $(VENV)/.stamp-native ## run the tests that need no GPU, cluster or network
 	$(PYTEST) -m "not slow and $(UNATTENDED)" $(ARGS)
 
-test-slow: $(VENV)/.stamp-test ## run the tests that take longer
+test-slow: $(VENV)/.stamp-test $(VENV)/.stamp-native ## run the tests that take longer
 	$(PYTEST) -m "slow and $(UNATTENDED)" $(ARGS)
 
 test-oldest: ## run the tests with the oldest versions that pyproject.toml allows and we tried, in .venv-oldest
 	$(MAKE) test VENV=.venv-oldest CONSTRAINTS=constraints-oldest.txt
+
+# The sanitizers of gcc have to be loaded before everything else. Leaks at exit are Python's and torch's.
+SANITIZER := -fsanitize=address,undefined -fno-sanitize-recover=all -fno-omit-frame-pointer -g1 -O1
+SANITIZED := build/sanitize
+# A run that took the ordinary library would find nothing.
+IS_SANITIZED := from cottention.ops.native import is_available; is_available() or exit('the library does not load'); \
+    '$(SANITIZED)' in open('/proc/self/maps').read() or exit('another library was loaded')
+sanitize: $(VENV)/.stamp-test $(VENV)/.stamp-native ## run the tests of the native library under gcc's sanitizers
+	CXX="$(CXX)" CXXFLAGS="$(SANITIZER)" LDFLAGS="$(SANITIZER)" COTTENTION_BUILD_NATIVE=1 \
+	    $(BIN)/python setup.py --quiet build_ext --build-lib $(SANITIZED) --build-temp $(SANITIZED)/objects
+	export LD_PRELOAD="$$(for name in asan ubsan stdc++; do $(CXX) -print-file-name=lib$$name.so; done | paste -sd:)" \
+	    ASAN_OPTIONS=detect_leaks=0 UBSAN_OPTIONS=print_stacktrace=1 HF_HUB_OFFLINE=1 \
+	    COTTENTION_NATIVE_LIBRARY=$(abspath $(SANITIZED)/$(NATIVE:src/%=%)/_kernels.so); \
+	$(BIN)/python -c "$(IS_SANITIZED)" && \
+	    $(BIN)/python -m pytest -m "not slow" $(ARGS) $(wildcard tests/ops/test_native*.py) tests/ops/test_fuzz.py
 
 check: $(VENV)/.stamp-dev ## format, lint, types, import layers; changes nothing
 	$(BIN)/ruff format --check .
@@ -45,14 +62,16 @@ format: $(VENV)/.stamp-dev ## format, and mend what the linter can mend
 	$(BIN)/ruff format .
 	$(BIN)/ruff check --fix .
 
-bench: $(VENV)/.stamp-run ## measure the attention against softmax
-	$(BIN)/cottention bench attention $(ARGS)
+bench: $(VENV)/.stamp-native ## measure attention and decoding against softmax: OUTPUT=runs/bench ARGS=--full
+	$(BIN)/cottention bench attention --output-dir $(OUTPUT)/attention $(ARGS)
+	$(BIN)/cottention bench decode --output-dir $(OUTPUT)/decode
 
 docs: $(VENV)/.stamp-docs ## build the documentation in site/
 	$(BIN)/mkdocs build --strict
 
 clean: ## remove environments, caches and builds; runs/ stays
 	rm -rf .venv .venv-oldest build site *.egg-info src/*.egg-info .pytest_cache .ruff_cache .hypothesis .import_linter_cache
+	rm -f $(NATIVE)/_kernels.* $(NATIVE)/_build.json
 	find src tests -name __pycache__ -type d -prune -exec rm -rf {} +
 
 $(BIN)/python:
@@ -64,11 +83,17 @@ $(BIN)/python:
 	$(PYTHON) -m venv $(VENV)
 
 # torch comes first and alone, so that whatever asks for it later keeps this build.
+# setuptools comes with it, because the native library is built by it outside of pip.
 $(VENV)/.stamp-run: pyproject.toml $(CONSTRAINTS) | $(BIN)/python
-	$(PIP_INSTALL) torch
-	$(PIP_INSTALL) --editable .
+	$(PIP_INSTALL) torch setuptools
+	$(PIP_INSTALL) --no-build-isolation --editable .
 	@touch $@
 
 $(VENV)/.stamp-test $(VENV)/.stamp-dev $(VENV)/.stamp-docs: $(VENV)/.stamp-%: $(VENV)/.stamp-run
-	$(PIP_INSTALL) --editable '.[$*]'
+	$(PIP_INSTALL) --no-build-isolation --editable '.[$*]'
+	@touch $@
+
+# Built by the install already; this builds again what has changed, and shows the warning that pip hides.
+$(VENV)/.stamp-native: setup.py $(wildcard $(NATIVE)/src/*) $(VENV)/.stamp-run
+	$(BIN)/python setup.py --quiet build_ext --inplace
 	@touch $@

@@ -4,10 +4,7 @@ from __future__ import annotations
 
 import io
 import logging
-import shutil
-import subprocess
 import sys
-import zipfile
 from importlib import metadata
 from pathlib import Path
 
@@ -106,22 +103,6 @@ def test_a_transformers_that_lacks_our_base_classes_stays_importable_and_says_so
     """)
     assert "configuration_gpt is not registered with transformers: No module named" in ran.stderr
     assert "modeling_gpt is not registered with transformers: No module named" in ran.stderr
-
-
-def test_a_built_wheel_holds_every_module_the_recipes_and_the_typing_mark(tmp_path: Path):
-    repository = Path(__file__).parents[1]
-    source = tmp_path / "source"
-    source.mkdir()
-    for name in ("pyproject.toml", "README.md", "LICENSE"):
-        shutil.copy(repository / name, source)
-    shutil.copytree(repository / "src", source / "src", ignore=shutil.ignore_patterns("*.egg-info", "__pycache__"))
-    command = [sys.executable, "-m", "pip", "wheel", "--no-deps", "--no-build-isolation", "-w", tmp_path, source]
-    built = subprocess.run(command, capture_output=True, text=True, check=False)
-    assert built.returncode == 0, built.stderr
-    (wheel,) = tmp_path.glob("*.whl")
-    held = {name for name in zipfile.ZipFile(wheel).namelist() if name.startswith("cottention/")}
-    files = (path for path in (source / "src/cottention").rglob("*") if path.is_file())
-    assert held == {path.relative_to(source / "src").as_posix() for path in files}
 
 
 @pytest.mark.parametrize(

@@ -16,6 +16,7 @@ from cottention.benchmarks.settings import AttentionSettings
 from cottention.benchmarks.table import as_text
 from cottention.errors import SettingsError
 from cottention.ops import IMPLEMENTATIONS
+from cottention.ops.native import binding
 
 TINY = AttentionSettings(
     lengths=(64, 128), head_dims=(16,), batch_heads=((1, 2),), implementations=("chunk",), peers=("sdpa",), repeats=3
@@ -57,6 +58,7 @@ def test_the_files_hold_what_was_measured_and_on_what(report, tmp_path):
         "attention-causal-forward-backward-float32-b1-h2-k16.png",
         "attention-causal-forward-float32-b1-h2-k16.png",
         "attention.json",
+        "attention.txt",
     ]
     assert sorted(path.name for path in paths) == sorted(each.name for each in (tmp_path / "made" / "here").iterdir())
     written = json.loads(paths[0].read_text())
@@ -66,7 +68,8 @@ def test_the_files_hold_what_was_measured_and_on_what(report, tmp_path):
     assert {"device", "processor", "threads", "python", "packages", "load_at_start"} <= set(written["environment"])
     assert "torch" in written["environment"]["packages"]
     assert written["settings"]["lengths"] == [64, 128]
-    assert set(written["roofline"]) == {"mm_float32", "mm_bfloat16", "copy"}
+    assert {"mm_float32", "mm_bfloat16", "copy"} <= set(written["roofline"])
+    assert ("fma_float32" in written["roofline"]) == binding.is_available()
     assert all(figure["value"] > 0 for figure in written["roofline"].values())
     assert {check["name"] for check in written["checks"]} == {"chunk", "sdpa"}
     assert all(check["error"] <= check["tolerance"] for check in written["checks"])
@@ -86,9 +89,14 @@ def test_each_result_in_the_json_says_all_about_its_point(report):
             "samples_s",
             "useful_gflops",
             "share_of_matmul",
+            "share_of_fma_peak",
+            "limits_gflops",
             "times_as_fast_as_sdpa",
         }
         assert sorted(time["samples_s"])[0] <= time["median_s"] <= sorted(time["samples_s"])[-1]
+        assert time["limits_gflops"]["mm"]
+        assert time["share_of_matmul"] > 0
+        assert memory["extra_bytes"] == max(0, memory["peak_bytes"] - memory["result_bytes"])
         assert memory["peak_bytes"] == max(memory["allocated_bytes"], memory["resident_bytes"] or 0)
         assert memory["bytes_per_token"] == memory["peak_bytes"] / result["length"]
         assert (memory["growth"] is None) == (result["length"] == 64)
@@ -99,7 +107,7 @@ def test_the_table_names_everything(report):
     text = as_text(report)
     assert "causal forward, float32, B = 1, H = 2, K = V = 16" in text
     assert "causal forward+backward, float32, B = 1, H = 2, K = V = 16" in text
-    assert "torch.mm 2048^3 float32: " in text
+    assert "torch.mm 32^3 float32: " in text
     assert "values and gradients checked against float64: chunk, sdpa" in text
     assert "skipped" not in text
 
@@ -153,7 +161,16 @@ def test_an_interrupted_run_reports_what_it_has(monkeypatch, tmp_path):
     text = as_text(report)
     assert text.count("time skipped: interrupted") == 2
     assert text.endswith("The run was interrupted: what is missing was not reached.")
-    assert len(write_report(report, tmp_path)) == 2
+    assert len(write_report(report, tmp_path)) == 3
+
+
+def test_memory_alone_when_no_sample_is_asked_for(monkeypatch):
+    monkeypatch.setattr(attention, "time_interleaved", lambda *args, **options: pytest.fail("it was timed"))
+    report = benchmark_attention(replace(TINY, passes=("forward",), peers=(), repeats=0))
+    results = report.to_dict()["results"]
+    assert isinstance(results, list)
+    assert all(result["time"] is None and result["memory"]["peak_bytes"] > 0 for result in results)
+    assert "not asked for" not in as_text(report)
 
 
 def test_a_gpu_that_is_not_there_is_a_line(monkeypatch):

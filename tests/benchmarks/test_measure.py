@@ -70,3 +70,9 @@ def test_spread_is_half_the_middle_half_over_the_median():
     assert Timing(samples_s=(1.0, 1.0, 1.0, 1.0)).spread == 0
     assert Timing(samples_s=(1.0, 2.0, 3.0)).spread == pytest.approx(0.5)
     assert Timing(samples_s=(1.0, 2.0)).spread is None
+
+
+def test_what_else_has_its_turn_comes_before_every_round(clock):
+    limit = clock.call("limit", 0.5)
+    time_interleaved({"a": clock.call("a", 0.1)}, "cpu", repeats=3, time_limit_s=100, before_each_round=limit)
+    assert clock.order[2:] == ["limit", "a"] * 3

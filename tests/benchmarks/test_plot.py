@@ -67,6 +67,14 @@ def test_a_candidate_that_was_never_timed_is_still_in_the_memory_panel_and_the_l
     assert [text.get_text() for text in figure.legends[0].get_texts()] == ["chunk", "sdpa"]
 
 
+def test_memory_alone_has_one_panel():
+    report = report_of({"chunk": 1})
+    for point in report.groups[0]:
+        point.timing = None
+    figure = _draw(report, report.groups[0], {"chunk": ("k", "o")})
+    assert [panel.get_ylabel() for panel in figure.axes] == ["peak memory, MiB"]
+
+
 def test_a_group_without_any_figure_is_not_drawn(tmp_path):
     report = report_of({"chunk": 1})
     for point in report.groups[0]:

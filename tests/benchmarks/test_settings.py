@@ -19,7 +19,7 @@ from cottention.errors import SettingsError
         ({"lengths": ()}, "lengths must be whole numbers of at least 1"),
         ({"lengths": (64, 0)}, "lengths must be whole numbers of at least 1"),
         ({"batch_heads": ((0, 8),)}, "batch_heads must be whole numbers of at least 1"),
-        ({"repeats": 0}, "repeats must be whole numbers of at least 1"),
+        ({"repeats": -1}, "repeats must be 0 .* or more; got -1"),
         ({"time_limit_s": 0.0}, "time_limit_s must be more than 0; got 0.0"),
         ({"time_limit_s": math.nan}, "time_limit_s must be more than 0; got nan"),
         ({"memory_limit_gib": -1.0}, "memory_limit_gib must be more than 0; got -1.0"),

@@ -1,4 +1,4 @@
-"""`cottention bench attention`: flags to settings, one line for mistakes, results on stdout."""
+"""`cottention bench`: flags to settings, one line for mistakes, results on stdout."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ import json
 import pytest
 
 from cottention.benchmarks import attention, roofline
-from cottention.benchmarks.settings import FULL_GRID, AttentionSettings
+from cottention.benchmarks.settings import FULL_GRID, AttentionSettings, DecodeSettings
 from cottention.cli import bench
 from cottention.cli.main import main
 from tests.subprocesses import run_python
@@ -55,6 +55,41 @@ def test_full_measures_the_whole_grid_but_what_a_flag_says():
     assert settings.batch_heads == FULL_GRID["batch_heads"]
     assert settings.dtypes == ("float32",)
     assert settings.directions == ("causal",)
+    assert settings.time_limit_s == FULL_GRID["time_limit_s"]
+    assert settings_of("--full", "--time-limit-s", "3").time_limit_s == 3
+
+
+def decode_settings_of(*flags: str) -> DecodeSettings:
+    return bench.decode_settings_from(bench.build_parser().parse_args(["decode", *flags]).decode)
+
+
+def test_flags_of_decode_arrive():
+    assert decode_settings_of() == DecodeSettings()
+    settings = decode_settings_of(
+        *("--positions", "10,20", "--batch-sizes", "1,8", "--num-heads", "3", "--head-dim", "32"),
+        *("--dtype", "bfloat16", "--implementations", "torch,sdpa", "--repeats", "2", "--time-limit-s", "1"),
+    )
+    assert settings == DecodeSettings(
+        positions=(10, 20),
+        batch_sizes=(1, 8),
+        num_heads=3,
+        head_dim=32,
+        dtype="bfloat16",
+        implementations=("torch", "sdpa"),
+        repeats=2,
+        time_limit_s=1,
+    )
+
+
+def test_decode_prints_its_table_or_one_json_object(capsys, tmp_path):
+    command = ["bench", "decode", "--positions", "5", "--num-heads", "1", "--repeats", "1"]
+    command += ["--implementations", "torch", "--output-dir", str(tmp_path)]
+    assert main(command) == 0
+    assert str(tmp_path / "decode.json") in capsys.readouterr().out
+    assert main([*command, "--json"]) == 0
+    assert json.loads(capsys.readouterr().out) == json.loads((tmp_path / "decode.json").read_text())
+    assert main(["bench", "decode", "--positions", "many"]) == 2
+    assert "--positions takes whole numbers, as in 128,512; got 'many'" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(

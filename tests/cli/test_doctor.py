@@ -11,6 +11,8 @@ import torch
 import cottention.ops
 from cottention.cli import doctor
 from cottention.cli.main import main
+from cottention.ops.native import is_available
+from cottention.ops.native.binding import instruction_set
 from tests.subprocesses import run_python
 
 
@@ -20,7 +22,8 @@ def test_a_sound_machine_has_no_problem(capsys):
     assert found["problems"] == []
     assert found["models_registered"] is True
     assert set(found["implementations"]) == set(cottention.ops.IMPLEMENTATIONS)
-    assert all(outcome.startswith("cpu: ok") for outcome in found["implementations"].values())
+    for name, outcome in found["implementations"].items():
+        assert outcome.startswith("cpu: ok" if name != "native" or is_available() else "cpu: cannot run"), name
     assert found["packages"]["torch"] == metadata.version("torch")
     assert found["cpus"] >= 1
     assert found["threads"] == torch.get_num_threads()
@@ -32,6 +35,29 @@ def test_the_text_names_versions_and_implementations(capsys):
     assert f"torch {metadata.version('torch')}" in out
     assert "implementation chunk" in out
     assert out.endswith("Nothing is missing.\n")
+
+
+@pytest.mark.skipif(not is_available(), reason="needs the native library")
+def test_it_says_how_the_native_library_runs_and_for_what_it_is_taken(capsys):
+    assert main(["doctor", "--json"]) == 0
+    found = json.loads(capsys.readouterr().out)
+    assert found["implementations"]["native"].startswith(f"cpu: ok, {instruction_set()}")
+    assert f"{torch.get_num_threads()} threads" in found["implementations"]["native"]
+    assert found["chosen"]["cpu"] == "native for float32, bfloat16, float16, chunk for float64"
+
+
+def test_a_missing_native_library_is_named_with_its_reason_and_is_no_problem():
+    ran = run_python("""
+        from cottention.ops.native import binding
+        binding._library, binding._reason = None, "there was no compiler; install one"
+        binding._checked_library.cache_clear()
+        from cottention.cli.main import main
+        sys.exit(main(["doctor", "--json"]))
+    """)
+    found = json.loads(ran.stdout)
+    assert "there was no compiler; install one" in found["implementations"]["native"]
+    assert found["chosen"]["cpu"] == "chunk for every float type"
+    assert found["problems"] == []
 
 
 def test_a_wrong_implementation_is_found(monkeypatch: pytest.MonkeyPatch, capsys):

@@ -1,10 +1,12 @@
 """The attention benchmark: every implementation beside every peer, in one run, beside what the machine can do.
 
 First values are checked, then memory is measured (a process each), then time (interleaved, in this process), with the
-machine's own limits sampled before and after. What does not fit the limits is skipped, and the report says why.
+machine's own limits read in the same rounds. What does not fit the limits is skipped, and the report says why.
 
-    report = benchmark_attention(AttentionSettings(lengths=(4096, 16384)))
-    print(as_text(report))
+    with open_journal(settings, directory) as journal:       # an interrupted run is gone on with
+        report = benchmark_attention(settings, journal)
+        write_report(report, directory)
+        journal.finish()
 """
 
 from __future__ import annotations
@@ -12,6 +14,7 @@ from __future__ import annotations
 import gc
 import json
 from collections.abc import Iterator
+from dataclasses import asdict
 from pathlib import Path
 
 import torch
@@ -21,12 +24,14 @@ from cottention.benchmarks.budget import Budget, free_bytes
 from cottention.benchmarks.calls import Inputs, prepare
 from cottention.benchmarks.check import check_candidates
 from cottention.benchmarks.environment import describe_environment
+from cottention.benchmarks.journal import Journal, write_texts
 from cottention.benchmarks.measure import Timing, time_interleaved
-from cottention.benchmarks.memory_process import measure_memory
+from cottention.benchmarks.memory_process import MemoryOutcome, measure_memory, outcome_from_json
 from cottention.benchmarks.peers import Candidate, find_candidates
 from cottention.benchmarks.results import AttentionReport, Point
-from cottention.benchmarks.roofline import Roofline
+from cottention.benchmarks.roofline import Meter, Roofline, find_meters
 from cottention.benchmarks.settings import AttentionSettings, Workload
+from cottention.benchmarks.table import as_text
 from cottention.errors import SettingsError
 from cottention.logging import get_logger
 
@@ -37,8 +42,15 @@ _SHARE_OF_FREE_MEMORY = 0.5
 _QUIET_LOAD = 0.5
 
 
-def benchmark_attention(settings: AttentionSettings) -> AttentionReport:
-    """Measure everything that the settings ask for.
+def open_journal(settings: AttentionSettings, directory: Path) -> Journal:
+    """The journal of a run with these settings on this machine, that of an earlier try where there is one."""
+    _check_device(settings)
+    environment = {**describe_environment(settings.device), "load_at_start": None}
+    return Journal.open(directory, {"settings": asdict(settings), "environment": environment})
+
+
+def benchmark_attention(settings: AttentionSettings, journal: Journal | None = None) -> AttentionReport:
+    """Measure everything that the settings ask for, but what the journal has already.
 
     Returns:
         The report; interrupted from the keyboard, what was measured until then.
@@ -47,8 +59,7 @@ def benchmark_attention(settings: AttentionSettings) -> AttentionReport:
         SettingsError: a name is unknown, or what was asked for cannot be measured here.
         WrongResultError: an implementation differs from naive in float64; nothing was measured.
     """
-    if settings.device != "cpu" and not torch.cuda.is_available():
-        raise SettingsError(f"device {settings.device!r} is not to be had: torch finds no GPU here")
+    _check_device(settings)
     environment = describe_environment(settings.device)
     candidates, unavailable = find_candidates(settings)
     _warn_when_busy(environment)
@@ -65,12 +76,17 @@ def benchmark_attention(settings: AttentionSettings) -> AttentionReport:
         ]
         for group in settings.groups()
     ]
-    roofline = Roofline(settings.device)
+    journal = journal or Journal.nowhere()
+    meters = find_meters(settings.device)
+    roofline = Roofline(meters)
+    for piece in journal.pieces("roofline"):
+        roofline.add(piece["name"], piece["readings"])
     try:
-        roofline.sample()
-        _measure_memory(report, candidates)
-        _measure_time(report, candidates)
-        roofline.sample()
+        _sample(roofline, journal)
+        _measure_memory(report, candidates, journal)
+        if settings.repeats:
+            _measure_time(report, candidates, meters, journal)
+        _sample(roofline, journal)
     except KeyboardInterrupt:
         report.interrupted = True
         _mark_as_interrupted(report)
@@ -79,15 +95,16 @@ def benchmark_attention(settings: AttentionSettings) -> AttentionReport:
 
 
 def write_report(report: AttentionReport, directory: Path) -> list[Path]:
-    """Write attention.json and the figures; returns the files."""
+    """Write attention.json, attention.txt (the tables) and the figures; returns the files."""
     from cottention.benchmarks.plot import write_figures  # matplotlib takes a second
 
-    directory.mkdir(parents=True, exist_ok=True)
-    path = directory / "attention.json"
-    beside = path.with_suffix(".json.partial")
-    beside.write_text(json.dumps(report.to_dict(), indent=1) + "\n")
-    beside.replace(path)
-    return [path, *write_figures(report, directory)]
+    texts = {"attention.json": json.dumps(report.to_dict(), indent=1), "attention.txt": as_text(report)}
+    return [*write_texts(texts, directory), *write_figures(report, directory)]
+
+
+def _check_device(settings: AttentionSettings) -> None:
+    if settings.device != "cpu" and not torch.cuda.is_available():
+        raise SettingsError(f"device {settings.device!r} is not to be had: torch finds no GPU here")
 
 
 def _warn_when_busy(environment: dict[str, object]) -> None:
@@ -96,34 +113,61 @@ def _warn_when_busy(environment: dict[str, object]) -> None:
         _logger.warning("something else is running here (load %.1f): times will be noisy, memory will not", load)
 
 
-def _measure_memory(report: AttentionReport, candidates: list[Candidate]) -> None:
+def _sample(roofline: Roofline, journal: Journal) -> None:
+    for name, readings in roofline.sample().items():
+        journal.add("roofline", {"name": name, "readings": readings})
+
+
+def _measure_memory(report: AttentionReport, candidates: list[Candidate], journal: Journal) -> None:
     settings = report.settings
-    budget = _budget(settings)
     points = {(point.name, point.workload): point for point in _points(report)}
-    groups = list(settings.groups())
+    for piece in journal.pieces("memory"):
+        _set_memory(points.pop((piece["name"], Workload(**piece["workload"]))), outcome_from_json(piece))
+    budget = _budget(settings)
     with tqdm(total=len(points), desc="memory", unit="point", disable=None) as progress:
         for candidate in candidates:
+            # A group is measured whole: what its long calls need is predicted from its short ones.
+            groups = [
+                group for group in settings.groups() if any((candidate.name, workload) in points for workload in group)
+            ]
             for outcome in measure_memory(candidate.name, groups, settings.device, budget):
-                point = points[candidate.name, outcome.workload]
-                point.memory, point.memory_skipped = outcome.reading, outcome.skipped
+                point = points.pop((candidate.name, outcome.workload), None)
+                if point is None:
+                    continue
+                _set_memory(point, outcome)
+                journal.add("memory", {"name": candidate.name, **asdict(outcome)})
                 progress.set_postfix_str(f"{candidate.name} T={outcome.workload.length}", refresh=False)
                 progress.update()
 
 
-def _measure_time(report: AttentionReport, candidates: list[Candidate]) -> None:
+def _set_memory(point: Point, outcome: MemoryOutcome) -> None:
+    point.memory, point.memory_skipped = outcome.reading, outcome.skipped
+
+
+def _measure_time(
+    report: AttentionReport, candidates: list[Candidate], meters: dict[str, Meter], journal: Journal
+) -> None:
     settings = report.settings
     by_name = {candidate.name: candidate for candidate in candidates}
-    workloads = list(dict.fromkeys(point.workload for point in _points(report)))
-    with tqdm(workloads, desc="time", unit="shape", disable=None) as progress:
-        for workload in progress:
+    points: dict[Workload, list[Point]] = {}
+    for point in _points(report):
+        points.setdefault(point.workload, []).append(point)
+        point.time_skipped = _why_not_timed(point, settings)
+    for piece in journal.pieces("time"):
+        _set_times(points.pop(Workload(**piece["workload"])), piece)
+    with tqdm(points.items(), desc="time", unit="shape", disable=None) as progress:
+        for workload, group in progress:
             progress.set_postfix_str(f"{workload.passes} {workload.dtype} T={workload.length}")
-            points = [point for point in _points(report) if point.workload == workload]
-            for point in points:
-                point.time_skipped = _why_not_timed(point, settings)
-            timed = [point for point in points if point.time_skipped is None]
-            timings = _time([by_name[point.name] for point in timed], workload, settings)
-            for point in timed:
-                point.timing = timings[point.name]
+            timed = [by_name[point.name] for point in group if point.time_skipped is None]
+            piece = {"workload": asdict(workload), **_time(timed, workload, meters, settings)}
+            _set_times(group, piece)
+            journal.add("time", piece)
+
+
+def _set_times(group: list[Point], piece: dict) -> None:
+    for point in group:
+        if point.name in piece["samples_s"]:
+            point.timing, point.limits = Timing(samples_s=tuple(piece["samples_s"][point.name])), piece["limits"]
 
 
 def _why_not_timed(point: Point, settings: AttentionSettings) -> str | None:
@@ -134,17 +178,28 @@ def _why_not_timed(point: Point, settings: AttentionSettings) -> str | None:
     return None
 
 
-def _time(candidates: list[Candidate], workload: Workload, settings: AttentionSettings) -> dict[str, Timing]:
+def _time(
+    candidates: list[Candidate], workload: Workload, meters: dict[str, Meter], settings: AttentionSettings
+) -> dict[str, dict[str, list[float]]]:
+    """Samples of each candidate, and what the machine could do meanwhile in this dtype."""
     if not candidates:
-        return {}
+        return {"samples_s": {}, "limits": {}}
     gc.collect()
     inputs = Inputs(workload, settings.device)
-    return time_interleaved(
+    limits = {kind: [] for kind in ("mm", "fma") if f"{kind}_{workload.dtype}" in meters}
+
+    def read_limits() -> None:
+        for kind, readings in limits.items():
+            readings.append(meters[f"{kind}_{workload.dtype}"].read())
+
+    timings = time_interleaved(
         {candidate.name: prepare(candidate.function, workload, inputs) for candidate in candidates},
         settings.device,
         repeats=settings.repeats,
         time_limit_s=settings.time_limit_s,
+        before_each_round=read_limits,
     )
+    return {"samples_s": {name: list(timing.samples_s) for name, timing in timings.items()}, "limits": limits}
 
 
 def _budget(settings: AttentionSettings) -> Budget:

@@ -5,6 +5,7 @@ describe_environment("cpu")["processor"]
 
 from __future__ import annotations
 
+import hashlib
 import os
 import platform
 from importlib import metadata
@@ -14,6 +15,7 @@ import psutil  # comes with accelerate
 import torch
 
 import cottention
+from cottention.ops.native import binding
 
 _PACKAGES = ("torch", "triton", "flash-linear-attention", "pytorch-fast-transformers")
 
@@ -31,6 +33,7 @@ def describe_environment(device: str) -> dict[str, object]:
         "system": f"{platform.system()} {platform.machine()}",
         "python": platform.python_version(),
         "cottention": cottention.__version__,
+        "native": _native(),
         "packages": {name: version for name in _PACKAGES if (version := _version_of(name))},
     }
     if device != "cpu":
@@ -48,6 +51,14 @@ def _processor() -> str:
             if line.startswith("model name"):
                 return line.partition(":")[2].strip()
     return platform.processor() or platform.machine()
+
+
+def _native() -> dict[str, str] | None:
+    """Which build of the native library, and how it runs; None when there is none."""
+    if not binding.is_available():
+        return None
+    digest = hashlib.sha256(Path(binding._checked_library()._name).read_bytes()).hexdigest()[:12]
+    return {"instruction_set": binding.instruction_set(), "sha256": digest}
 
 
 def _version_of(package: str) -> str | None:

@@ -42,7 +42,12 @@ class Timing:
 
 
 def time_interleaved(
-    calls: Mapping[str, Callable[[], object]], device: str, *, repeats: int, time_limit_s: float
+    calls: Mapping[str, Callable[[], object]],
+    device: str,
+    *,
+    repeats: int,
+    time_limit_s: float,
+    before_each_round: Callable[[], object] | None = None,
 ) -> dict[str, Timing]:
     """Time each call as often as asked, or as its time limit allows, at least once.
 
@@ -52,6 +57,7 @@ def time_interleaved(
         repeats: samples wanted of each.
         time_limit_s: seconds that one call may take for warm-up and samples together. A call whose warm-up alone takes
             more than half of it is not repeated: the warm-up, at that length no longer different, is its sample.
+        before_each_round: what else has its turn in every round, such as reading the machine's limits.
     """
     samples: dict[str, list[float]] = {}
     plans: dict[str, tuple[int, int]] = {}  # name -> samples, calls in each
@@ -65,7 +71,9 @@ def time_interleaved(
         calls_each = max(1, math.ceil(_SHORTEST_SAMPLE_S / again_s))
         fitting = int((time_limit_s - warm_up_s - again_s) / (again_s * calls_each))
         plans[name] = (max(1, min(repeats, fitting)), calls_each)
-    for i in range(repeats):
+    for i in range(max(1, *(wanted for wanted, _ in plans.values()))):
+        if before_each_round is not None:
+            before_each_round()
         names = list(calls)
         turn = i % len(names)  # nobody is always the first, or always behind the same other
         for name in names[turn:] + names[:turn]:

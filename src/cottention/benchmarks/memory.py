@@ -50,6 +50,11 @@ class MemoryReading:
         """The larger of both: nothing is hidden from it."""
         return max(self.allocated_bytes, self.resident_bytes or 0)
 
+    @property
+    def extra_bytes(self) -> int:
+        """Peak beyond inputs and results: what the way of computing costs."""
+        return max(0, self.peak_bytes - self.result_bytes)
+
 
 def measure_call(call: Callable[[], tuple[Tensor, ...]], device: str) -> MemoryReading:
     """Run a call once and say what it needed."""

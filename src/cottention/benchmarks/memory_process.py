@@ -72,7 +72,7 @@ def measure_memory(
             try:
                 for line in child.stdout:
                     done += 1
-                    yield _outcome_from_json(json.loads(line))
+                    yield outcome_from_json(json.loads(line))
                 reason = _why_it_ended(child.wait(), stderr)
             finally:
                 child.kill()  # it has ended unless we were interrupted
@@ -104,7 +104,8 @@ def _start_child(job: dict, stderr: IO[bytes]) -> subprocess.Popen[str]:
     return child
 
 
-def _outcome_from_json(answer: dict) -> MemoryOutcome:
+def outcome_from_json(answer: dict) -> MemoryOutcome:
+    """The outcome that `dataclasses.asdict` turned into this."""
     reading = answer["reading"]
     return MemoryOutcome(
         workload=Workload(**answer["workload"]),

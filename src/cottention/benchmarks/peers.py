@@ -12,6 +12,7 @@ from __future__ import annotations
 import warnings
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
+from functools import cache
 
 import torch
 import torch.nn.functional as F
@@ -133,12 +134,22 @@ def _implementation(name: str, device: str) -> Candidate:
     def run(q: Tensor, k: Tensor, v: Tensor, norm_const: Tensor, causal: bool) -> Tensor:
         return cosine_attention(q, k, v, norm_const, causal=causal, implementation=name)[0]
 
-    try:  # an implementation that does not run on this device or was not built says so when it is called
-        one = torch.ones(1, 1, 1, 16, device=device)
-        run(one, one, one, torch.ones(1, device=device), True)
-    except (ValueError, RuntimeError, ImportError) as error:
-        raise PeerUnavailableError(" ".join(str(error).split())) from error
-    return Candidate(name=name, is_peer=False, function=run, reference=cosine_reference)
+    @cache
+    def why_not(dtype: torch.dtype) -> str | None:
+        """What it says itself when it does not run on this device, in this dtype, or was not built."""
+        one = torch.ones(1, 1, 1, 16, device=device, dtype=dtype)
+        try:
+            run(one, one, one, torch.ones(1, device=device), True)
+        except (ValueError, TypeError, RuntimeError, ImportError) as error:
+            return " ".join(str(error).split())
+        return None
+
+    def refuses(workload: Workload) -> str | None:
+        return why_not(getattr(torch, workload.dtype))
+
+    if (reason := why_not(torch.float32)) is not None:
+        raise PeerUnavailableError(reason)
+    return Candidate(name=name, is_peer=False, function=run, reference=cosine_reference, refuses=refuses)
 
 
 def _sdpa(device: str) -> Candidate:
@@ -150,13 +161,13 @@ def _sdpa(device: str) -> Candidate:
 
 
 def _fla_chunk(device: str) -> Candidate:
-    """flash-linear-attention's chunked form in PyTorch: its Triton kernels do not run on a CPU."""
+    """flash-linear-attention's chunked form in PyTorch: its Triton kernels do not run on a CPU, yet it needs Triton."""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # it says on import that there is no GPU
         try:
             from fla.ops.linear_attn.naive import naive_chunk_linear_attn  # pyright: ignore[reportMissingImports]
         except ImportError as error:
-            raise PeerUnavailableError(f"not installed: pip install flash-linear-attention ({error})") from error
+            raise PeerUnavailableError(f"not installed: pip install flash-linear-attention triton ({error})") from error
 
     def run(q: Tensor, k: Tensor, v: Tensor, norm_const: Tensor, causal: bool) -> Tensor:
         return naive_chunk_linear_attn(q, k, v, scale=1.0, normalize=False)
@@ -170,7 +181,7 @@ def _fla_chunk(device: str) -> Candidate:
 
 
 def _fast_transformers(device: str) -> Candidate:
-    """pytorch-fast-transformers' causal product, a scan over tokens in C++."""
+    """pytorch-fast-transformers' causal product, a scan over tokens in C++; it builds where no nvcc is in the PATH."""
     try:
         from fast_transformers.causal_product import causal_dot_product  # pyright: ignore[reportMissingImports]
     except ImportError as error:

@@ -1,4 +1,4 @@
-"""Log-log pictures of a report, one for each group of workloads: time and memory over the length, a line a candidate.
+"""Log-log pictures of a report: time and memory over the length or the position, a line for each candidate.
 
 Implementations of cosine attention are solid, peers dashed; thin lines show what growth with T and with T^2 looks like.
 
@@ -15,6 +15,7 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from matplotlib.ticker import FixedLocator, FuncFormatter, NullLocator
 
+from cottention.benchmarks.decode import DecodePoint, DecodeReport
 from cottention.benchmarks.results import AttentionReport, Point
 from cottention.benchmarks.table import machine, title
 
@@ -47,14 +48,60 @@ def _file_stem(point: Point) -> str:
 def _draw(report: AttentionReport, group: list[Point], styles: dict[str, tuple[str, str]]) -> Figure:
     figure = Figure(figsize=(10, 4.6), layout="constrained")
     FigureCanvasAgg(figure)
-    time_axes, memory_axes = figure.subplots(1, 2)
-    _panel(time_axes, group, styles, lambda p: p.timing and p.timing.median_s * 1e3, "time of a call, ms")
-    _panel(memory_axes, group, styles, lambda p: p.memory and p.memory.peak_bytes / 2**20, "peak memory, MiB")
+    figures: dict[str, Callable[[Point], float | None]] = {
+        "time of a call, ms": lambda p: p.timing and p.timing.median_s * 1e3,
+        "peak memory, MiB": lambda p: p.memory and p.memory.peak_bytes / 2**20,
+    }
+    shown = {label: figure_of for label, figure_of in figures.items() if any(map(figure_of, group))}
+    panels = figure.subplots(1, len(shown), squeeze=False)[0]
+    for axes, (label, figure_of) in zip(panels, shown.items(), strict=True):
+        _panel(axes, group, styles, figure_of, label)
     figure.suptitle(f"Attention, {title(group[0].workload)}\n", fontsize=12)
     figure.text(0.5, 0.925, machine(report), ha="center", fontsize=8.5, color="0.35")
-    handles, labels = _legend_entries(time_axes, memory_axes)
+    handles, labels = _legend_entries(*panels)
     figure.legend(handles, labels, loc="outside lower center", ncols=len(labels), frameon=False, fontsize=9)
     return figure
+
+
+def write_decode_figure(report: DecodeReport, directory: Path) -> Path:
+    """Draw decode.png, time and state over the position; returns the file."""
+    figure = Figure(figsize=(10, 4.6), layout="constrained")
+    FigureCanvasAgg(figure)
+    time_axes, state_axes = figure.subplots(1, 2)
+    lines: dict[str, list[DecodePoint]] = {}
+    for point in report.points:
+        lines.setdefault(f"{point.name}, B = {point.batch_size}", []).append(point)
+    for i, (label, points) in enumerate(lines.items()):
+        positions = [point.position for point in points]
+        style = {"color": _COLOURS[i % len(_COLOURS)], "marker": _MARKERS[i % len(_MARKERS)], "label": label}
+        style["linestyle"] = "--" if points[0].error is None else "-"
+        time_axes.plot(positions, [point.timing.median_s * 1e6 for point in points], **style)
+        state_axes.plot(positions, [point.state_bytes / 2**20 for point in points], **style)
+    for axes, label in ((time_axes, "time of a step, us"), (state_axes, "carried from token to token, MiB")):
+        axes.set_xlabel("position, tokens")
+        axes.set_ylabel(label)
+        _logarithmic(axes)
+    settings = report.settings
+    figure.suptitle(f"One token, {settings.dtype}, H = {settings.num_heads}, K = V = {settings.head_dim}", fontsize=12)
+    handles, labels = time_axes.get_legend_handles_labels()
+    figure.legend(handles, labels, loc="outside lower center", ncols=min(4, len(labels)), frameon=False, fontsize=9)
+    path = directory / "decode.png"
+    figure.savefig(path, dpi=150)
+    return path
+
+
+def _logarithmic(axes: Axes) -> None:
+    axes.set_xscale("log")
+    axes.set_yscale("log")
+    axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
+    axes.yaxis.set_minor_formatter(FuncFormatter(_one_two_five))
+    axes.grid(True, which="major", color="0.9", linewidth=0.6)
+    axes.spines[["top", "right"]].set_visible(False)
+
+
+def _one_two_five(value: float, _: int) -> str:
+    """Between the powers of ten 2 and 5 are named, which is enough to read a height and never too close."""
+    return f"{value:g}" if f"{value:e}"[0] in "25" else ""
 
 
 def _panel(
@@ -64,8 +111,7 @@ def _panel(
     figure_of: Callable[[Point], float | None],
     label: str,
 ) -> None:
-    axes.set_xscale("log")
-    axes.set_yscale("log")
+    _logarithmic(axes)
     lengths = sorted({point.workload.length for point in group})
     for name in dict.fromkeys(point.name for point in group):
         points = [point for point in group if point.name == name]
@@ -87,9 +133,6 @@ def _panel(
     axes.xaxis.set_major_locator(FixedLocator(lengths))
     axes.xaxis.set_minor_locator(NullLocator())
     axes.xaxis.set_major_formatter(FuncFormatter(lambda T, _: f"{T / 1024:g}k" if T >= 1024 else f"{T:g}"))
-    axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
-    axes.grid(True, which="major", color="0.9", linewidth=0.6)
-    axes.spines[["top", "right"]].set_visible(False)
 
 
 def _guides(axes: Axes, lengths: list[int]) -> None:

@@ -5,6 +5,8 @@ report.to_dict()["results"][0]["time"]["median_s"]
 
 from __future__ import annotations
 
+import statistics
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 
 from cottention.benchmarks.check import Check
@@ -13,7 +15,7 @@ from cottention.benchmarks.memory import MemoryReading
 from cottention.benchmarks.roofline import RooflineFigure
 from cottention.benchmarks.settings import AttentionSettings, Workload
 
-FORMAT = 1
+FORMAT = 2
 """Raised when a reader of the JSON would have to change."""
 
 BASELINE = "sdpa"
@@ -31,11 +33,18 @@ class Point:
     time_skipped: str | None = None
     memory: MemoryReading | None = None
     memory_skipped: str | None = None
+    limits: Mapping[str, Sequence[float]] = field(default_factory=dict)
+    """What the machine could do in the rounds in which this was timed: "mm" and "fma" in its dtype, GFLOP/s."""
 
     @property
     def useful_gflops(self) -> float | None:
         """Useful operations a second, in 1e9: the same count for every candidate."""
         return None if self.timing is None else self.workload.useful_flops / self.timing.median_s / 1e9
+
+    def share_of(self, limit: str) -> float | None:
+        """Useful operations a second as a share of a limit, "mm" or "fma"; None where one of both is not known."""
+        readings = self.limits.get(limit)
+        return None if not readings or self.useful_gflops is None else self.useful_gflops / statistics.median(readings)
 
     @property
     def bytes_per_token(self) -> float | None:
@@ -55,11 +64,6 @@ class AttentionReport:
     groups: list[list[Point]] = field(default_factory=list)
     """Points that belong in one table and one figure, by candidate and then by length."""
     interrupted: bool = False
-
-    def share_of_matmul(self, point: Point) -> float | None:
-        """Useful operations a second as a share of torch.mm's in the same dtype; None where that was not measured."""
-        peak = self.roofline.get(f"mm_{point.workload.dtype}")
-        return None if peak is None or point.useful_gflops is None else point.useful_gflops / peak.value
 
     def to_dict(self) -> dict[str, object]:
         """The report as plain data for JSON."""
@@ -98,7 +102,9 @@ class AttentionReport:
                 "spread": timing.spread,
                 "samples_s": list(timing.samples_s),
                 "useful_gflops": point.useful_gflops,
-                "share_of_matmul": self.share_of_matmul(point),
+                "share_of_matmul": point.share_of("mm"),
+                "share_of_fma_peak": point.share_of("fma"),
+                "limits_gflops": {name: list(readings) for name, readings in point.limits.items()},
                 "times_as_fast_as_sdpa": speed_ratio(point, group),
             },
             "memory_skipped": point.memory_skipped,
@@ -109,6 +115,7 @@ class AttentionReport:
                 "allocated_bytes": memory.allocated_bytes,
                 "resident_bytes": memory.resident_bytes,
                 "result_bytes": memory.result_bytes,
+                "extra_bytes": memory.extra_bytes,
                 "bytes_per_token": point.bytes_per_token,
                 "growth": memory_growth(point, group),
             },

@@ -1,26 +1,32 @@
 """What the machine can do at most, measured in the same run: the shares that a benchmark reports are shares of this.
 
-meter = Roofline("cpu")
-meter.sample()                       # before, and once more after, what is to be judged by it
-meter.results()                      # {"mm_float32": RooflineFigure(unit="GFLOP/s", value=...), ...}
+Two kinds of use: a limit is read in every round of the calls that it is to judge, so that a busy moment hits both; and
+all limits are read before and after the whole, for the head of the report.
+
+    meters = find_meters("cpu")          # {"mm_float32": Meter, "fma_float32": ..., "copy": ...}
+    meters["mm_float32"].read()          # GFLOP/s, once more
 """
 
 from __future__ import annotations
 
+import ctypes
 import statistics
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 
 import torch
 
 from cottention.benchmarks.calls import synchronize
+from cottention.ops.native import binding
 
 _MATRIX = 2048
 _COPIED_BYTES = 256 << 20  # far beyond any cache
 # Each figure may take about this long a time it is sampled: bfloat16 without hardware for it is slow.
 _SAMPLE_S = 0.5
-_FEWEST_CALLS = 2
+_FEWEST_READINGS = 2
+# A reading of the arithmetic units: long beside the start of the threads, short beside torch.mm.
+_FMA_S = 0.02
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -33,71 +39,97 @@ class RooflineFigure:
 
 
 @dataclass(frozen=True, kw_only=True)
-class _Meter:
+class Meter:
+    """Reads one limit, as often as it is asked."""
+
     description: str
     unit: str
-    work: float  # in the unit, a second
-    prepare: Callable[[str], Callable[[], object]]  # device -> the call that does the work
+    read: Callable[[], float]
 
 
-def _matmul(dtype: torch.dtype) -> Callable[[str], Callable[[], object]]:
-    def prepare(device: str) -> Callable[[], object]:
-        a, b = (torch.randn(_MATRIX, _MATRIX, device=device).to(dtype) for _ in range(2))
-        out = torch.empty_like(a)
-        return lambda: torch.mm(a, b, out=out)
+def find_meters(device: str) -> dict[str, Meter]:
+    """Name -> meter, of all that can be read on the device; warmed up."""
+    meters = {
+        f"mm_{name}": Meter(
+            description=f"torch.mm {_MATRIX}^3 {name}", unit="GFLOP/s", read=_matmul(getattr(torch, name), device)
+        )
+        for name in ("float32", "bfloat16")
+    }
+    if device == "cpu":
+        meters |= _arithmetic_meters()
+    meters["copy"] = Meter(
+        description=f"copy of {_COPIED_BYTES >> 20} MiB, read and written", unit="GB/s", read=_copy(device)
+    )
+    return meters
 
-    return prepare
+
+def _matmul(dtype: torch.dtype, device: str) -> Callable[[], float]:
+    a, b = (torch.randn(_MATRIX, _MATRIX, device=device).to(dtype) for _ in range(2))
+    out = torch.empty_like(a)
+    return _rate(lambda: torch.mm(a, b, out=out), 2 * _MATRIX**3 / 1e9, device)
 
 
-def _copy(device: str) -> Callable[[], object]:
+def _copy(device: str) -> Callable[[], float]:
     source = torch.ones(_COPIED_BYTES // 4, device=device)
     target = torch.zeros_like(source)
-    return lambda: target.copy_(source)
+    return _rate(lambda: target.copy_(source), 2 * _COPIED_BYTES / 1e9, device)
 
 
-_MATMUL_GFLOP = 2 * _MATRIX**3 / 1e9
+def _rate(call: Callable[[], object], work: float, device: str) -> Callable[[], float]:
+    def read() -> float:
+        synchronize(device)
+        start = time.perf_counter()
+        call()
+        synchronize(device)
+        return work / (time.perf_counter() - start)
 
-METERS: dict[str, _Meter] = {
-    "mm_float32": _Meter(
-        description="torch.mm 2048^3 float32", unit="GFLOP/s", work=_MATMUL_GFLOP, prepare=_matmul(torch.float32)
-    ),
-    "mm_bfloat16": _Meter(
-        description="torch.mm 2048^3 bfloat16", unit="GFLOP/s", work=_MATMUL_GFLOP, prepare=_matmul(torch.bfloat16)
-    ),
-    "copy": _Meter(
-        description="copy of 256 MiB, read and written", unit="GB/s", work=2 * _COPIED_BYTES / 1e9, prepare=_copy
-    ),
-}
-"""Name -> what measures it. A native library that can run its arithmetic alone adds its peak here."""
+    read()  # warm-up
+    return read
+
+
+def _arithmetic_meters() -> dict[str, Meter]:
+    """A loop on registers alone, which only native code can run: what the arithmetic units do and nothing else."""
+    if not binding.is_available():
+        return {}
+    peak = binding._checked_library().ct_fma_peak
+    peak.argtypes, peak.restype = [ctypes.c_int, ctypes.c_double, ctypes.c_char_p], ctypes.c_double
+    meters = {}
+    for dtype, isa in (("float32", binding.instruction_set()), ("bfloat16", "avx512bf16")):
+
+        def read(isa: str = isa) -> float:
+            return peak(torch.get_num_threads(), _FMA_S, isa.encode()) / 1e9
+
+        if read() > 0:  # 0: the processor or the compiler knows no such instructions
+            about = f"FMA peak {dtype} ({isa}, registers alone)"
+            meters[f"fma_{dtype}"] = Meter(description=about, unit="GFLOP/s", read=read)
+    return meters
 
 
 class Roofline:
-    """Collects samples of every meter, whenever it is asked to."""
+    """Collects readings of every meter, whenever it is asked to."""
 
-    def __init__(self, device: str) -> None:
-        self._device = device
-        self._seconds: dict[str, list[float]] = {name: [] for name in METERS}
+    def __init__(self, meters: dict[str, Meter]) -> None:
+        self._meters = meters
+        self._readings: dict[str, list[float]] = {name: [] for name in meters}
 
-    def sample(self) -> None:
-        """Run every meter for about half a second."""
-        for name, meter in METERS.items():
-            call = meter.prepare(self._device)
-            call()  # warm-up
-            started, calls = time.perf_counter(), 0
-            while calls < _FEWEST_CALLS or time.perf_counter() - started < _SAMPLE_S:
-                synchronize(self._device)
-                start = time.perf_counter()
-                call()
-                synchronize(self._device)
-                self._seconds[name].append(time.perf_counter() - start)
-                calls += 1
+    def sample(self) -> dict[str, list[float]]:
+        """Read every meter for about half a second; returns these readings."""
+        taken: dict[str, list[float]] = {}
+        for name, meter in self._meters.items():
+            started, taken[name] = time.perf_counter(), []
+            while len(taken[name]) < _FEWEST_READINGS or time.perf_counter() - started < _SAMPLE_S:
+                taken[name].append(meter.read())
+            self.add(name, taken[name])
+        return taken
+
+    def add(self, name: str, readings: Iterable[float]) -> None:
+        """Take over readings, made now or by an earlier try."""
+        self._readings.setdefault(name, []).extend(readings)
 
     def results(self) -> dict[str, RooflineFigure]:
-        """The median of all samples of each meter."""
+        """The median of all readings of each meter."""
         return {
-            name: RooflineFigure(
-                description=meter.description, unit=meter.unit, value=meter.work / statistics.median(taken)
-            )
-            for name, meter in METERS.items()
-            if (taken := self._seconds[name])
+            name: RooflineFigure(description=meter.description, unit=meter.unit, value=statistics.median(taken))
+            for name, meter in self._meters.items()
+            if (taken := self._readings[name])
         }

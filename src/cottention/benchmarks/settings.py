@@ -1,4 +1,4 @@
-"""What a run of the attention benchmark measures. Knows no torch, so that `--help` answers at once.
+"""What a run of a benchmark measures. Knows no torch, so that `--help` answers at once.
 
 settings = AttentionSettings(lengths=(4096, 16384, 65536), passes=("forward+backward",))
 """
@@ -88,7 +88,7 @@ class AttentionSettings:
     peers: tuple[str, ...] | None = None
     """Names of cottention.benchmarks.peers.PEERS; None takes all that are installed."""
     repeats: int = 10
-    """Timed samples of each point, as far as the time limit allows."""
+    """Timed samples of each point, as far as the time limit allows; 0 measures memory alone."""
     time_limit_s: float = 10.0
     """Seconds that one implementation may spend on one point; a longer call is skipped."""
     memory_limit_gib: float | None = None
@@ -100,19 +100,14 @@ class AttentionSettings:
         _check_choice("dtypes", self.dtypes, DTYPES)
         _check_choice("directions", self.directions, DIRECTIONS)
         _check_choice("passes", self.passes, PASSES)
-        sizes = {
-            "lengths": self.lengths,
-            "head_dims": self.head_dims,
-            "batch_heads": tuple(itertools.chain(*self.batch_heads)),
-            "repeats": (self.repeats,),
-        }
-        for name, values in sizes.items():
-            if not values or min(values) < 1:
-                raise SettingsError(f"{name} must be whole numbers of at least 1; got {values}")
-        limits = {"time_limit_s": self.time_limit_s, "memory_limit_gib": self.memory_limit_gib}
-        for name, limit in limits.items():
-            if limit is not None and not (math.isfinite(limit) and limit > 0):
-                raise SettingsError(f"{name} must be more than 0; got {limit}")
+        _check_sizes(
+            lengths=self.lengths,
+            head_dims=self.head_dims,
+            batch_heads=tuple(itertools.chain(*self.batch_heads)),
+        )
+        if self.repeats < 0:
+            raise SettingsError(f"repeats must be 0 (memory alone) or more; got {self.repeats}")
+        _check_limits(time_limit_s=self.time_limit_s, memory_limit_gib=self.memory_limit_gib)
 
     def groups(self) -> Iterator[list[Workload]]:
         """Workloads that differ in length alone, shortest first: one table, one figure."""
@@ -139,8 +134,56 @@ FULL_GRID = {
     "batch_heads": ((1, 1), (1, 8), (8, 12)),
     "dtypes": ("float32", "bfloat16"),
     "directions": DIRECTIONS,
+    "repeats": 5,
+    "time_limit_s": 1.0,
 }
-"""What `--full` measures instead of the defaults: 72 groups of ten lengths, hours on a small machine."""
+"""What `--full` measures instead of the defaults: 72 groups of ten lengths, within two hours by the time limit."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class DecodeSettings:
+    """What `cottention bench decode` measures: one token, on the CPU, at several positions of a text."""
+
+    positions: tuple[int, ...] = (100, 1_000, 10_000, 100_000)
+    """Tokens before the one that is decoded."""
+    batch_sizes: tuple[int, ...] = (1,)
+    """Sequences that are decoded together."""
+    num_heads: int = 12
+    """Heads H."""
+    head_dim: int = 64
+    """K = V, numbers per head."""
+    dtype: str = "float32"
+    """Floating-point type of q, k and v."""
+    implementations: tuple[str, ...] | None = None
+    """Names of cottention.benchmarks.decode.STEPS; None takes all that run here."""
+    repeats: int = 20
+    """Timed samples of each point, as far as the time limit allows."""
+    time_limit_s: float = 5.0
+    """Seconds that one implementation may spend at one position."""
+
+    def __post_init__(self) -> None:
+        """Refuse what cannot be measured."""
+        _check_choice("dtype", (self.dtype,), DTYPES)
+        _check_sizes(
+            positions=self.positions,
+            batch_sizes=self.batch_sizes,
+            num_heads=(self.num_heads,),
+            head_dim=(self.head_dim,),
+            repeats=(self.repeats,),
+        )
+        _check_limits(time_limit_s=self.time_limit_s)
+
+
+def _check_sizes(**sizes: tuple[int, ...]) -> None:
+    for name, values in sizes.items():
+        if not values or min(values) < 1:
+            raise SettingsError(f"{name} must be whole numbers of at least 1; got {values}")
+
+
+def _check_limits(**limits: float | None) -> None:
+    for name, limit in limits.items():
+        if limit is not None and not (math.isfinite(limit) and limit > 0):
+            raise SettingsError(f"{name} must be more than 0; got {limit}")
 
 
 def _check_choice(name: str, given: tuple[str, ...], known: tuple[str, ...]) -> None:

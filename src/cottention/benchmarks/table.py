@@ -15,8 +15,9 @@ _COLUMNS: tuple[str, ...] = (
     f"vs {BASELINE}",
     "GFLOP/s",
     "of mm",
-    "allocated",
-    "resident",
+    "of FMA",
+    "peak",
+    "extra",
     "a token",
     "growth",
 )
@@ -24,14 +25,15 @@ _COLUMNS: tuple[str, ...] = (
 _LEGEND = f"""\
 time       median of interleaved samples; spread is half the width of their middle half
 vs {BASELINE}    time of scaled_dot_product_attention divided by this one: more is faster
-GFLOP/s    useful operations of linear attention a second, counted alike for all; of mm: share of torch.mm's
-allocated  most memory in tensors at once beyond the inputs; resident: growth of the process, native code included
-growth     peak memory divided by that of the length before: linear is at most the factor between the lengths"""
+GFLOP/s    useful operations of linear attention a second, counted alike for all
+of mm      their share of torch.mm's in this dtype, timed in the same rounds; of FMA: of the FMA peak's
+peak       most memory beyond the inputs, native code included; extra: beyond the results too; a token: peak
+growth     peak divided by that of the length before: linear is at most the factor between the lengths"""
 
 
 def as_text(report: AttentionReport) -> str:
     """Everything on the report that a person wants to see first."""
-    parts = ["\n".join(_head(report)), *(_table(report, group) for group in report.groups), _LEGEND]
+    parts = ["\n".join(_head(report)), *(_table(group) for group in report.groups), _LEGEND]
     if report.interrupted:
         parts.append("The run was interrupted: what is missing was not reached.")
     return "\n\n".join(parts)
@@ -68,12 +70,12 @@ def _has_backward(report: AttentionReport) -> bool:
     return any(check.workload.backward for check in report.checks)
 
 
-def _table(report: AttentionReport, group: list[Point]) -> str:
+def _table(group: list[Point]) -> str:
     rows: list[tuple[str, ...]] = [("", *_COLUMNS)]
     notes = [""]
     last_name = None
     for point in group:
-        rows.append((point.name if point.name != last_name else "", *_cells(report, group, point)))
+        rows.append((point.name if point.name != last_name else "", *_cells(group, point)))
         notes.append(_note(point))
         last_name = point.name
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
@@ -86,10 +88,11 @@ def _table(report: AttentionReport, group: list[Point]) -> str:
     return "\n".join([title(group[0].workload), *(line.rstrip() for line in lines)])
 
 
-def _cells(report: AttentionReport, group: list[Point], point: Point) -> tuple[str, ...]:
+def _cells(group: list[Point], point: Point) -> tuple[str, ...]:
     timing, memory = point.timing, point.memory
     spread = timing.spread if timing else None
-    ratio, growth, share = speed_ratio(point, group), memory_growth(point, group), report.share_of_matmul(point)
+    ratio, growth = speed_ratio(point, group), memory_growth(point, group)
+    of_matmul, of_peak = point.share_of("mm"), point.share_of("fma")
     gflops, per_token = point.useful_gflops, point.bytes_per_token
     return (
         str(point.workload.length),
@@ -97,9 +100,10 @@ def _cells(report: AttentionReport, group: list[Point], point: Point) -> tuple[s
         "-" if spread is None else f"{spread:.0%}",
         "-" if ratio is None else f"{ratio:.3g}x",
         "-" if gflops is None else f"{gflops:.3g}",
-        "-" if share is None else f"{share:.1%}",
-        _size(memory.allocated_bytes) if memory else "-",
-        "-" if memory is None or memory.resident_bytes is None else _size(memory.resident_bytes),
+        "-" if of_matmul is None else f"{of_matmul:.1%}",
+        "-" if of_peak is None else f"{of_peak:.1%}",
+        _size(memory.peak_bytes) if memory else "-",
+        _size(memory.extra_bytes) if memory else "-",
         "-" if per_token is None else f"{per_token / 1024:.1f} KiB",
         "-" if growth is None else f"x{growth:.2f}",
     )

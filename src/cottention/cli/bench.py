@@ -1,6 +1,7 @@
 """cottention bench: measures speed and memory, beside the peers and the machine's own limits.
 
 cottention bench attention --lengths 4096,16384 --backward --output-dir runs/bench
+cottention bench decode --positions 100,100000 --batch-sizes 1,8
 """
 
 from __future__ import annotations
@@ -10,7 +11,7 @@ from pathlib import Path
 
 from jsonargparse import ArgumentParser, Namespace
 
-from cottention.benchmarks.settings import DEVICES, DTYPES, FULL_GRID, PASSES, AttentionSettings
+from cottention.benchmarks.settings import DEVICES, DTYPES, FULL_GRID, PASSES, AttentionSettings, DecodeSettings
 from cottention.cli.main import new_parser
 from cottention.errors import SettingsError
 
@@ -18,9 +19,13 @@ _DESCRIPTION = """Measure every implementation of cosine attention and every pee
 run: time, peak memory, and the share of what the machine can do. Values are checked first. The defaults take about
 two minutes on two cores."""
 
+_DECODE_DESCRIPTION = """Measure one decoded token at several positions of a text: the native step, the same in plain
+torch operators, and softmax with its cache of keys and values. Values are checked first. Takes seconds."""
+
 _INTERRUPTED = 130  # 128 + SIGINT, what a shell reports
 
 _DEFAULTS = AttentionSettings()
+_DECODE_DEFAULTS = DecodeSettings()
 
 
 def build_parser() -> ArgumentParser:
@@ -28,30 +33,52 @@ def build_parser() -> ArgumentParser:
     parser = new_parser("bench", "Measure time and memory against softmax attention.")
     subcommands = parser.add_subcommands(dest="what", required=True)
     subcommands.add_subcommand("attention", _attention_parser(), help="the operation alone")
+    subcommands.add_subcommand("decode", _decode_parser(), help="one token, far into a text")
     return parser
 
 
 def run(args: Namespace) -> int:
     """Measure, print, write."""
-    given = args.attention
+    return _run_attention(args.attention) if args.what == "attention" else _run_decode(args.decode)
+
+
+def _run_attention(given: Namespace) -> int:
     settings = settings_from(given)
-    from cottention.benchmarks.attention import benchmark_attention, write_report
+    from cottention.benchmarks.attention import benchmark_attention, open_journal, write_report
     from cottention.benchmarks.table import as_text
 
-    report = benchmark_attention(settings)
-    paths = write_report(report, Path(given.output_dir))
-    if given.json:
-        print(json.dumps(report.to_dict()))
-    else:
-        print(as_text(report))
-        print("\nwritten: " + "\n         ".join(map(str, paths)))
+    directory = Path(given.output_dir)
+    with open_journal(settings, directory) as journal:
+        report = benchmark_attention(settings, journal)
+        paths = write_report(report, directory)
+        if not report.interrupted:
+            journal.finish()
+    _show(given, report.to_dict(), as_text(report), paths)
     return _INTERRUPTED if report.interrupted else 0
+
+
+def _run_decode(given: Namespace) -> int:
+    settings = decode_settings_from(given)
+    from cottention.benchmarks.decode import benchmark_decode, decode_as_text, write_decode_report
+
+    report = benchmark_decode(settings)
+    paths = write_decode_report(report, Path(given.output_dir))
+    _show(given, report.to_dict(), decode_as_text(report), paths)
+    return 0
+
+
+def _show(given: Namespace, data: dict[str, object], text: str, paths: list[Path]) -> None:
+    if given.json:
+        print(json.dumps(data))
+    else:
+        print(text)
+        print("\nwritten: " + "\n         ".join(map(str, paths)))
 
 
 def _attention_parser() -> ArgumentParser:
     parser = new_parser("bench attention", _DESCRIPTION)
     parser.add_argument("--device", choices=DEVICES, default=_DEFAULTS.device, help="where to run")
-    parser.add_argument("--full", action="store_true", help="T 128 to 65536, all sizes, dtypes, directions: hours")
+    parser.add_argument("--full", action="store_true", help="T 128 to 65536, all sizes, dtypes and directions")
     parser.add_argument("--lengths", metavar="T,T", help="tokens of a sequence (default: 128,512,2048,8192)")
     parser.add_argument("--head-dims", metavar="K,K", help="K = V, numbers per head (default: 64)")
     parser.add_argument("--batch-heads", metavar="H,BxH", help="heads, or batch size x heads: 8,8x12 (default: 8)")
@@ -62,9 +89,11 @@ def _attention_parser() -> ArgumentParser:
     parser.add_argument("--backward", action="store_true", help="forward and backward together alone (default: both)")
     parser.add_argument("--implementations", metavar="N,N", help="of this package: names, or none (default: all)")
     parser.add_argument("--peers", metavar="N,N", help="names, or none (default: all that are installed)")
-    parser.add_argument("--repeats", type=int, default=_DEFAULTS.repeats, help="samples of each point")
+    parser.add_argument("--repeats", type=int, help=f"samples; 0: memory alone (default: {_DEFAULTS.repeats}; full: 5)")
     parser.add_argument(
-        "--time-limit-s", type=float, default=_DEFAULTS.time_limit_s, help="seconds for each point; longer is skipped"
+        "--time-limit-s",
+        type=float,
+        help=f"seconds for each point; longer is skipped (default: {_DEFAULTS.time_limit_s:g}; full: 1)",
     )
     parser.add_argument(
         "--memory-limit-gib", type=float, help="for one call and its inputs (default: half of the free)"
@@ -72,6 +101,37 @@ def _attention_parser() -> ArgumentParser:
     parser.add_argument("--output-dir", default="runs/bench-attention", help="where JSON and figures go")
     parser.add_argument("--json", action="store_true", help="print the report as JSON instead of tables")
     return parser
+
+
+def _decode_parser() -> ArgumentParser:
+    parser = new_parser("bench decode", _DECODE_DESCRIPTION)
+    default = _DECODE_DEFAULTS
+    parser.add_argument("--positions", metavar="T,T", help="tokens before it (default: 100,1000,10000,100000)")
+    parser.add_argument("--batch-sizes", metavar="B,B", help="sequences decoded together (default: 1)")
+    parser.add_argument("--num-heads", type=int, default=default.num_heads, help="heads")
+    parser.add_argument("--head-dim", type=int, default=default.head_dim, help="K = V, numbers per head")
+    parser.add_argument("--dtype", choices=DTYPES, default=default.dtype, help="of q, k and v")
+    parser.add_argument("--implementations", metavar="N,N", help="of native, in-place, torch, sdpa (default: all)")
+    parser.add_argument("--repeats", type=int, default=default.repeats, help="samples of each point")
+    parser.add_argument("--time-limit-s", type=float, default=default.time_limit_s, help="seconds for each point")
+    parser.add_argument("--output-dir", default="runs/bench-decode", help="where JSON and figure go")
+    parser.add_argument("--json", action="store_true", help="print the report as JSON instead of the table")
+    return parser
+
+
+def decode_settings_from(given: Namespace) -> DecodeSettings:
+    """The settings that the flags of `bench decode` say.
+
+    Raises:
+        SettingsError: a list holds something that is not of its kind.
+    """
+    chosen: dict = {name: given[name] for name in ("num_heads", "head_dim", "dtype", "repeats", "time_limit_s")}
+    for name in ("positions", "batch_sizes"):
+        if given[name] is not None:
+            chosen[name] = tuple(_whole_number(name, word) for word in _words(given[name]))
+    if given.implementations is not None:
+        chosen["implementations"] = _words(given.implementations)
+    return DecodeSettings(**chosen)
 
 
 def settings_from(given: Namespace) -> AttentionSettings:
@@ -97,13 +157,10 @@ def settings_from(given: Namespace) -> AttentionSettings:
         chosen["directions"] = directions
     if passes:
         chosen["passes"] = passes
-    return AttentionSettings(
-        device=given.device,
-        repeats=given.repeats,
-        time_limit_s=given.time_limit_s,
-        memory_limit_gib=given.memory_limit_gib,
-        **chosen,
-    )
+    for name in ("repeats", "time_limit_s", "memory_limit_gib"):
+        if given[name] is not None:
+            chosen[name] = given[name]
+    return AttentionSettings(device=given.device, **chosen)
 
 
 def _words(text: str) -> tuple[str, ...]:

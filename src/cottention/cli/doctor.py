@@ -1,7 +1,8 @@
 """`cottention doctor`: what this machine can run, what is missing, and what to do about it.
 
-It looks at the installed versions, the processor and the GPUs, and runs every implementation of the operation on a
-small example against `naive`, the equations themselves. Exit code 1 when something needs mending.
+It looks at the installed versions, the processor and the GPUs, runs every implementation of the operation on a small
+example against `naive`, the equations themselves, and tells which one will be taken. Exit code 1 when something needs
+mending; an implementation that is missing is named with the reason and the remedy, and is no defect.
 
     cottention doctor --json
 """
@@ -21,8 +22,9 @@ from cottention.cli.main import new_parser
 
 _SHOWN_PACKAGES = ("torch", "transformers", "datasets", "accelerate", "tokenizers", "numpy")
 
-# float64 leaves rounding alone: sums of some hundred products of numbers near 1, so 1e-16 times a few hundred.
-_LARGEST_ERROR = 1e-11
+# Of sums of some hundred products of numbers near 1. float64 leaves rounding alone, 1e-16 times a few hundred; what has
+# no float64 is tried in float32, 6e-8 times as many.
+_LARGEST_ERROR = {"float64": 1e-11, "float32": 1e-4}
 
 
 def _usable_cpus() -> int:
@@ -42,6 +44,7 @@ class Diagnosis:
     threads: int | None = None
     gpus: list[str] = field(default_factory=list)
     implementations: dict[str, str] = field(default_factory=dict)
+    chosen: dict[str, str] = field(default_factory=dict)
     models_registered: bool = False
     problems: list[str] = field(default_factory=list)
 
@@ -116,24 +119,57 @@ def _try_implementations(diagnosis: Diagnosis) -> None:
     for name in IMPLEMENTATIONS:
         outcomes = [_outcome(name, device, diagnosis.problems) for device in devices]
         diagnosis.implementations[name] = "; ".join(outcomes)
+    diagnosis.chosen = {device: _chosen(device) for device in devices}
 
 
 def _outcome(name: str, device: str, problems: list[str]) -> str:
-    try:
-        error = _error_against_naive(name, device)
-    except (RuntimeError, ValueError, TypeError, ImportError, NotImplementedError) as reason:
-        # An implementation that a device or an install cannot run says why; that is no defect of the machine.
-        return f"{device}: cannot run ({' '.join(str(reason).split())})"
-    if not error <= _LARGEST_ERROR:
-        problems.append(
-            f"{name} on {device} differs from the equations by {error:.1e}: reinstall torch and cottention, "
-            "and report it when that does not help"
-        )
-        return f"{device}: wrong"
-    return f"{device}: ok"
+    for dtype, largest_error in _LARGEST_ERROR.items():
+        try:
+            error = _error_against_naive(name, device, dtype)
+        except TypeError as reason:  # not in this dtype
+            refusal = reason
+            continue
+        except (RuntimeError, ValueError, ImportError, NotImplementedError) as reason:
+            # An implementation that a device or an install cannot run says why; that is no defect of the machine.
+            refusal = reason
+            break
+        if not error <= largest_error:
+            problems.append(
+                f"{name} on {device} differs from the equations by {error:.1e}: reinstall torch and cottention, "
+                "and report it when that does not help"
+            )
+            return f"{device}: wrong"
+        return f"{device}: ok{_how_native_runs() if name == 'native' else ''}"
+    return f"{device}: cannot run ({' '.join(str(refusal).split())})"
 
 
-def _error_against_naive(name: str, device: str) -> float:
+def _how_native_runs() -> str:
+    import torch
+
+    from cottention.ops.native import binding
+
+    used = binding.instruction_set()
+    others = [each for each in binding.instruction_sets() if each != used]
+    beside = f" (this processor also runs {', '.join(others)})" if others else ""
+    return f", {used}{beside}, {torch.get_num_threads()} threads"
+
+
+def _chosen(device: str) -> str:
+    """What "auto" takes for each float type on this device."""
+    import torch
+
+    from cottention.ops import _choose
+
+    dtypes: dict[str, list[str]] = {}
+    for dtype in (torch.float32, torch.bfloat16, torch.float16, torch.float64):
+        name = _choose("auto", torch.empty(1, 1, 1, 1, dtype=dtype, device=device))
+        dtypes.setdefault(name, []).append(str(dtype).removeprefix("torch."))
+    if len(dtypes) == 1:
+        return f"{next(iter(dtypes))} for every float type"
+    return ", ".join(f"{name} for {', '.join(types)}" for name, types in dtypes.items())
+
+
+def _error_against_naive(name: str, device: str, dtype: str) -> float:
     """Largest difference of outputs and gradients, causal and not, on one small padded batch."""
     import torch
 
@@ -141,19 +177,20 @@ def _error_against_naive(name: str, device: str) -> float:
     q, k, v = torch.randn(3, 2, 67, 2, 16, dtype=torch.float64, generator=generator)
     norm_const = torch.tensor([0.5, -1.0], dtype=torch.float64)
     mask = torch.arange(67) < torch.tensor([[67], [50]])
+    inputs = [q, k, v, norm_const]
+    in_dtype = [each.to(getattr(torch, dtype)) for each in inputs]
     errors = []
     for causal in (True, False):
-        arguments = (q, k, v, norm_const, mask, causal)
-        expected = _output_and_gradients("naive", "cpu", *arguments)
-        found = _output_and_gradients(name, device, *arguments)
+        expected = _output_and_gradients("naive", "cpu", inputs, mask, causal)
+        found = _output_and_gradients(name, device, in_dtype, mask, causal)
         errors += [(a - b).abs().max() for a, b in zip(expected, found, strict=True)]
     return float(torch.stack(errors).max())
 
 
-def _output_and_gradients(name: str, device: str, q, k, v, norm_const, mask, causal: bool) -> list:
+def _output_and_gradients(name: str, device: str, inputs: list, mask, causal: bool) -> list:
     from cottention.ops import cosine_attention
 
-    leaves = [each.detach().to(device).requires_grad_() for each in (q, k, v, norm_const)]
+    leaves = [each.detach().to(device).requires_grad_() for each in inputs]
     o, _ = cosine_attention(*leaves, causal=causal, attention_mask=mask.to(device), implementation=name)
     o.square().sum().backward()
     return [each.detach().cpu() for each in (o, *(leaf.grad for leaf in leaves))]
@@ -181,6 +218,7 @@ def _as_text(diagnosis: Diagnosis) -> str:
         ("processor", f"{shown['cpus']} cores, torch uses {shown['threads'] or 'no'} threads"),
         ("GPUs", "; ".join(shown["gpus"]) or "none: everything runs on the processor"),
         *((f"implementation {name}", outcome) for name, outcome in shown["implementations"].items()),
+        *((f"auto on {device}", choice) for device, choice in shown["chosen"].items()),
         ("AutoModel", "knows the models" if shown["models_registered"] else "does not know the models"),
     ]
     width = max(len(name) for name, _ in rows) + 2

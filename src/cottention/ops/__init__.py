@@ -17,13 +17,19 @@ from cottention.ops import chunk_library as chunk_library
 from cottention.ops.autocast import as_autocast_would
 from cottention.ops.chunk import chunk_cosine_attention
 from cottention.ops.naive import naive_cosine_attention
+from cottention.ops.native.attention import native_cosine_attention
+from cottention.ops.native.binding import suits_native
 from cottention.ops.state import CosineState, cosine_attention_step
 from cottention.ops.validation import check_arguments
 
 __all__ = ["IMPLEMENTATIONS", "CosineState", "cosine_attention", "cosine_attention_step"]
 
 # Every implementation that can be asked for by name; all take checked arguments and give the same numbers.
-IMPLEMENTATIONS = {"naive": naive_cosine_attention, "chunk": chunk_cosine_attention}
+IMPLEMENTATIONS = {
+    "naive": naive_cosine_attention,
+    "chunk": chunk_cosine_attention,
+    "native": native_cosine_attention,
+}
 
 _logger = get_logger(__name__)
 
@@ -87,7 +93,7 @@ def cosine_attention(
         output_final_state=output_final_state,
         chunk_size=chunk_size,
     )
-    name = _choose(implementation)
+    name = _choose(implementation, q)
     options = {} if name == "naive" else {"chunk_size": chunk_size}
     return IMPLEMENTATIONS[name](
         q,
@@ -103,12 +109,13 @@ def cosine_attention(
     )
 
 
-def _choose(implementation: str) -> str:
+def _choose(implementation: str, q: Tensor) -> str:
     """The implementation that runs. One that was asked for by name is never replaced by another."""
     if implementation == "auto":
+        name = "native" if suits_native(q) else "chunk"
         if not torch.compiler.is_compiling():
-            log_once(_logger, "cosine attention runs as %r", "chunk")
-        return "chunk"
+            log_once(_logger, "cosine attention runs as %r", name)
+        return name
     if implementation not in IMPLEMENTATIONS:
         close = difflib.get_close_matches(str(implementation), IMPLEMENTATIONS, n=1)
         hint = f"; did you mean {close[0]!r}?" if close else ""

@@ -16,6 +16,8 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from cottention.ops.autocast import as_autocast_would, without_autocast
+from cottention.ops.native import library as library
+from cottention.ops.native.binding import suits_native
 from cottention.ops.validation import check_step_arguments
 
 # Below this norm a query or key counts as zero: what the published weights were trained with.
@@ -76,6 +78,7 @@ def cosine_attention_step(
     state: CosineState | None,
     *,
     attention_mask: Tensor | None = None,
+    in_place: bool = False,
 ) -> tuple[Tensor, CosineState]:
     """One token of causal cosine attention in O(K V) time, whatever came before.
 
@@ -86,18 +89,54 @@ def cosine_attention_step(
         k: like q.
         v: `[B, H, V]` or `[B, 1, H, V]`.
         norm_const: `[H]` or `[1, H, 1, 1]`, the exponent before the sigmoid; None divides by nothing.
-        state: of the B sequences so far; None before the first token. It is left as it was.
+        state: of the B sequences so far; None before the first token. It is left as it was unless `in_place`.
         attention_mask: `[B]` or `[B, 1]`, 1 = real; a padded row gives 0 and keeps its state. None: all real.
+        in_place: write the new state over `state`, which is returned; for decoding loops that own it. Not where a
+            gradient is wanted.
     Returns:
         Output in q's dtype and shape (V for K), and the new state.
     Raises:
-        ValueError: shapes disagree.
+        ValueError: shapes disagree, or in_place without a state, or with one whose gradient is wanted.
         TypeError: dtypes are mixed or not floating point.
     Source: arXiv 2409.18747, section 3 (recurrent form). Differs: the count is kept per sequence and skips padding.
     """
     q, k, v = as_autocast_would(q, k, v)
     norm_const = check_step_arguments(q, k, v, norm_const, state, attention_mask)
-    return _step(q, k, v, norm_const, state, attention_mask)
+    wants_gradient = torch.is_grad_enabled() and any(
+        x is not None and x.requires_grad for x in (q, k, v, norm_const, None if state is None else state.kv)
+    )
+    if in_place and (state is None or wants_gradient):
+        found = "state=None" if state is None else "inputs that require a gradient"
+        raise ValueError(f"in_place needs a state to write over and no gradient; got {found}")
+    if wants_gradient or not suits_native(q) or torch.compiler.is_compiling():
+        o, new = _step(q, k, v, norm_const, state, attention_mask)
+    else:
+        o, new = _native_step(q, k, v, norm_const, state, attention_mask, in_place)
+    if in_place and state is not None and new is not state:
+        state.kv.copy_(new.kv)
+        state.seen.copy_(new.seen)
+        new = state
+    return o, new
+
+
+def _native_step(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    norm_const: Tensor | None,
+    state: CosineState | None,
+    attention_mask: Tensor | None,
+    in_place: bool,
+) -> tuple[Tensor, CosineState]:
+    """The same by the native kernels: one pass over the state."""
+    mask = None if attention_mask is None else attention_mask.reshape(-1).to(torch.bool)
+    if state is None:
+        o, *new = torch.ops.cottention.native_step(q, k, v, norm_const, mask, None, None)
+    elif in_place and state.kv.is_contiguous() and state.seen.is_contiguous():
+        return torch.ops.cottention.native_step_(q, k, v, norm_const, mask, *state), state
+    else:
+        o, *new = torch.ops.cottention.native_step(q, k, v, norm_const, mask, *state)
+    return o, CosineState(*new)
 
 
 @without_autocast

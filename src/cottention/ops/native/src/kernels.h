@@ -1,0 +1,65 @@
+// What one instruction set offers: functions over the tokens of one sequence and one head.
+//
+// Each `kernels_*.cpp` fills a Kernels; the dispatcher picks one at run time. Everything above (which sequence, which
+// segment, which thread) is plain code in `schedule.cpp`.
+#pragma once
+
+#include <cstdint>
+
+struct Rows {  // one head's tokens: [tokens, D], `stride` elements apart
+    void* data;
+    int64_t stride;
+};
+
+// c ** -p under each value, c the count of real tokens, or the same count for every token.
+struct Divisor {
+    bool divides;   // false: every weight is 1
+    bool constant;  // true: `count` is the count at every token
+    double p;
+    int64_t count;  // real tokens before the range
+};
+
+struct Range {  // a range of tokens of one sequence and head
+    int64_t dtype;
+    int64_t tokens, K, V;
+    int64_t chunk;          // tokens per tile, a multiple of 16
+    Rows q, k, v, o, grad, dq, dk, dv;
+    const uint8_t* key_mask;    // at the first token; null: all real
+    const uint8_t* query_mask;  // the same one in self-attention
+    Divisor divisor;
+    const float* state;   // [K, V] before the range (gradients: after it); null: zeros
+    float* state_out;     // [K, V] after the range (gradients: before it), or null
+    double* dp;           // the share of dp, or null
+};
+
+struct Kernels {
+    const char* name;
+    // Floats of scratch, 64-byte aligned, that each function needs.
+    int64_t (*scratch_size)(int64_t K, int64_t V, int64_t chunk);
+    // S += k_hat^T v' over the range, without output.
+    void (*key_state)(const Range&, float* scratch);
+    // dS += q_hat^T do over the range, without output.
+    void (*query_state)(const Range&, float* scratch);
+    void (*causal_forward)(const Range&, float* scratch);
+    // dq, forward in time with the running S.
+    void (*causal_backward_q)(const Range&, float* scratch);
+    // dk and dv, backward in time with the running dS.
+    void (*causal_backward_kv)(const Range&, float* scratch);
+    // o = q_hat S, dq_hat = do S^T, and dk_hat = v' dS^T, dv' = k_hat dS with the state over all tokens.
+    void (*full_forward)(const Range&, float* scratch);
+    void (*full_backward_q)(const Range&, float* scratch);
+    void (*full_backward_kv)(const Range&, float* scratch);
+    // One token: the state goes from `state` to `state_out` (may be the same) while it is read out.
+    void (*step)(const Range&, float* scratch);
+};
+
+// A Kernels made of the functions that sweeps.h, or a variant of it, defines under these names.
+#define COTTENTION_KERNELS(NAME) \
+    {NAME, scratch_size, key_state, query_state, causal_forward, causal_backward_q, causal_backward_kv, full_forward, \
+     full_backward_q, full_backward_kv, step}
+
+extern const Kernels kernels_generic;
+extern const Kernels kernels_avx2;
+extern const Kernels kernels_avx512;
+extern const Kernels kernels_avx512bf16;
+extern const Kernels kernels_neon;

@@ -1,0 +1,7 @@
+#include "kernels.h"
+
+#include "vector_avx2.h"
+
+#include "sweeps.h"
+
+const Kernels kernels_avx2 = COTTENTION_KERNELS("avx2");

@@ -1,0 +1,7 @@
+#include "kernels.h"
+
+#include "vector_avx512.h"
+
+#include "sweeps.h"
+
+const Kernels kernels_avx512 = COTTENTION_KERNELS("avx512");

@@ -1,0 +1,7 @@
+#include "kernels.h"
+
+#include "vector_neon.h"
+
+#include "sweeps.h"
+
+const Kernels kernels_neon = COTTENTION_KERNELS("neon");

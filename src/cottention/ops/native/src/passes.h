@@ -1,0 +1,71 @@
+// What every pass over tokens is made of: scratch, the state, rows asked for ahead, and the gradients of keys.
+#pragma once
+
+#include "ahead.h"
+#include "product.h"
+#include "rows.h"
+
+namespace {
+
+class Scratch {
+  public:
+    explicit Scratch(float* next) : next_(next) {}
+    float* take(int64_t n) {
+        float* p = next_;
+        next_ += round_up(n, 16);
+        return p;
+    }
+    Block rows(int64_t n, int64_t D) {
+        Block block(nullptr, D);
+        block.data = take(n * block.ld);
+        return block;
+    }
+
+  private:
+    float* next_;
+};
+
+// A state [K, V] in scratch with padded rows, or transposed [V, K].
+struct State {
+    float* data;
+    int64_t K, V, ld;
+
+    State(Scratch& scratch, int64_t K, int64_t V) : K(K), V(V), ld(round_up(V, kWidth)) {
+        data = scratch.take(round_up(K, kWidth) * ld);
+    }
+    void load(const float* kv) {
+        clear(data, round_up(K, kWidth) * ld);
+        if (kv == nullptr) return;
+        for (int64_t i = 0; i < K; i++) load_row(data + i * ld, kv + i * V, V);
+    }
+    void store(float* kv) const {
+        if (kv == nullptr) return;
+        for (int64_t i = 0; i < K; i++) store_row(kv + i * V, data + i * ld, V);
+    }
+    void transpose_to(const State& other) const { transpose_rows(other.data, other.ld, data, ld, K); }
+    // += x^T y for n tokens of x [n, K] and y [n, V].
+    void add(const Block& x, const Block& y, int64_t n, Ahead& ahead) {
+        multiply(K, ld, {x.data, 1, x.ld, y.data, y.ld, n}, data, ld, true, ahead);
+    }
+};
+
+// Ask for the rows that chunk t reads or writes; nothing when there is no such chunk.
+inline void ask(Ahead& ahead, const Range& range, const Rows& rows, int64_t t, int64_t D, bool to_write) {
+    if (t < 0 || t >= range.tokens) return;
+    const int64_t size = range.dtype == 0 ? 4 : 2, stride = rows.stride * size;
+    ahead.add(static_cast<const char*>(rows.data) + t * stride, stride, smaller(range.chunk, range.tokens - t), D * size,
+              to_write);
+}
+
+// dk and dv of n tokens from t on, from the gradients of k' and v; collects dp.
+inline void store_key_gradients(const Range& range, int64_t t, int64_t n, const Block& dk, const Block& dv,
+                                const Block& k, const Block& v, const UnitScale& scale, const Weights& weights) {
+    if (weights.divides && range.dp != nullptr)
+        for (int64_t i = 0; i < n; i++)
+            if (!is_padding(range.key_mask, t + i))
+                *range.dp -= double(weights.log_count[i]) * dot(v.row(i), dv.row(i), v.ld);
+    store_rows(range.dv, range.dtype, t, n, range.key_mask, dv);
+    store_unit_gradient(range.dk, range.dtype, t, n, range.key_mask, dk, k, scale);
+}
+
+}  // namespace
