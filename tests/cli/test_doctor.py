@@ -20,6 +20,7 @@ def test_a_sound_machine_has_no_problem(capsys):
     assert found["problems"] == []
     assert found["models_registered"] is True
     assert set(found["implementations"]) == set(cottention.ops.IMPLEMENTATIONS)
+    assert found["implementations"].pop("triton").startswith("cpu: cannot run (")
     assert all(outcome.startswith("cpu: ok") for outcome in found["implementations"].values())
     assert found["packages"]["torch"] == metadata.version("torch")
     assert found["cpus"] >= 1

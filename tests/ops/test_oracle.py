@@ -21,14 +21,14 @@ _TOLERANCE = {torch.float64: (1e-11, 1e-10, 1e-11), torch.float32: (3e-6, 2e-4, 
 
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32], ids=["f64", "f32"])
-@pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
+@pytest.mark.parametrize("implementation", [name for name in IMPLEMENTATIONS if name != "triton"])
 @pytest.mark.parametrize("case", sorted(path.stem for path in _FIXTURES.glob("*.npz")))
 def test_matches_the_original(case: str, implementation: str, dtype: torch.dtype) -> None:
     _check(_FIXTURES / f"{case}.npz", implementation, dtype)
 
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32], ids=["f64", "f32"])
-@pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
+@pytest.mark.parametrize("implementation", [name for name in IMPLEMENTATIONS if name != "triton"])
 @pytest.mark.parametrize("case", _SHARED_CASES)
 def test_matches_the_original_on_larger_cases(
     oracle_dir: Path, case: str, implementation: str, dtype: torch.dtype

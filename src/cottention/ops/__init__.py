@@ -18,12 +18,18 @@ from cottention.ops.autocast import as_autocast_would
 from cottention.ops.chunk import chunk_cosine_attention
 from cottention.ops.naive import naive_cosine_attention
 from cottention.ops.state import CosineState, cosine_attention_step
+from cottention.ops.triton import triton_cosine_attention
+from cottention.ops.triton import why_not as why_not_triton
 from cottention.ops.validation import check_arguments
 
 __all__ = ["IMPLEMENTATIONS", "CosineState", "cosine_attention", "cosine_attention_step"]
 
 # Every implementation that can be asked for by name; all take checked arguments and give the same numbers.
-IMPLEMENTATIONS = {"naive": naive_cosine_attention, "chunk": chunk_cosine_attention}
+IMPLEMENTATIONS = {
+    "naive": naive_cosine_attention,
+    "chunk": chunk_cosine_attention,
+    "triton": triton_cosine_attention,
+}
 
 _logger = get_logger(__name__)
 
@@ -87,7 +93,7 @@ def cosine_attention(
         output_final_state=output_final_state,
         chunk_size=chunk_size,
     )
-    name = _choose(implementation)
+    name = _choose(implementation, q, v)
     options = {} if name == "naive" else {"chunk_size": chunk_size}
     return IMPLEMENTATIONS[name](
         q,
@@ -103,12 +109,13 @@ def cosine_attention(
     )
 
 
-def _choose(implementation: str) -> str:
+def _choose(implementation: str, q: Tensor, v: Tensor) -> str:
     """The implementation that runs. One that was asked for by name is never replaced by another."""
     if implementation == "auto":
+        name = "triton" if q.is_cuda and why_not_triton(q.device, q.dtype, q.shape[3], v.shape[3]) is None else "chunk"
         if not torch.compiler.is_compiling():
-            log_once(_logger, "cosine attention runs as %r", "chunk")
-        return "chunk"
+            log_once(_logger, "cosine attention runs as %r", name)
+        return name
     if implementation not in IMPLEMENTATIONS:
         close = difflib.get_close_matches(str(implementation), IMPLEMENTATIONS, n=1)
         hint = f"; did you mean {close[0]!r}?" if close else ""
