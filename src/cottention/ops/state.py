@@ -97,7 +97,35 @@ def cosine_attention_step(
     """
     q, k, v = as_autocast_would(q, k, v)
     norm_const = check_step_arguments(q, k, v, norm_const, state, attention_mask)
+    if q.is_cuda and not _wants_gradient(q, k, v, norm_const, *(state or ())):
+        fused = _fused_step(q, k, v, norm_const, state, attention_mask)
+        if fused is not None:
+            return fused
     return _step(q, k, v, norm_const, state, attention_mask)
+
+
+def _wants_gradient(*tensors: Tensor | None) -> bool:
+    return torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in tensors)
+
+
+def _fused_step(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    norm_const: Tensor | None,
+    state: CosineState | None,
+    attention_mask: Tensor | None,
+) -> tuple[Tensor, CosineState] | None:
+    """The step as one kernel; None where Triton cannot run it."""
+    from cottention.ops.triton import why_not  # these take CosineState from here
+    from cottention.ops.triton.step import step
+
+    if why_not(q.device, q.dtype, q.shape[-1], v.shape[-1]) is not None:
+        return None
+    q1, k1, v1 = (x.squeeze(1) if x.dim() == 4 else x for x in (q, k, v))  # [B, H, K or V]
+    real = None if attention_mask is None else attention_mask.reshape(-1).to(torch.bool)
+    o, new = step(q1, k1, v1, norm_const, state, real)
+    return o.reshape(*q.shape[:-1], v.shape[-1]), new
 
 
 @without_autocast

@@ -7,7 +7,7 @@ Importing this module registers them and needs no Triton; running them does.
 
 from __future__ import annotations
 
-from contextlib import nullcontext
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import torch
@@ -28,12 +28,17 @@ def num_states(B: int, T: int, cu_seqlens: Tensor | None, segment_tokens: int) -
     return T // segment_tokens + cu_seqlens.shape[0] - 1
 
 
+def on_device(x: Tensor) -> AbstractContextManager[object]:
+    """Triton launches on the current device: make it that of x."""
+    return torch.cuda.device(x.device) if x.is_cuda else nullcontext()
+
+
 def _define(name: str, schema: str) -> Any:
     @without_autocast
     def run(first: Tensor, *others: Any) -> Any:
         from cottention.ops.triton import passes  # Triton is needed from here on
 
-        with torch.cuda.device(first.device) if first.is_cuda else nullcontext():
+        with on_device(first):
             return getattr(passes, name)(first, *others)
 
     operator = torch.library.custom_op(f"cottention::triton_{name}", run, mutates_args=(), schema=schema)
