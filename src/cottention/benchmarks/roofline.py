@@ -14,7 +14,7 @@ from dataclasses import dataclass
 
 import torch
 
-from cottention.benchmarks.calls import synchronize
+from cottention.benchmarks.measure_cuda import seconds_on_gpu
 
 _MATRIX = 2048
 _COPIED_BYTES = 256 << 20  # far beyond any cache
@@ -85,11 +85,12 @@ class Roofline:
             call()  # warm-up
             started, calls = time.perf_counter(), 0
             while calls < _FEWEST_CALLS or time.perf_counter() - started < _SAMPLE_S:
-                synchronize(self._device)
-                start = time.perf_counter()
-                call()
-                synchronize(self._device)
-                self._seconds[name].append(time.perf_counter() - start)
+                if self._device != "cpu":
+                    self._seconds[name].append(seconds_on_gpu(call, 1))
+                else:
+                    start = time.perf_counter()
+                    call()
+                    self._seconds[name].append(time.perf_counter() - start)
                 calls += 1
 
     def results(self) -> dict[str, RooflineFigure]:

@@ -2,7 +2,7 @@
 
 The sums of `roles` are cut at chunks of BT tokens; what lies before the chunk (for DK and DV: after it) is a state,
 
-    out_t = x_t W + sum_{j in t's chunk} (x_t . y_j) z_j        W = W_0 + sum_{j in the chunks before} y_j^T z_j
+    out_t = l_t (x_t W + sum_{j in t's chunk} (x_t . y_j) r_j z_j)      W = W_0 + sum_{j in chunks before} y_j^T r_j z_j
 
 and W_0, the state at the rim of a segment of many chunks, is a prefix sum over segments. A program has one segment, one
 head and a tile of BZ of z's dimensions. The programs of a backward segment that differ in role are neighbours in the
@@ -20,13 +20,14 @@ import triton.language as tl
 from cottention.ops.triton.roles import DK, DQ, DV, O, finish, left_rows, right_rows
 from cottention.ops.triton.tiles import (
     exponent,
+    inverse,
     load_rows,
     log2_count,
+    row_norms,
     segment_of,
     store_rows,
     tokens,
     unit_gradient,
-    unit_rows,
 )
 
 
@@ -81,12 +82,13 @@ def state_kernel(
     state = tl.zeros([BK, BZ], tl.float32)
     for i in range(tl.cdiv(end - start, BT)):
         t, inside, real = tokens(start + i * BT, end, real_ptr, BT)
-        y = unit_rows(y_rows, t, real, 0, K, BK, None, 0)
-        z = load_rows(z_rows, t, real, z0, V, BZ)
+        y = load_rows(y_rows, t, real, 0, K, BK, DOT)
+        z = load_rows(z_rows, t, real, z0, V, BZ, DOT)
+        factor = inverse(row_norms(y))
         if not OF_GRADIENT and norm_const is not None:
             log_count = log2_count(t, inside, where, (count_ptr, total_ptr, seen_ptr), CAUSAL)
-            z = z * tl.exp2(-p * log_count)[:, None]
-        state = tl.dot(tl.trans(y.to(DOT)), z.to(DOT), state, input_precision=PRECISION)
+            factor = factor * tl.exp2(-p * log_count)
+        state = tl.dot(tl.trans(y), (z * factor[:, None]).to(DOT), state, input_precision=PRECISION)
     at_k, at_z = tl.arange(0, BK), z0 + tl.arange(0, BZ)
     states += (i_segment.to(tl.int64) * H + i_h) * (K * V)
     tl.store(states + at_k[:, None] * V + at_z[None, :], state, mask=(at_k < K)[:, None] & (at_z < V)[None, :])
@@ -183,6 +185,11 @@ def _attend(
         w = tl.load(states + at_state, mask=in_state, other=0.0)
     else:
         w = tl.zeros([BX, BZ], tl.float32)
+    at_t = tl.arange(0, BT)
+    if REVERSE:
+        in_half = at_t[:, None] <= at_t[None, :]
+    else:
+        in_half = at_t[:, None] >= at_t[None, :]
     dp = 0.0
     num_chunks = tl.cdiv(end - start, BT)
     for i in range(num_chunks):
@@ -194,18 +201,17 @@ def _attend(
         if HAS_M and (CAUSAL or REVERSE):
             log_count = log2_count(t, inside, where, counts, CAUSAL)
         weight = tl.exp2(-p * log_count)
-        x = left_rows(q, k, v, do, t, real, weight, K, V, BK, BV, ROLE).to(DOT)
-        acc = tl.dot(x, w.to(DOT), input_precision=PRECISION)
-        if CAUSAL:
-            y, z = right_rows(q, k, v, do, t, real, weight, q_norm, k_norm, H, z0, K, V, BK, BV, BZ, ROLE)
-            y, z = y.to(DOT), z.to(DOT)
-            scores = tl.dot(x, tl.trans(y), input_precision=PRECISION)
-            if REVERSE:
-                scores = tl.where(t[:, None] <= t[None, :], scores, 0.0)
-            else:
-                scores = tl.where(t[:, None] >= t[None, :], scores, 0.0)
-            acc = tl.dot(scores.to(DOT), z, acc, input_precision=PRECISION)
-            w = tl.dot(tl.trans(y), z, w, input_precision=PRECISION)
+        x, left = left_rows(q, k, v, do, t, real, weight, K, V, BK, BV, ROLE, DOT)
+        if not CAUSAL:
+            acc = tl.dot(x, w.to(DOT), input_precision=PRECISION)
+        else:
+            y, z, right = right_rows(q, k, v, do, t, real, weight, q_norm, k_norm, H, z0, K, V, BK, BV, BZ, ROLE, DOT)
+            scores = tl.dot(x, tl.trans(y), input_precision=PRECISION) * right[None, :]
+            scores = tl.where(in_half, scores, 0.0)
+            acc = tl.dot(scores.to(DOT), z, input_precision=PRECISION)
+            acc = tl.dot(x, w.to(DOT), acc, input_precision=PRECISION)
+            w = tl.dot(tl.trans(y), (z * right[:, None]).to(DOT), w, input_precision=PRECISION)
+        acc = acc * left[:, None]
         acc, dp_here = finish(acc, q, k, v, t, real, weight, log_count, q_norm, z0, K, V, BZ, HAS_M, ROLE)
         dp += dp_here
         store_rows(out_ptr, acc, t, inside, H * Z, z0, Z, BZ)
@@ -351,6 +357,6 @@ def unit_gradient_kernel(
         real_ptr += i_b * num_tokens
     t, inside, real = tokens(pid // H % num_blocks * BT, num_tokens, real_ptr, BT)
     row = (i_b * num_tokens * H + i_h) * K
-    grad = load_rows((grad_ptr + row, H * K, 1), t, real, 0, K, BK)
-    x = load_rows((x_ptr + i_b * x_b + i_h.to(tl.int64) * x_h, x_t, x_d), t, real, 0, K, BK)
+    grad = load_rows((grad_ptr + row, H * K, 1), t, real, 0, K, BK, tl.float32)
+    x = load_rows((x_ptr + i_b * x_b + i_h.to(tl.int64) * x_h, x_t, x_d), t, real, 0, K, BK, tl.float32)
     store_rows(out_ptr + row, unit_gradient(grad, x), t, inside, H * K, 0, K, BK)

@@ -53,7 +53,7 @@ def _attend(
     if HAS_M and OF_KEYS:
         log_count = log2_count(t, inside, where, counts, CAUSAL)
     weight = tl.exp2(-p * log_count)
-    x = left_rows(q, k, v, do, t, real, weight, K, V, BK, BV, ROLE).to(DOT)
+    x, left = left_rows(q, k, v, do, t, real, weight, K, V, BK, BV, ROLE, DOT)
     begin, end = whole[0], whole[1]
     if CAUSAL:
         if OF_KEYS:
@@ -66,18 +66,18 @@ def _attend(
         log_right = tl.zeros([BT], tl.float32)
         if HAS_M and not OF_KEYS:
             log_right = log2_count(t_right, inside_right, (0, where[1], whole[0], whole[1]), counts, CAUSAL)
-        y, z = right_rows(
+        y, z, right = right_rows(
             q, k, v, do, t_right, real_right_rows, tl.exp2(-p * log_right), q_norm, k_norm, H, z0, K, V, BK, BV, BZ,
-            ROLE,
+            ROLE, DOT,
         )  # fmt: skip
-        scores = tl.dot(x, tl.trans(y.to(DOT)), input_precision=PRECISION)
+        scores = tl.dot(x, tl.trans(y), input_precision=PRECISION) * right[None, :]
         if CAUSAL:
             if OF_KEYS:
                 scores = tl.where(t[:, None] <= t_right[None, :], scores, 0.0)
             else:
                 scores = tl.where(t[:, None] >= t_right[None, :], scores, 0.0)
-        acc = tl.dot(scores.to(DOT), z.to(DOT), acc, input_precision=PRECISION)
-    acc, dp = finish(acc, q, k, v, t, real, weight, log_count, q_norm, z0, K, V, BZ, HAS_M, ROLE)
+        acc = tl.dot(scores.to(DOT), z, acc, input_precision=PRECISION)
+    acc, dp = finish(acc * left[:, None], q, k, v, t, real, weight, log_count, q_norm, z0, K, V, BZ, HAS_M, ROLE)
     store_rows(out_ptr, acc, t, inside, H * Z, z0, Z, BZ)
     if ROLE == DV and dp_ptr is not None:
         tl.store(dp_ptr, dp)

@@ -11,7 +11,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from cottention.ops.triton.tiles import exponent, unit
+from cottention.ops.triton.tiles import exponent, inverse
 
 
 @triton.jit
@@ -19,6 +19,11 @@ def _load_vector(ptr, i_b, i_h, stride_b, stride_h, stride_d, keep, d0, D, BD: t
     d = d0 + tl.arange(0, BD)
     ptr += i_b * stride_b + i_h * stride_h
     return tl.load(ptr + d.to(tl.int64) * stride_d, mask=keep & (d < D), other=0.0).to(tl.float32)
+
+
+@triton.jit
+def _unit(x):
+    return x * inverse(tl.sqrt(tl.sum(x * x, 0)))
 
 
 @triton.jit
@@ -60,14 +65,14 @@ def step_kernel(
         count += keep.to(tl.int64)
     else:
         count += 1
-    q, _ = unit(_load_vector(q_ptr, i_b, i_h, q_b, q_h, q_d, keep, 0, K, BK)[None, :])
-    k, _ = unit(_load_vector(k_ptr, i_b, i_h, k_b, k_h, k_d, keep, 0, K, BK)[None, :])
+    q = _unit(_load_vector(q_ptr, i_b, i_h, q_b, q_h, q_d, keep, 0, K, BK))
+    k = _unit(_load_vector(k_ptr, i_b, i_h, k_b, k_h, k_d, keep, 0, K, BK))
     value = _load_vector(v_ptr, i_b, i_h, v_b, v_h, v_d, keep, z0, V, BZ)
     value *= tl.exp2(-exponent(norm_const, i_h) * tl.log2(tl.maximum(count, 1).to(tl.float32)))
     at_k, at_z = tl.arange(0, BK), z0 + tl.arange(0, BZ)
     at = (i_b * H + i_h) * (K * V) + at_k[:, None] * V + at_z[None, :]
     inside = (at_k < K)[:, None] & (at_z < V)[None, :]
-    state = tl.load(kv_ptr + at, mask=inside, other=0.0) + tl.trans(k) * value[None, :]
+    state = tl.load(kv_ptr + at, mask=inside, other=0.0) + k[:, None] * value[None, :]
     tl.store(new_kv_ptr + at, state, mask=inside)
-    o = tl.sum(tl.trans(q) * state, 0)
+    o = tl.sum(q[:, None] * state, 0)
     tl.store(o_ptr + (i_b * H + i_h) * V + at_z, o.to(o_ptr.dtype.element_ty), mask=at_z < V)

@@ -1,11 +1,11 @@
 """The tiles that every kernel works on, and what is fused into loading them: masks, unit vectors, divisors.
 
 A tile holds BT tokens of one head. Tokens are numbered inside their row of the batch; a row is reached by a base
-pointer. Rows are addressed in 64 bits, so B * T * H * K may pass 2^31. Whatever is loaded becomes float32 at once and
-goes to the `DOT` dtype only as an operand of a product. An argument that is None is known as such when compiling.
+pointer. Rows are addressed in 64 bits, so B * T * H * K may pass 2^31. Everything is computed in float32; operands of
+products are in the dtype that the caller names. An argument that is None is known as such when compiling.
 
     t, inside, real = tokens(t0, end, real_ptr, BT)
-    k_hat = unit_rows((k_ptr, k_t, k_d), t, real, 0, K, BK, None, 0)
+    k = load_rows((k_ptr, k_t, k_d), t, real, 0, K, BK, tl.bfloat16)
 """
 
 # pyright: reportGeneralTypeIssues=false, reportAssignmentType=false
@@ -44,11 +44,11 @@ def tokens(t0, end, real_ptr, BT: tl.constexpr):
 
 
 @triton.jit
-def load_rows(operand, t, keep, d0, D, BD: tl.constexpr):
-    """[BT, BD] float32 of an operand (pointer, stride of tokens, stride of dimensions); 0 where not kept."""
+def load_rows(operand, t, keep, d0, D, BD: tl.constexpr, DTYPE: tl.constexpr):
+    """[BT, BD] of an operand (pointer, stride of tokens, stride of dimensions) from d0 on; 0 where not kept."""
     d = d0 + tl.arange(0, BD)
     pointers = (operand[0] + t.to(tl.int64) * operand[1])[:, None] + (d.to(tl.int64) * operand[2])[None, :]
-    return tl.load(pointers, mask=keep[:, None] & (d < D)[None, :], other=0.0).to(tl.float32)
+    return tl.load(pointers, mask=keep[:, None] & (d < D)[None, :], other=0.0).to(DTYPE)
 
 
 @triton.jit
@@ -60,30 +60,25 @@ def store_rows(ptr, x, t, keep, stride_t, d0, D, BD: tl.constexpr):
 
 
 @triton.jit
-def unit(x):
-    """Rows divided by their norms, and the norms."""
-    norm = tl.sqrt(tl.sum(x * x, 1))
-    return x * (1.0 / tl.maximum(norm, _MIN_NORM))[:, None], norm
+def row_norms(x):
+    """L2 norm of each row, in float32."""
+    x = x.to(tl.float32)
+    return tl.sqrt(tl.sum(x * x, 1))
 
 
 @triton.jit
-def unit_rows(operand, t, real, d0, D, BD: tl.constexpr, norms, norm_stride):
-    """Dimensions d0 on of unit vectors. With part of the dimensions alone, the norms must have been stored."""
-    x = load_rows(operand, t, real, d0, D, BD)
-    if norms is not None:
-        norm = tl.load(norms + t.to(tl.int64) * norm_stride, mask=real, other=1.0)
-        x = x * (1.0 / tl.maximum(norm, _MIN_NORM))[:, None]
-    else:
-        x, _ = unit(x)
-    return x
+def inverse(norm):
+    """What makes a row of that norm a unit vector."""
+    return 1.0 / tl.maximum(norm, _MIN_NORM)
 
 
 @triton.jit
 def unit_gradient(grad, x):
     """Gradient of x from that of its unit vector: (g - x_hat (x_hat . g)) / ||x||, or g / 1e-12 where clamped."""
-    x_hat, norm = unit(x)
+    norm = row_norms(x)
+    x_hat = x * inverse(norm)[:, None]
     radial = tl.where(norm < _MIN_NORM, 0.0, tl.sum(x_hat * grad, 1))
-    return (grad - x_hat * radial[:, None]) * (1.0 / tl.maximum(norm, _MIN_NORM))[:, None]
+    return (grad - x_hat * radial[:, None]) * inverse(norm)[:, None]
 
 
 @triton.jit
