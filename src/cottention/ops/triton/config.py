@@ -17,6 +17,8 @@ from typing import Any
 
 import torch
 
+from cottention.ops.triton.table import TABLE, WIDTHS
+
 # Programs of one wave, two a multiprocessor: below that, more segments pay for their states.
 _MULTIPROCESSORS = {"sm_80": 108, "sm_90": 132, "sm_100": 148, "gfx942": 304}
 _PROGRAMS_EACH = 2
@@ -25,11 +27,10 @@ _PROGRAMS_EACH = 2
 _TOKENS_PER_STATE_ROW = 4
 _SEGMENT_MULTIPLE = 128  # of every block_tokens
 
-MAX_HEAD_DIM = 256
-_WIDTHS = (16, 32, 64, 128, 256)
+MAX_HEAD_DIM = WIDTHS[-1]
 
 
-@dataclass(frozen=True, kw_only=True)
+@dataclass(frozen=True)
 class Tiles:
     """How one kernel is cut and compiled."""
 
@@ -63,7 +64,7 @@ class Config:
 
 def pad(dim: int) -> int:
     """The power of two that holds a head dim, as tiles need it; 16 at least, for tensor cores."""
-    return next(size for size in _WIDTHS if dim <= size)  # comparisons alone: a traced dim becomes a guard
+    return next(size for size in WIDTHS if dim <= size)  # comparisons alone: a traced dim becomes a guard
 
 
 def architecture(device: torch.device) -> str:
@@ -100,7 +101,18 @@ def choose(device: torch.device, dtype: torch.dtype, width: int) -> Config:
 
     torch.compile takes it as it is when tracing: the device and the settings of a process are not to be looked up.
     """
-    return replace(table_entry(architecture(device), arithmetic(dtype), width), **_overrides)
+    arch = architecture(device)
+    # tf32x3 stands between the two, and is given the smaller tiles
+    kind = {"tf32x3": "ieee"}.get(arithmetic(dtype), arithmetic(dtype))
+    forward, backward, short_forward, short_backward = (Tiles(*entry) for entry in TABLE[arch][kind, width])
+    config = Config(
+        forward=forward,
+        backward=backward,
+        short_forward=short_forward,
+        short_backward=short_backward,
+        num_programs=_MULTIPROCESSORS[arch] * _PROGRAMS_EACH,
+    )
+    return replace(config, **_overrides)
 
 
 def arithmetic(dtype: torch.dtype) -> str:
@@ -117,14 +129,6 @@ def arithmetic(dtype: torch.dtype) -> str:
     if precision is None:
         precision = "ieee" if torch.get_float32_matmul_precision() == "highest" else "tf32"
     return precision
-
-
-def table_entry(arch: str, kind: str, width: int) -> Config:
-    """The fixed table: architecture, arithmetic, and the larger padded head dim."""
-    t = Tiles(block_tokens=64, tile=64, num_warps=4, num_stages=2)
-    return Config(
-        forward=t, backward=t, short_forward=t, short_backward=t, num_programs=_MULTIPROCESSORS[arch] * _PROGRAMS_EACH
-    )
 
 
 def segment_length(
