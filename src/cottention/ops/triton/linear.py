@@ -23,6 +23,7 @@ from cottention.ops.triton.tiles import (
     inverse,
     load_rows,
     log2_count,
+    product,
     row_norms,
     segment_of,
     store_rows,
@@ -203,13 +204,13 @@ def _attend(
         weight = tl.exp2(-p * log_count)
         x, left = left_rows(q, k, v, do, t, real, weight, K, V, BK, BV, ROLE, DOT)
         if not CAUSAL:
-            acc = tl.dot(x, w.to(DOT), input_precision=PRECISION)
+            acc = product(x, w.to(DOT), PRECISION)
         else:
             y, z, right = right_rows(q, k, v, do, t, real, weight, q_norm, k_norm, H, z0, K, V, BK, BV, BZ, ROLE, DOT)
-            scores = tl.dot(x, tl.trans(y), input_precision=PRECISION) * right[None, :]
+            scores = product(x, tl.trans(y), PRECISION) * right[None, :]
             scores = tl.where(in_half, scores, 0.0)
             acc = tl.dot(scores.to(DOT), z, input_precision=PRECISION)
-            acc = tl.dot(x, w.to(DOT), acc, input_precision=PRECISION)
+            acc += product(x, w.to(DOT), PRECISION)
             w = tl.dot(tl.trans(y), (z * right[:, None]).to(DOT), w, input_precision=PRECISION)
         acc = acc * left[:, None]
         acc, dp_here = finish(acc, q, k, v, t, real, weight, log_count, q_norm, z0, K, V, BZ, HAS_M, ROLE)

@@ -12,7 +12,7 @@ import triton
 import triton.language as tl
 
 from cottention.ops.triton.roles import DK, DQ, DV, O, finish, left_rows, right_rows
-from cottention.ops.triton.tiles import exponent, log2_count, segment_of, store_rows, tokens
+from cottention.ops.triton.tiles import exponent, log2_count, product, segment_of, store_rows, tokens
 
 
 @triton.jit
@@ -70,7 +70,7 @@ def _attend(
             q, k, v, do, t_right, real_right_rows, tl.exp2(-p * log_right), q_norm, k_norm, H, z0, K, V, BK, BV, BZ,
             ROLE, DOT,
         )  # fmt: skip
-        scores = tl.dot(x, tl.trans(y), input_precision=PRECISION) * right[None, :]
+        scores = product(x, tl.trans(y), PRECISION) * right[None, :]
         if CAUSAL:
             if OF_KEYS:
                 scores = tl.where(t[:, None] <= t_right[None, :], scores, 0.0)

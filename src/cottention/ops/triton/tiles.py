@@ -16,6 +16,7 @@ import triton
 import triton.language as tl
 
 _MIN_NORM = tl.constexpr(1e-12)  # cottention.ops.state.MIN_NORM: kernels see constants of their own module alone
+_SLICE = tl.constexpr(16)  # the longest that left no register spilled at 256 dims
 _LN_2 = tl.constexpr(0.6931471805599453)
 
 
@@ -57,6 +58,23 @@ def store_rows(ptr, x, t, keep, stride_t, d0, D, BD: tl.constexpr):
     d = d0 + tl.arange(0, BD)
     pointers = (ptr + t.to(tl.int64) * stride_t)[:, None] + d[None, :]
     tl.store(pointers, x.to(ptr.dtype.element_ty), mask=keep[:, None] & (d < D)[None, :])
+
+
+@triton.jit
+def product(x, y, PRECISION: tl.constexpr):
+    """x [M, D] times y [D, N], with D long. Full float32 runs on the ordinary units, where a thread holds whole rows of
+    x and columns of y: there the parts of them go to different threads, and are added.
+    """
+    M: tl.constexpr = x.shape[0]
+    D: tl.constexpr = x.shape[1]
+    N: tl.constexpr = y.shape[1]
+    if PRECISION != "ieee" or x.dtype != tl.float32 or D <= _SLICE:
+        out = tl.dot(x, y, input_precision=PRECISION)
+    else:
+        PARTS: tl.constexpr = D // _SLICE
+        x = tl.permute(tl.reshape(x, [M, PARTS, _SLICE]), [1, 0, 2])
+        out = tl.sum(tl.dot(x, tl.reshape(y, [PARTS, _SLICE, N]), input_precision=PRECISION), 0)
+    return out
 
 
 @triton.jit
