@@ -116,6 +116,12 @@ def test_activation_checkpointing_gives_the_same_gradients_and_calls_are_determi
         assert torch.equal(first, second)
 
 
+def test_a_dtype_that_it_does_not_take_is_a_type_error() -> None:
+    q = torch.zeros(1, 4, 1, 16, dtype=torch.float64)
+    with pytest.raises(TypeError, match="takes float32, bfloat16 and float16, not float64"):
+        cosine_attention(q, q, q, None, causal=True, implementation="triton")
+
+
 def test_override_takes_what_exists_alone() -> None:
     with pytest.raises(ValueError, match=r"override takes fields of Config, .*; got \{'warps'\}"), override(warps=8):
         pass

@@ -119,8 +119,7 @@ def compile_for(arch: str, launched: Launch) -> Resources:
     signature, constants, attributes = {}, {}, {}
     for i, name in enumerate(kernel.arg_names):
         value: Any = arguments[name]
-        is_constant = kernel.params[i].is_constexpr or value is None or (isinstance(value, int) and value == 1)
-        if is_constant:
+        if value is None or kernel.params[i].is_constexpr or (isinstance(value, int) and value == 1):
             signature[name], constants[name] = "constexpr", value
             continue
         signature[name] = _TRITON_TYPES[value.dtype] if isinstance(value, Tensor) else "i32"

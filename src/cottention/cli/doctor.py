@@ -19,7 +19,7 @@ import jsonargparse
 from cottention import __version__
 from cottention.cli.main import new_parser
 
-_SHOWN_PACKAGES = ("torch", "transformers", "datasets", "accelerate", "tokenizers", "numpy")
+_SHOWN_PACKAGES = ("torch", "triton", "transformers", "datasets", "accelerate", "tokenizers", "numpy")
 
 # float64 leaves rounding alone: sums of some hundred products of numbers near 1, so 1e-16 times a few hundred.
 _LARGEST_ERROR = 1e-11

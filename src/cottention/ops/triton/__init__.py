@@ -25,12 +25,12 @@ __all__ = ["triton_cosine_attention", "why_not"]
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 _HAS_TRITON = importlib.util.find_spec("triton") is not None
 # Triton reads this once, when kernels are defined; then they run on the CPU, slowly, to be checked.
-_INTERPRETS = os.environ.get("TRITON_INTERPRET") == "1"
+_DEVICE = "cpu" if os.environ.get("TRITON_INTERPRET") == "1" else "cuda"
 
 
 def why_not(device: torch.device, dtype: torch.dtype, K: int, V: int) -> str | None:
     """Why the kernels cannot run on such tensors, with the remedy; None when they can."""
-    if device.type != ("cpu" if _INTERPRETS else "cuda"):
+    if device.type != _DEVICE:
         return (
             f"it needs tensors on a CUDA or HIP device, these are on {device.type}: move them there, or use "
             'implementation="auto"'
@@ -65,7 +65,8 @@ def triton_cosine_attention(
     K, V = q.shape[3], v.shape[3]
     reason = why_not(q.device, q.dtype, K, V)
     if reason is not None:
-        raise ValueError(f'implementation="triton" cannot run here: {reason}')
+        error = TypeError if q.dtype not in _DTYPES and q.device.type == _DEVICE else ValueError
+        raise error(f'implementation="triton" cannot run here: {reason}')
     sequences = q.shape[0] if cu_seqlens is None else cu_seqlens.shape[0] - 1
     has_states = initial_state is not None or output_final_state
     config = choose(q.device, q.dtype, max(pad(K), pad(V)))
