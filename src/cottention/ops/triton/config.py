@@ -137,25 +137,22 @@ def segment_length(
     """Tokens of a segment; 0: the quadratic form.
 
     Quadratic where that is less arithmetic, T (K + V) / 2 a token (twice that without the causal half) against 2 K V
-    and half a chunk, or where T is at most `short_up_to` and the blocks do not fill the device anyway.
-    Else one segment a sequence where heads and tiles fill the device, and segments long enough to be worth their state
-    where they do not.
+    and half a chunk, or where T is at most `short_up_to` and heads and tiles do not fill the device.
+    Else one segment a sequence where they do, and where they do not segments long enough to be worth their state.
     """
-    tiles = -(-pad(V) // min(pad(V), config.forward.tile))
+    programs = sequences * H * -(-pad(V) // min(pad(V), config.forward.tile))
+    fills = programs >= config.num_programs
     longest = max(T, S)
-    if not states and config.segment_tokens is None:
-        equal = 2 * K * V // (K + V)
-        equal = 2 * equal + config.forward.block_tokens if causal else equal
-        if longest <= equal:
-            return 0
-        blocks = sequences * H * tiles * -(-longest // config.short_forward.block_tokens)
-        if longest <= config.short_up_to and blocks <= config.num_programs:
-            return 0
     if config.segment_tokens is not None:
         return config.segment_tokens
-    if sequences * H * tiles >= config.num_programs:
+    if not states:
+        equal = 2 * K * V // (K + V)
+        equal = 2 * equal + config.forward.block_tokens if causal else equal
+        if longest <= equal or (longest <= config.short_up_to and not fills):
+            return 0
+    if fills:
         return _round_up(longest)
-    fair = -(-sequences * H * tiles * longest // (2 * config.num_programs))
+    fair = -(-programs * longest // (2 * config.num_programs))
     return _round_up(max(fair, _TOKENS_PER_STATE_ROW * max(pad(K), pad(V))))
 
 

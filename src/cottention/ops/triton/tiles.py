@@ -62,13 +62,15 @@ def store_rows(ptr, x, t, keep, stride_t, d0, D, BD: tl.constexpr):
 
 @triton.jit
 def product(x, y, PRECISION: tl.constexpr):
-    """x [M, D] times y [D, N], with D long. Full float32 runs on the ordinary units, where a thread holds whole rows of
-    x and columns of y: there the parts of them go to different threads, and are added.
+    """x [M, D] times y [D, N], with D long.
+
+    Full float32 runs on the ordinary units, where a thread holds whole rows of x and columns of y: there the parts of
+    them go to different threads, and are added. Rows of 256 in TF32 need the same to leave no register spilled.
     """
     M: tl.constexpr = x.shape[0]
     D: tl.constexpr = x.shape[1]
     N: tl.constexpr = y.shape[1]
-    if PRECISION != "ieee" or x.dtype != tl.float32 or D <= _SLICE:
+    if x.dtype != tl.float32 or D <= _SLICE or (PRECISION != "ieee" and D < 256):
         out = tl.dot(x, y, input_precision=PRECISION)
     else:
         PARTS: tl.constexpr = D // _SLICE
