@@ -17,7 +17,7 @@ PYTEST := env OMP_NUM_THREADS=1 HF_HUB_OFFLINE=1 $(BIN)/python -m pytest -n $(WO
 UNATTENDED := not gpu and not slurm and not network
 
 .DEFAULT_GOAL := help
-.PHONY: help setup quickstart test test-slow test-oldest sanitize check format bench docs clean
+.PHONY: help setup quickstart test test-slow test-oldest sanitize test-gpu sanitize-gpu check format bench bench-gpu docs clean
 
 help: ## list these targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-12s %s\n", $$1, $$2}' $(firstword $(MAKEFILE_LIST))
@@ -52,6 +52,17 @@ sanitize: $(VENV)/.stamp-test $(VENV)/.stamp-native ## run the tests of the nati
 	$(BIN)/python -c "$(IS_SANITIZED)" && \
 	    $(BIN)/python -m pytest -m "not slow" $(ARGS) $(wildcard tests/ops/test_native*.py) tests/ops/test_fuzz.py
 
+test-gpu: $(VENV)/.stamp-test ## run the tests that need a CUDA or HIP device
+	$(BIN)/python -m pytest -m "gpu and not slurm and not network" $(ARGS)
+
+# Out-of-bounds accesses and races in the kernels; compute-sanitizer comes with CUDA.
+SANITIZED_TESTS := tests/ops/test_triton_gpu.py -k "fuzz or step"
+
+sanitize-gpu: $(VENV)/.stamp-test ## run the GPU kernels under compute-sanitizer (memcheck, then racecheck)
+	@command -v compute-sanitizer >/dev/null || { echo "make: no 'compute-sanitizer' here; it comes with CUDA: add its bin to PATH" >&2; exit 1; }
+	PYTORCH_NO_CUDA_MEMORY_CACHING=1 compute-sanitizer --tool memcheck --error-exitcode 1 $(BIN)/python -m pytest $(SANITIZED_TESTS) $(ARGS)
+	compute-sanitizer --tool racecheck --error-exitcode 1 $(BIN)/python -m pytest $(SANITIZED_TESTS) $(ARGS)
+
 check: $(VENV)/.stamp-dev ## format, lint, types, import layers; changes nothing
 	$(BIN)/ruff format --check .
 	$(BIN)/ruff check .
@@ -65,6 +76,16 @@ format: $(VENV)/.stamp-dev ## format, and mend what the linter can mend
 bench: $(VENV)/.stamp-native ## measure attention and decoding against softmax: OUTPUT=runs/bench ARGS=--full
 	$(BIN)/cottention bench attention --output-dir $(OUTPUT)/attention $(ARGS)
 	$(BIN)/cottention bench decode --output-dir $(OUTPUT)/decode
+
+# Everything that docs/kernels-gpu.md asks to be measured, causal and bidirectional, at three shapes.
+bench-gpu: $(VENV)/.stamp-run ## measure the attention on a GPU against flash attention and flash-linear-attention
+	$(PIP_INSTALL) flash-linear-attention
+	$(BIN)/cottention bench attention --device cuda --causal --bidirectional --dtypes bfloat16,float32 \
+	    --lengths 512,1024,2048,4096,8192,16384,32768,65536,131072 --batch-heads 16,8x16 --head-dims 64 \
+	    --output-dir runs/bench-gpu $(ARGS)
+	$(BIN)/cottention bench attention --device cuda --causal --bidirectional --dtypes bfloat16,float32 \
+	    --lengths 512,1024,2048,4096,8192,16384,32768,65536,131072 --batch-heads 8x32 --head-dims 128 \
+	    --output-dir runs/bench-gpu-128 $(ARGS)
 
 docs: $(VENV)/.stamp-docs ## build the documentation in site/
 	$(BIN)/mkdocs build --strict

@@ -22,6 +22,7 @@ def test_a_sound_machine_has_no_problem(capsys):
     assert found["problems"] == []
     assert found["models_registered"] is True
     assert set(found["implementations"]) == set(cottention.ops.IMPLEMENTATIONS)
+    assert found["implementations"].pop("triton").startswith("cpu: cannot run (")
     for name, outcome in found["implementations"].items():
         assert outcome.startswith("cpu: ok" if name != "native" or is_available() else "cpu: cannot run"), name
     assert found["packages"]["torch"] == metadata.version("torch")

@@ -16,6 +16,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
 from cottention.benchmarks.calls import synchronize
+from cottention.benchmarks.measure_cuda import seconds_on_gpu
 
 # A sample lasts this long at least: thousands of ticks of the clock.
 _SHORTEST_SAMPLE_S = 2e-3
@@ -84,6 +85,8 @@ def time_interleaved(
 
 
 def _seconds_of(call: Callable[[], object], num_calls: int, device: str) -> float:
+    if device != "cpu":
+        return seconds_on_gpu(call, num_calls)
     synchronize(device)
     start = time.perf_counter()
     for _ in range(num_calls):

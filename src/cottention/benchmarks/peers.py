@@ -198,9 +198,21 @@ def _fast_transformers(device: str) -> Candidate:
     return Candidate(name="fast-transformers", is_peer=True, function=run, reference=linear_reference, refuses=refuses)
 
 
+def _gpu_peer(name: str) -> Callable[[str], Candidate]:
+    def load(device: str) -> Candidate:
+        from cottention.benchmarks.peers_cuda import load_gpu_peer  # takes Candidate from here
+
+        return load_gpu_peer(name, device)
+
+    return load
+
+
+_GPU_PEERS = ("sdpa-flash", "sdpa-math", "fla-l2norm-chunk", "fla-l2norm-fused-chunk", "mamba-ssd")
+
 PEERS: dict[str, Callable[[str], Candidate]] = {
     "sdpa": _sdpa,
     "fla-chunk": _fla_chunk,
     "fast-transformers": _fast_transformers,
+    **{name: _gpu_peer(name) for name in _GPU_PEERS},
 }
 """Name -> what loads it for a device, or raises PeerUnavailableError."""

@@ -20,7 +20,7 @@ import jsonargparse
 from cottention import __version__
 from cottention.cli.main import new_parser
 
-_SHOWN_PACKAGES = ("torch", "transformers", "datasets", "accelerate", "tokenizers", "numpy")
+_SHOWN_PACKAGES = ("torch", "triton", "transformers", "datasets", "accelerate", "tokenizers", "numpy")
 
 # Of sums of some hundred products of numbers near 1. float64 leaves rounding alone, 1e-16 times a few hundred; what has
 # no float64 is tried in float32, 6e-8 times as many.

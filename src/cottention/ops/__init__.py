@@ -20,6 +20,8 @@ from cottention.ops.naive import naive_cosine_attention
 from cottention.ops.native.attention import native_cosine_attention
 from cottention.ops.native.binding import suits_native
 from cottention.ops.state import CosineState, cosine_attention_step
+from cottention.ops.triton import triton_cosine_attention
+from cottention.ops.triton import why_not as why_not_triton
 from cottention.ops.validation import check_arguments
 
 __all__ = ["IMPLEMENTATIONS", "CosineState", "cosine_attention", "cosine_attention_step"]
@@ -29,6 +31,7 @@ IMPLEMENTATIONS = {
     "naive": naive_cosine_attention,
     "chunk": chunk_cosine_attention,
     "native": native_cosine_attention,
+    "triton": triton_cosine_attention,
 }
 
 _logger = get_logger(__name__)
@@ -93,7 +96,7 @@ def cosine_attention(
         output_final_state=output_final_state,
         chunk_size=chunk_size,
     )
-    name = _choose(implementation, q)
+    name = _choose(implementation, q, v)
     options = {} if name == "naive" else {"chunk_size": chunk_size}
     return IMPLEMENTATIONS[name](
         q,
@@ -109,10 +112,13 @@ def cosine_attention(
     )
 
 
-def _choose(implementation: str, q: Tensor) -> str:
+def _choose(implementation: str, q: Tensor, v: Tensor) -> str:
     """The implementation that runs. One that was asked for by name is never replaced by another."""
     if implementation == "auto":
-        name = "native" if suits_native(q) else "chunk"
+        if q.is_cuda:
+            name = "triton" if why_not_triton(q.device, q.dtype, q.shape[3], v.shape[3]) is None else "chunk"
+        else:
+            name = "native" if suits_native(q) else "chunk"
         if not torch.compiler.is_compiling():
             log_once(_logger, "cosine attention runs as %r", name)
         return name

@@ -102,16 +102,12 @@ def cosine_attention_step(
     """
     q, k, v = as_autocast_would(q, k, v)
     norm_const = check_step_arguments(q, k, v, norm_const, state, attention_mask)
-    wants_gradient = torch.is_grad_enabled() and any(
-        x is not None and x.requires_grad for x in (q, k, v, norm_const, None if state is None else state.kv)
-    )
+    wants_gradient = _wants_gradient(q, k, v, norm_const, *(state or ()))
     if in_place and (state is None or wants_gradient):
         found = "state=None" if state is None else "inputs that require a gradient"
         raise ValueError(f"in_place needs a state to write over and no gradient; got {found}")
-    if wants_gradient or not suits_native(q) or torch.compiler.is_compiling():
-        o, new = _step(q, k, v, norm_const, state, attention_mask)
-    else:
-        o, new = _native_step(q, k, v, norm_const, state, attention_mask, in_place)
+    fused = None if wants_gradient else _fused_step(q, k, v, norm_const, state, attention_mask, in_place)
+    o, new = fused or _step(q, k, v, norm_const, state, attention_mask)
     if in_place and state is not None and new is not state:
         state.kv.copy_(new.kv)
         state.seen.copy_(new.seen)
@@ -119,7 +115,11 @@ def cosine_attention_step(
     return o, new
 
 
-def _native_step(
+def _wants_gradient(*tensors: Tensor | None) -> bool:
+    return torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in tensors)
+
+
+def _fused_step(
     q: Tensor,
     k: Tensor,
     v: Tensor,
@@ -127,16 +127,42 @@ def _native_step(
     state: CosineState | None,
     attention_mask: Tensor | None,
     in_place: bool,
-) -> tuple[Tensor, CosineState]:
-    """The same by the native kernels: one pass over the state."""
-    mask = None if attention_mask is None else attention_mask.reshape(-1).to(torch.bool)
+) -> tuple[Tensor, CosineState] | None:
+    """The step as one kernel, by Triton or by the native library; None where neither serves."""
+    real = None if attention_mask is None else attention_mask.reshape(-1).to(torch.bool)
+    if q.is_cuda:
+        return _triton_step(q, k, v, norm_const, state, real, in_place)
+    if not suits_native(q) or torch.compiler.is_compiling():
+        return None
     if state is None:
-        o, *new = torch.ops.cottention.native_step(q, k, v, norm_const, mask, None, None)
+        o, *new = torch.ops.cottention.native_step(q, k, v, norm_const, real, None, None)
     elif in_place and state.kv.is_contiguous() and state.seen.is_contiguous():
-        return torch.ops.cottention.native_step_(q, k, v, norm_const, mask, *state), state
+        return torch.ops.cottention.native_step_(q, k, v, norm_const, real, *state), state
     else:
-        o, *new = torch.ops.cottention.native_step(q, k, v, norm_const, mask, *state)
+        o, *new = torch.ops.cottention.native_step(q, k, v, norm_const, real, *state)
     return o, CosineState(*new)
+
+
+def _triton_step(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    norm_const: Tensor | None,
+    state: CosineState | None,
+    real: Tensor | None,
+    in_place: bool,
+) -> tuple[Tensor, CosineState] | None:
+    from cottention.ops.triton import why_not  # these take CosineState from here
+    from cottention.ops.triton.step import step, step_in_place
+
+    if why_not(q.device, q.dtype, q.shape[-1], v.shape[-1]) is not None:
+        return None
+    q1, k1, v1 = (x.squeeze(1) if x.dim() == 4 else x for x in (q, k, v))  # [B, H, K or V]
+    if in_place and state is not None:
+        o, new = step_in_place(q1, k1, v1, norm_const, state, real), state
+    else:
+        o, new = step(q1, k1, v1, norm_const, state, real)
+    return o.reshape(*q.shape[:-1], v.shape[-1]), new
 
 
 @without_autocast

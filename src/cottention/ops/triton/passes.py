@@ -1,0 +1,204 @@
+"""Forward and backward as sequences of launches: which kernels run, in which order, on which buffers.
+
+o, final_kv, final_seen, states = causal(q, k, v, m, mask, cu_seqlens, kv, seen, True, 512, None)
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from cottention.ops.triton.config import Tiles, pad
+from cottention.ops.triton.launch import Call, Segments
+from cottention.ops.triton.library import num_states
+
+_OUTPUT, _GRADIENTS, _OF_QUERIES, _OF_KEYS = (0, 1), (1, 3), (1, 1), (2, 2)  # roles: the first, and how many
+
+
+class _Gradients:
+    """What a backward pass writes, and what is left to do after it.
+
+    Where K is wider than a tile, the gradients of the unit vectors come first, in float32, and norms are needed for
+    parts of a vector.
+    """
+
+    def __init__(self, call: Call, num_partial: int, tiles: Tiles) -> None:
+        self._call = call
+        q, k, v = call.q, call.k, call.v
+        self._dq, self._dk, self._dv = (torch.empty(x.shape, dtype=x.dtype, device=x.device) for x in (q, k, v))
+        self._is_split = pad(call.K) > tiles.tile
+        num_tiles = -(-call.V // call.shapes(tiles, backward=True)["BZ"])
+        self._dp = None
+        if call.norm_const is not None:
+            self._dp = q.new_empty((num_partial, num_tiles, call.H), dtype=torch.float32)
+        dq, dk = self._dq, self._dk
+        self.norms: tuple[Tensor | None, Tensor | None] = (None, None)
+        if self._is_split:
+            dq, dk = dq.new_empty(dq.shape, dtype=torch.float32), dk.new_empty(dk.shape, dtype=torch.float32)
+            self.norms = _norms(q), _norms(k)
+        self.outputs = (None, dq, dk, self._dv, self._dp)
+
+    def finished(self) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """dq, dk, dv and dm (empty without norm_const)."""
+        call = self._call
+        if self._is_split:
+            call.project(call.q, self.outputs[1], self._dq, call.real_q)
+            call.project(call.k, self.outputs[2], self._dk, call.real_k)
+        return self._dq, self._dk, self._dv, call.norm_const_gradient(self._dp)
+
+
+def _norms(x: Tensor) -> Tensor:
+    return torch.linalg.vector_norm(x, dim=-1, dtype=torch.float32)  # [B, T, H]
+
+
+def _quadratic_backward(call: Call, do: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    tiles = call.config.short_backward
+    gradients = _Gradients(call, call.blocks(call.shapes(tiles)["BT"], backward=True).count, tiles)
+    call.quadratic(_GRADIENTS, do=do, outputs=gradients.outputs, norms=gradients.norms)
+    return gradients.finished()
+
+
+def _sum_over_sequences(call: Call, segments: Segments, do: Tensor | None) -> Tensor:
+    """The state of each whole sequence, or with do its gradient."""
+    states = call.new_states(segments.count)
+    call.sum_states(states, segments, do)
+    if segments.is_single:
+        return states
+    total = call.new_states(call.num_sequences)
+    call.scan(states, segments, None, total)
+    return total
+
+
+def _nothing(call: Call, dkv: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """Gradients of a call without tokens, or without a query or key to meet them: zero."""
+    dq, dk, dv = (torch.zeros(x.shape, dtype=x.dtype, device=x.device) for x in (call.q, call.k, call.v))
+    m = call.norm_const
+    return dq, dk, dv, call.q.new_empty(0, dtype=torch.float32) if m is None else torch.zeros_like(m), dkv
+
+
+def causal(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    norm_const: Tensor | None,
+    mask: Tensor | None,
+    cu_seqlens: Tensor | None,
+    kv: Tensor | None,
+    seen: Tensor | None,
+    output_final_state: bool,
+    segment_tokens: int,
+    chunk_size: int | None,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """o `[B, T, H, V]`, final kv and seen (empty unless asked for), and the states before segments (if there are)."""
+    call = Call(q, k, v, norm_const, mask, cu_seqlens, seen, segment_tokens, chunk_size, causal=True)
+    o = q.new_empty((*q.shape[:3], call.V))
+    final = call.new_states(call.num_sequences if output_final_state else 0)
+    states = call.new_states(num_states(call.B, call.T, cu_seqlens, segment_tokens))
+    if o.numel() == 0:
+        final.zero_() if kv is None or not output_final_state else final.copy_(kv)
+    elif segment_tokens == 0:
+        call.quadratic(_OUTPUT, outputs=(o, None, None, None, None))
+    else:
+        kv = None if kv is None else kv.contiguous()
+        reached = final if output_final_state else None
+        segments = call.cut(call.T)
+        if segments.is_single:
+            call.linear(_OUTPUT, segments, outputs=(o, None, None, None, None), states=kv, reached=reached)
+        else:
+            call.sum_states(states, segments, None)
+            call.scan(states, segments, kv, reached)
+            call.linear(_OUTPUT, segments, outputs=(o, None, None, None, None), states=states)
+    final_seen = call.reached_seen() if output_final_state else q.new_empty(0, dtype=torch.int64)
+    return o, final if output_final_state else q.new_empty(0, dtype=torch.float32), final_seen, states
+
+
+def causal_backward(
+    do: Tensor,
+    dfinal: Tensor | None,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    norm_const: Tensor | None,
+    mask: Tensor | None,
+    cu_seqlens: Tensor | None,
+    kv: Tensor | None,
+    seen: Tensor | None,
+    states: Tensor,
+    segment_tokens: int,
+    chunk_size: int | None,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """dq, dk, dv, dm and the gradient of the initial kv (the last two empty where there is none)."""
+    call = Call(q, k, v, norm_const, mask, cu_seqlens, seen, segment_tokens, chunk_size, causal=True)
+    dkv = q.new_empty(0, dtype=torch.float32) if kv is None else call.new_states(call.num_sequences)
+    if q.numel() == 0:
+        if kv is not None:
+            dkv.zero_() if dfinal is None else dkv.copy_(dfinal)
+        return _nothing(call, dkv)
+    if segment_tokens == 0:
+        return *_quadratic_backward(call, do), dkv
+    segments = call.cut(call.T)
+    gradients = _Gradients(call, segments.count, call.config.backward)
+    dfinal = None if dfinal is None else dfinal.contiguous()
+    before, after, reached = kv, dfinal, None if kv is None else dkv
+    if segments.is_single:
+        before = None if before is None else before.contiguous()
+    else:
+        before, after = states, torch.empty_like(states)
+        call.sum_states(after, segments, do)
+        call.scan(after, segments, dfinal, reached, reverse=True)
+        reached = None
+    call.linear(
+        _GRADIENTS, segments, do=do, outputs=gradients.outputs, states=before, dstates=after, reached=reached,
+        norms=gradients.norms,
+    )  # fmt: skip
+    return *gradients.finished(), dkv
+
+
+def bidirectional(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    norm_const: Tensor | None,
+    mask: Tensor | None,
+    cu_seqlens: Tensor | None,
+    segment_tokens: int,
+    chunk_size: int | None,
+) -> tuple[Tensor, Tensor]:
+    """o `[B, T, H, V]` and each sequence's state over all its keys `[N, H, K, V]` (empty in the quadratic form)."""
+    call = Call(q, k, v, norm_const, mask, cu_seqlens, None, segment_tokens, chunk_size, causal=False)
+    o = q.new_empty((*q.shape[:3], call.V))
+    if o.numel() == 0 or k.numel() == 0 or segment_tokens == 0:
+        if k.numel() == 0:
+            o.zero_()
+        elif o.numel():
+            call.quadratic(_OUTPUT, outputs=(o, None, None, None, None))
+        return o, call.new_states(0 if segment_tokens == 0 else call.num_sequences).zero_()
+    kv = _sum_over_sequences(call, call.cut(call.S), None)
+    call.linear(_OUTPUT, call.cut(call.T), outputs=(o, None, None, None, None), states=kv)
+    return o, kv
+
+
+def bidirectional_backward(
+    do: Tensor,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    norm_const: Tensor | None,
+    mask: Tensor | None,
+    cu_seqlens: Tensor | None,
+    kv: Tensor,
+    segment_tokens: int,
+    chunk_size: int | None,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """dq, dk, dv and dm (empty without norm_const)."""
+    call = Call(q, k, v, norm_const, mask, cu_seqlens, None, segment_tokens, chunk_size, causal=False)
+    if q.numel() == 0 or k.numel() == 0:
+        return _nothing(call, kv)[:4]
+    if segment_tokens == 0:
+        return _quadratic_backward(call, do)
+    queries, keys = call.cut(call.T), call.cut(call.S)
+    gradients = _Gradients(call, keys.count, call.config.backward)
+    dkv = _sum_over_sequences(call, queries, do)
+    call.linear(_OF_QUERIES, queries, do=do, outputs=gradients.outputs, states=kv, norms=gradients.norms)
+    call.linear(_OF_KEYS, keys, do=do, outputs=gradients.outputs, dstates=dkv, norms=gradients.norms)
+    return gradients.finished()

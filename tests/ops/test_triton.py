@@ -1,0 +1,100 @@
+"""The Triton kernels equal naive in values and gradients: everything in `interpreted_triton`, without a GPU."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch._subclasses import FakeTensorMode
+
+from cottention.ops import CosineState, _choose, cosine_attention, cosine_attention_step
+from tests.ops.helpers import make_case
+from tests.ops.triton_process import run_interpreted
+from tests.subprocesses import run_python
+
+
+def test_kernels_match_naive_in_the_interpreter() -> None:
+    run_interpreted("interpreted_triton.py", "not slow")
+
+
+@pytest.mark.slow
+def test_kernels_match_naive_on_larger_cases_in_the_interpreter() -> None:
+    run_interpreted("interpreted_triton.py", "slow")
+
+
+def test_without_a_device_it_raises_with_the_remedy() -> None:
+    case = make_case(K=16, V=16).to(torch.float32)
+    with pytest.raises(ValueError, match="needs tensors on a CUDA or HIP device, these are on cpu: move them there"):
+        cosine_attention(case.q, case.k, case.v, case.norm_const, causal=True, implementation="triton")
+
+
+def test_without_the_package_it_raises_with_the_remedy_and_the_rest_runs() -> None:
+    run_python(
+        """
+        import torch
+        from cottention.ops import cosine_attention
+        from cottention.ops.triton import why_not
+        reason = why_not(torch.device("cuda"), torch.float32, 64, 64)
+        assert reason == "it needs the package triton: pip install 'triton>=3.6'", reason
+        q = torch.randn(1, 5, 1, 16)
+        cosine_attention(q, q, q, None, causal=True)
+        """,
+        hidden=["triton"],
+    )
+
+
+@pytest.mark.parametrize(
+    ("dtype", "K", "V", "told"),
+    [
+        (torch.float64, 64, 64, "takes float32, bfloat16 and float16, not float64"),
+        (torch.bfloat16, 300, 64, "takes head dims up to 256, not K=300, V=64"),
+        (torch.bfloat16, 64, 257, "takes head dims up to 256, not K=64, V=257"),
+    ],
+)
+def test_what_it_cannot_take_is_told_with_the_remedy(dtype: torch.dtype, K: int, V: int, told: str) -> None:
+    pytest.importorskip("triton")
+    from cottention.ops.triton import why_not
+
+    reason = why_not(torch.device("cuda"), dtype, K, V)
+    assert reason is not None
+    assert told in reason
+    assert 'implementation="chunk"' in reason
+    assert why_not(torch.device("cuda"), torch.bfloat16, 256, 16) is None
+
+
+def test_auto_takes_it_on_a_gpu_where_it_can_run() -> None:
+    pytest.importorskip("triton")
+    with FakeTensorMode(allow_non_fake_inputs=True):
+        for device, dtype, K, name in (
+            ("cuda", torch.bfloat16, 64, "triton"),
+            ("cuda", torch.float32, 256, "triton"),
+            ("cuda", torch.float64, 64, "chunk"),
+            ("cuda", torch.bfloat16, 512, "chunk"),
+        ):
+            x = torch.empty(2, 8, 3, K, device=device, dtype=dtype)
+            assert _choose("auto", x, x) == name
+            assert _choose("triton", x, x) == "triton"
+    assert _choose("auto", torch.empty(2, 8, 3, 64), torch.empty(2, 8, 3, 64)) != "triton"
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("T", [40, 700, 5000])
+def test_shapes_and_dtypes_are_known_without_running_on_a_gpu(T: int, dtype: torch.dtype) -> None:
+    """What torch.compile sees: a traced call on a CUDA device, at lengths of every form."""
+    pytest.importorskip("triton")
+    with FakeTensorMode():
+        q, k, v = (torch.empty(2, T, 3, K, device="cuda", dtype=dtype) for K in (64, 64, 32))
+        m = torch.empty(3, device="cuda")
+        state = CosineState.zeros(2, 3, 64, 32, device="cuda")
+        o, final = cosine_attention(
+            q, k, v, m, causal=True, initial_state=state, output_final_state=True, implementation="triton"
+        )
+        keys, values = (torch.empty(2, 7, 3, K, device="cuda", dtype=dtype) for K in (64, 32))
+        both, _ = cosine_attention(q, keys, values, m, causal=False, implementation="triton")
+        q1, k1, v1 = (torch.empty(2, 3, K, device="cuda", dtype=dtype) for K in (64, 64, 32))
+        step, after = cosine_attention_step(q1, k1, v1, m, state)
+    assert final is not None
+    assert o.shape == both.shape == (2, T, 3, 32)
+    assert o.dtype == both.dtype == step.dtype == dtype
+    assert final.kv.shape == after.kv.shape == (2, 3, 64, 32)
+    assert final.kv.is_cuda
+    assert step.shape == (2, 3, 32)
