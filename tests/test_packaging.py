@@ -150,8 +150,9 @@ def test_a_source_that_is_edited_while_it_is_compiled_is_compiled_again(
 
     def edited_meanwhile(command, **options):
         ran = real_run(command, **options)
-        (tmp_path / "answer.cpp").write_text(f"#define ANSWER 2\n{_TINY}")
-        Path(command[-1]).touch()  # the compiler is not done before the edit
+        if "-c" in command:
+            (tmp_path / "answer.cpp").write_text(f"#define ANSWER 2\n{_TINY}")
+            Path(command[-1]).touch()  # the compiler is not done before the edit
         return ran
 
     build = setup_py.NativeBuild(tmp_path, tmp_path / "objects")
