@@ -11,6 +11,7 @@ import subprocess
 import sys
 import sysconfig
 import tarfile
+import time
 import zipfile
 from collections.abc import Mapping
 from pathlib import Path
@@ -152,6 +153,7 @@ def test_a_source_that_is_edited_while_it_is_compiled_is_compiled_again(
         ran = real_run(command, **options)
         if "-c" in command:
             (tmp_path / "answer.cpp").write_text(f"#define ANSWER 2\n{_TINY}")
+            time.sleep(0.05)  # more than a tick of the file system's clock
             Path(command[-1]).touch()  # the compiler is not done before the edit
         return ran
 
