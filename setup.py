@@ -17,6 +17,7 @@ import shutil
 import subprocess
 import sys
 import sysconfig
+import time
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -112,12 +113,15 @@ class NativeBuild:
             return
         # Written beside and renamed: a process that has the library loaded keeps the one it has.
         beside = target.with_name(f"{target.name}.{os.getpid()}.partial")
+        started = time.time_ns()
         try:
             ran = _run([*command, "-o", str(beside)])
             if ran.returncode != 0:
                 raise BuildError(f"making {target.name} failed\n{shlex.join(command)}\n{ran.stderr.strip()}")
             if ran.stderr:
                 print(ran.stderr, end="", file=sys.stderr)
+            # As old as what went into it: a source that was edited meanwhile is newer, and is compiled again.
+            os.utime(beside, ns=(started, started))
             recorded.unlink(missing_ok=True)
             beside.replace(target)
             recorded.write_text(shlex.join(command))

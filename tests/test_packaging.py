@@ -11,6 +11,7 @@ import subprocess
 import sys
 import sysconfig
 import tarfile
+import time
 import zipfile
 from collections.abc import Mapping
 from pathlib import Path
@@ -139,6 +140,30 @@ def test_a_changed_source_or_header_is_built_again_and_nothing_else(project: Pat
     assert len(third[1] & second[1]) == 1
     asked = run_in(project, "-c", f"import ctypes; print(ctypes.CDLL({str(library)!r}).answer())")
     assert asked.stdout == "43\n"
+
+
+@needs_compiler
+def test_a_source_that_is_edited_while_it_is_compiled_is_compiled_again(
+    tmp_path: Path, setup_py: ModuleType, monkeypatch: pytest.MonkeyPatch
+):
+    (tmp_path / "answer.cpp").write_text(f"#define ANSWER 1\n{_TINY}")
+    real_run = setup_py._run
+
+    def edited_meanwhile(command, **options):
+        ran = real_run(command, **options)
+        if "-c" in command:
+            (tmp_path / "answer.cpp").write_text(f"#define ANSWER 2\n{_TINY}")
+            time.sleep(0.05)  # more than a tick of the file system's clock
+            Path(command[-1]).touch()  # the compiler is not done before the edit
+        return ran
+
+    build = setup_py.NativeBuild(tmp_path, tmp_path / "objects")
+    monkeypatch.setattr(setup_py, "_run", edited_meanwhile)
+    build.run(tmp_path / "first.so")
+    monkeypatch.setattr(setup_py, "_run", real_run)
+    build.run(tmp_path / "second.so")
+    assert ctypes.CDLL(str(tmp_path / "first.so")).answer() == 1
+    assert ctypes.CDLL(str(tmp_path / "second.so")).answer() == 2
 
 
 @pytest.mark.parametrize(
