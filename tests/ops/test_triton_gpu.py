@@ -66,8 +66,8 @@ def test_fuzz_matches_naive(seed: int) -> None:
     choose = random.Random(seed)
     case = _random_case(choose)
     has_states = case.initial_state is not None or case.output_final_state
-    segment = choose.choice([None, 128, 256, 1024, *([] if has_states else [0])])
-    _check(case, choose.choice([torch.float32, torch.bfloat16, torch.float16]), segment)
+    segments: list[int | None] = [None, 128, 256, 1024, *([] if has_states else [0])]
+    _check(case, choose.choice([torch.float32, torch.bfloat16, torch.float16]), choose.choice(segments))
 
 
 @pytest.mark.parametrize("precision", ["ieee", "tf32x3", "tf32"])

@@ -162,7 +162,8 @@ def _chosen(device: str) -> str:
 
     dtypes: dict[str, list[str]] = {}
     for dtype in (torch.float32, torch.bfloat16, torch.float16, torch.float64):
-        name = _choose("auto", torch.empty(1, 1, 1, 1, dtype=dtype, device=device))
+        token = torch.empty(1, 1, 1, 16, dtype=dtype, device=device)
+        name = _choose("auto", token, token)
         dtypes.setdefault(name, []).append(str(dtype).removeprefix("torch."))
     if len(dtypes) == 1:
         return f"{next(iter(dtypes))} for every float type"
