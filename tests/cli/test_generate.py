@@ -96,7 +96,6 @@ def test_an_interrupt_keeps_what_was_written_and_ends_in_one_line(
         (["--top-k", "2"], {"top_k": 2}),
         (["--top-p", "0.4"], {"top_p": 0.4}),
         (["--repetition-penalty", "1.5"], {"repetition_penalty": 1.5}),
-        (["--stop", "e", "a"], {"stop_strings": ["e", "a"]}),
         (["--prefill-chunk", "1"], {}),
         (["--device", "cpu"], {}),
     ],
@@ -106,6 +105,12 @@ def test_every_flag_reaches_the_library(
 ) -> None:
     out, _ = run(capsys, "--model", gpt_dir, "--prompt", PROMPT, "--max-new-tokens", 30, *flags)
     assert out == f"{PROMPT}{expected(PROMPT, max_new_tokens=30, **settings).texts[0]}\n"
+
+
+def test_stop_strings_end_the_text(gpt_dir: Path, expected: Any, capsys: pytest.CaptureFixture[str]) -> None:
+    whole = expected(PROMPT, max_new_tokens=30).texts[0]
+    flags = ["--model", gpt_dir, "--prompt", PROMPT, "--max-new-tokens", 30, "--stop", "no such text", whole[9]]
+    assert run(capsys, *flags)[0] == f"{PROMPT}{whole[: whole.find(whole[9])]}\n"
 
 
 def test_several_prompts_and_batches(gpt_dir: Path, expected: Any, capsys: pytest.CaptureFixture[str]) -> None:
@@ -185,6 +190,7 @@ def test_an_empty_prompt_starts_a_text(gpt_dir: Path, expected: Any, capsys: pyt
         (["--model", "GPT", "--prompt", "a", "--max-new-tokens", "0"], "max_new_tokens must be at least 1; got 0"),
         (["--model", "GPT", "--prompt", "a", "--temperature", "-1"], "temperature must be 0 or more; got -1.0"),
         (["--model", "GPT", "--prompt", "a", "--batch-size", "0"], "batch_size must be at least 1; got 0"),
+        (["--model", "GPT", "--prompt", "a", "--prefill-chunk", "0"], "prefill_chunk must be at least 1; got 0"),
         (["--model", "GPT", "--prompt", "a\udcff"], "the prompt is not valid Unicode text (character 1)"),
         (["--model", "GPT", "--prompt-file", "no.txt"], "no.txt cannot be read: No such file or directory"),
         (["--model", "GPT", "--prompt-file", "."], ". cannot be read: Is a directory"),

@@ -220,10 +220,16 @@ def test_blocks_joined_are_the_documents_again(tmp_path_factory, pieces, split_b
 
 @pytest.mark.parametrize("kind", ["bpe", "wordpiece"])
 @pytest.mark.parametrize(
-    "line", ["Fellow citizens: in 1790, the people's 12,345 votes (all) counted. ", "3.14 15,9\n  26535\n"]
+    "text",
+    [
+        "Fellow citizens: in 1790, the people's 12,345 votes (all) counted. ",
+        "a table:     12    -     13     ;   \n\n\n    two words",
+        "13:14,\n \n \n \n \n \n \n \n15\n",
+    ],
+    ids=["prose", "letters", "lines"],
 )
-def test_cutting_a_long_document_changes_no_token(tmp_path, monkeypatch, kind, line):
-    path = write(tmp_path / "a.txt", "".join(line.replace("5", str(number)) for number in range(200)))
+def test_cutting_a_long_document_changes_no_token(tmp_path, monkeypatch, kind, text):
+    path = write(tmp_path / "a.txt", "".join(text.replace("4", str(number)) for number in range(200)))
     tokenizer = train_tokenizer(load_corpus(path), kind=kind, vocab_size=400)
     whole = tokenizer.encode(path.read_text(), add_special_tokens=False)
     monkeypatch.setattr(readers, "BLOCK", 128)
