@@ -11,6 +11,7 @@ a microsecond or two, which is what keeps short sequences and single tokens fast
 from __future__ import annotations
 
 import ctypes
+import json
 import os
 import struct
 from functools import cache
@@ -21,27 +22,34 @@ from torch import Tensor
 
 from cottention.ops.validation import check_boundaries
 
+_FOLDER = Path(__file__).parent
 _ABI_VERSION = 1
 _DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2, torch.float64: 3}
 _NATIVE_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 _NO_VIEW = (0, 0, 0, 0)
 _NO_GRADIENTS = (0,) * 10
 _OUT_OF_MEMORY, _BAD_BOUNDARIES = 1, 2
-_REMEDY = "install a C++17 compiler and reinstall cottention: pip install --force-reinstall --no-deps cottention"
+_REMEDY = (
+    "install a C++17 compiler and reinstall cottention: pip install --force-reinstall --no-deps --no-cache-dir cottention"
+)
 _pack = struct.Struct("=47q").pack
 
 
 def _load() -> tuple[ctypes.CDLL | None, str]:
     """The library, or why there is none."""
-    files = sorted(path for path in Path(__file__).parent.glob("_kernels.*") if path.suffix in (".so", ".dylib"))
-    if not files:
-        return None, f"the native kernels were not built when cottention was installed; {_REMEDY}"
+    beside = sorted(path for path in _FOLDER.glob("_kernels.*") if path.suffix in (".so", ".dylib"))
+    given = os.environ.get("COTTENTION_NATIVE_LIBRARY")
+    if not given and not beside:
+        return None, f"the native kernels were not built when cottention was installed{_why_not_built()}; {_REMEDY}"
+    path = Path(given) if given else beside[0]
+    remedy = "COTTENTION_NATIVE_LIBRARY names it" if given else _REMEDY
     try:
-        library = ctypes.CDLL(str(files[0]))
-    except OSError as error:
-        return None, f"the native kernels cannot be loaded ({error}); {_REMEDY}"
-    if library.cottention_abi_version() != _ABI_VERSION:
-        return None, f"{files[0].name} belongs to another version of cottention; {_REMEDY}"
+        library = ctypes.CDLL(str(path))
+        version = library.cottention_abi_version()
+    except (OSError, AttributeError) as error:
+        return None, f"the native kernels cannot be loaded ({error}); {remedy}"
+    if version != _ABI_VERSION:
+        return None, f"{path.name} belongs to another version of cottention; {remedy}"
     library.cottention_instruction_set.argtypes = [ctypes.c_int64]
     library.cottention_instruction_set.restype = ctypes.c_char_p
     library.cottention_use_instruction_set.argtypes = [ctypes.c_char_p]
@@ -52,6 +60,15 @@ def _load() -> tuple[ctypes.CDLL | None, str]:
         known = ", ".join(_names(library))
         return None, f"COTTENTION_NATIVE_ISA must be one of {known} on this machine; got {wanted!r}"
     return library, ""
+
+
+def _why_not_built() -> str:
+    """What the install noted about its failure, in brackets; nothing where it noted nothing."""
+    try:
+        reason = json.loads((_FOLDER / "_build.json").read_text(encoding="utf-8"))["reason"]
+    except (OSError, ValueError, KeyError):
+        return ""
+    return f" ({reason})"
 
 
 def _names(library: ctypes.CDLL) -> list[str]:
