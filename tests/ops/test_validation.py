@@ -74,7 +74,7 @@ _PACKED = {"q": torch.ones(1, 6, 3, 4), "k": torch.ones(1, 6, 3, 4), "v": torch.
         ({"initial_state": CosineState(_KV, _SEEN.int())}, TypeError, "seen must be int64; got int32"),
         ({"chunk_size": 0}, ValueError, "chunk_size must be at least 1; got 0"),
         ({"chunk_size": 1.5}, TypeError, "chunk_size must be an int; got 1.5"),
-        ({"implementation": "chunked"}, ValueError, "one of auto, naive, chunk; got 'chunked'; did you mean 'chunk'?"),
+        ({"implementation": "chunked"}, ValueError, "chunk, native; got 'chunked'; did you mean 'chunk'?"),
     ],
 )
 def test_bad_arguments_are_named(changes: dict[str, Any], error: type[Exception], message: str) -> None:
