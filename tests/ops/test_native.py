@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from typing import Any
 
 import pytest
 import torch
@@ -120,7 +121,7 @@ def test_splitting_over_threads_does_not_matter(kind: str, num_threads: int) -> 
 def test_any_strides_are_taken_and_inputs_are_left_alone(causal: bool) -> None:
     case = make_case(T=70, K=8, V=8, causal=causal, mask="holes").to(torch.float32)
     given = (case.q, case.k, case.v)
-    options = {"causal": causal, "attention_mask": case.attention_mask, "implementation": "native"}
+    options: dict[str, Any] = {"causal": causal, "attention_mask": case.attention_mask, "implementation": "native"}
     expected, _ = cosine_attention(*given, case.norm_const, **options)
     layouts = {
         "heads first": [x.transpose(1, 2).contiguous().transpose(1, 2) for x in given],
@@ -141,9 +142,9 @@ def test_garbage_at_padding_does_not_leak(causal: bool, dtype: torch.dtype) -> N
     case = make_case(B=3, K=20, V=20, mask="holes", causal=causal)
     assert case.attention_mask is not None
     hidden = ~case.attention_mask[..., None, None]
-    fill = {"q": float("nan"), "k": float("inf"), "v": float("nan")}
-    dirty = [getattr(case, name).masked_fill(hidden, value) for name, value in fill.items()]
-    results = run(Case(*dirty, case.norm_const, causal, case.attention_mask).to(dtype), "native")
+    q, v = (x.masked_fill(hidden, float("nan")) for x in (case.q, case.v))
+    k = case.k.masked_fill(hidden, float("inf"))
+    results = run(Case(q, k, v, case.norm_const, causal, case.attention_mask).to(dtype), "native")
     assert_same(results, run(case, "naive"), dtype)
     for name in ("o", "dq", "dk", "dv"):
         assert (results[name][~case.attention_mask] == 0).all(), f"{name} is not exactly zero at padding"
@@ -154,7 +155,8 @@ def test_a_nan_is_never_hidden() -> None:
     for name in ("q", "k", "v"):
         given = {n: getattr(case, n).clone() for n in ("q", "k", "v")}
         given[name][:, 50, :, 3] = float("nan")
-        o, _ = cosine_attention(*given.values(), case.norm_const, causal=True, implementation="native")
+        q, k, v = given.values()
+        o, _ = cosine_attention(q, k, v, case.norm_const, causal=True, implementation="native")
         assert o[:, 50].isnan().any(), name
         assert not o[:, :32].isnan().any(), f"{name}: a NaN went back in time beyond its chunk"
 
@@ -176,8 +178,8 @@ def test_the_norm_is_taken_of_very_small_and_large_vectors(scale: float) -> None
     case = make_case(T=40, K=16, V=16).to(torch.float32)
     given = (case.q * scale, case.k * scale, case.v)
     found, _ = cosine_attention(*given, case.norm_const, causal=True, implementation="native")
-    exact = [x.double() for x in given]
-    expected, _ = cosine_attention(*exact, case.norm_const, causal=True, implementation="naive")
+    q, k, v = (x.double() for x in given)
+    expected, _ = cosine_attention(q, k, v, case.norm_const, causal=True, implementation="naive")
     torch.testing.assert_close(found.double(), expected, rtol=1e-5, atol=1e-5 * expected.abs().max().item())
 
 
@@ -190,12 +192,12 @@ def test_counts_continue_from_far_away() -> None:
 
 def test_a_state_carried_over_any_split_gives_one_pass() -> None:
     case = make_case(T=100, K=16, V=16).to(torch.float32)
-    options = {"causal": True, "output_final_state": True, "implementation": "native"}
+    options: dict[str, Any] = {"causal": True, "output_final_state": True, "implementation": "native"}
     whole, final = cosine_attention(case.q, case.k, case.v, case.norm_const, **options)
     pieces, state = [], None
     for a, b in ((0, 1), (1, 50), (50, 50), (50, 100)):
-        part = (x[:, a:b] for x in (case.q, case.k, case.v))
-        o, state = cosine_attention(*part, case.norm_const, initial_state=state, **options)
+        q, k, v = (x[:, a:b] for x in (case.q, case.k, case.v))
+        o, state = cosine_attention(q, k, v, case.norm_const, initial_state=state, **options)
         pieces.append(o)
     assert isinstance(state, CosineState)
     assert final is not None

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import multiprocessing
+from typing import Any
 
 import pytest
 import torch
@@ -51,7 +52,7 @@ def _compiled_equals_eager(backend: str) -> None:
     cu_seqlens = torch.tensor([0, 30, 30, 100, 140], dtype=torch.int32)
 
     def everything(q, k, v, m, mask):
-        options = {"implementation": "native"}
+        options: dict[str, Any] = {"implementation": "native"}
         o, state = cosine_attention(q, k, v, m, causal=True, attention_mask=mask, output_final_state=True, **options)
         more, _ = cosine_attention(q, k, v, m, causal=True, initial_state=state, **options)
         both, _ = cosine_attention(q, k, v, m, causal=False, attention_mask=mask, **options)
@@ -63,7 +64,8 @@ def _compiled_equals_eager(backend: str) -> None:
     for function in (everything, torch.compile(everything, fullgraph=True, backend=backend)):
         torch.compiler.reset()
         leaves = [x.clone().requires_grad_() for x in (case.q, case.k, case.v, case.norm_const) if x is not None]
-        outputs = function(*leaves, case.attention_mask)
+        q, k, v, m = leaves
+        outputs = function(q, k, v, m, case.attention_mask)
         loss = torch.stack([x.square().sum() for x in outputs]).sum()
         results.append([*outputs, *torch.autograd.grad(loss, leaves)])
     for eager, compiled in zip(*results, strict=True):
@@ -115,7 +117,8 @@ def test_without_the_library_native_raises_and_auto_uses_chunk(monkeypatch: pyte
     found, state = cosine_attention(*given, causal=True, output_final_state=True)
     expected, _ = cosine_attention(*given, causal=True, implementation="chunk")
     assert torch.equal(found, expected)
-    cosine_attention_step(*(x[:, 0] for x in given[:3]), case.norm_const, state)
+    q, k, v = (x[:, 0] for x in given[:3])
+    cosine_attention_step(q, k, v, case.norm_const, state)
 
 
 @_needs_library
@@ -207,7 +210,7 @@ def test_step_in_place_writes_over_its_state_and_only_then(dtype: torch.dtype) -
 @_needs_library
 def test_step_keeps_its_gradient() -> None:
     case = make_case(B=2, T=1, with_state=True).to(torch.float32)
-    leaves = [x.requires_grad_() for x in (case.q, case.k, case.v)]
-    o, state = cosine_attention_step(*leaves, case.norm_const, case.initial_state)
+    q, k, v = leaves = [x.requires_grad_() for x in (case.q, case.k, case.v)]
+    o, state = cosine_attention_step(q, k, v, case.norm_const, case.initial_state)
     gradients = torch.autograd.grad(o.sum() + state.kv.sum(), leaves)
     assert all(torch.isfinite(g).all() and g.abs().max() > 0 for g in gradients)

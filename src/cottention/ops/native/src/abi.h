@@ -21,26 +21,26 @@ struct View {  // [B, T, H, D], or [B, H, D] with `token` unused
 };
 
 struct Call {
-    int64_t dtype;       // DType of q, k, v, o and their gradients; never kFloat64
-    int64_t causal;      // bool
-    int64_t num_threads; // at most this many, the calling one included
-    int64_t chunk;       // tokens per tile, 0: choose
+    int64_t dtype;        // DType of q, k, v, o and their gradients; never kFloat64
+    int64_t causal;       // bool
+    int64_t num_threads;  // at most this many, the calling one included
+    int64_t chunk;        // tokens per tile, 0: choose
     int64_t B, T, S, H, K, V;
     int64_t num_sequences;   // B, or the packed ones
     int64_t boundaries;      // int64 [num_sequences + 1], or 0: rows of a batch
     int64_t mask, mask_row;  // uint8 [B, S] and its row stride, or 0
     int64_t norm_const, norm_const_dtype, norm_const_stride;
-    int64_t seen;      // int64 [N] before the first token, or 0
-    int64_t kv;        // float [N, H, K, V] before the first token, or 0
-    int64_t final_kv;  // float [N, H, K, V] to write, or 0; of all keys when not causal
+    int64_t seen;        // int64 [N] before the first token, or 0
+    int64_t kv;          // float [N, H, K, V] before the first token, or 0
+    int64_t final_kv;    // float [N, H, K, V] to write, or 0; of all keys when not causal
     int64_t final_seen;  // int64 [N] to write, or 0
     View q, k, v, o;
     // backward alone
-    View grad;  // of o
-    int64_t dq, dk, dv;   // contiguous
-    int64_t dm;           // float [H] to write, or 0
-    int64_t grad_final;   // float [N, H, K, V], or 0
-    int64_t dkv;          // float [N, H, K, V] to write, or 0
+    View grad;           // of o
+    int64_t dq, dk, dv;  // contiguous
+    int64_t dm;          // float [H] to write, or 0
+    int64_t grad_final;  // float [N, H, K, V], or 0
+    int64_t dkv;         // float [N, H, K, V] to write, or 0
 };
 
 #if defined(__GNUC__)

@@ -22,14 +22,14 @@ struct Divisor {
 struct Range {  // a range of tokens of one sequence and head
     int64_t dtype;
     int64_t tokens, K, V;
-    int64_t chunk;          // tokens per tile, a multiple of 16
+    int64_t chunk;  // tokens per tile, a multiple of 16
     Rows q, k, v, o, grad, dq, dk, dv;
     const uint8_t* key_mask;    // at the first token; null: all real
     const uint8_t* query_mask;  // the same one in self-attention
     Divisor divisor;
-    const float* state;   // [K, V] before the range (gradients: after it); null: zeros
-    float* state_out;     // [K, V] after the range (gradients: before it), or null
-    double* dp;           // the share of dp, or null
+    const float* state;  // [K, V] before the range (gradients: after it); null: zeros
+    float* state_out;    // [K, V] after the range (gradients: before it), or null
+    double* dp;          // the share of dp, or null
 };
 
 struct Kernels {
@@ -55,8 +55,17 @@ struct Kernels {
 
 // A Kernels made of the functions that sweeps.h, or a variant of it, defines under these names.
 #define COTTENTION_KERNELS(NAME) \
-    {NAME, scratch_size, key_state, query_state, causal_forward, causal_backward_q, causal_backward_kv, full_forward, \
-     full_backward_q, full_backward_kv, step}
+    {NAME,                       \
+     scratch_size,               \
+     key_state,                  \
+     query_state,                \
+     causal_forward,             \
+     causal_backward_q,          \
+     causal_backward_kv,         \
+     full_forward,               \
+     full_backward_q,            \
+     full_backward_kv,           \
+     step}
 
 extern const Kernels kernels_generic;
 extern const Kernels kernels_avx2;

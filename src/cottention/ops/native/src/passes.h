@@ -53,8 +53,8 @@ struct State {
 inline void ask(Ahead& ahead, const Range& range, const Rows& rows, int64_t t, int64_t D, bool to_write) {
     if (t < 0 || t >= range.tokens) return;
     const int64_t size = range.dtype == 0 ? 4 : 2, stride = rows.stride * size;
-    ahead.add(static_cast<const char*>(rows.data) + t * stride, stride, smaller(range.chunk, range.tokens - t), D * size,
-              to_write);
+    ahead.add(static_cast<const char*>(rows.data) + t * stride, stride, smaller(range.chunk, range.tokens - t),
+              D * size, to_write);
 }
 
 // dk and dv of n tokens from t on, from the gradients of k' and v; collects dp.

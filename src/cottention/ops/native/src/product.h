@@ -24,14 +24,17 @@ constexpr int kWidth = Vector::kWidth;
 constexpr int kMaxVectors = Vector::kRegisters == 32 ? 4 : 2;
 
 constexpr int max_rows(int vectors) {
-    return Vector::kRegisters == 32 ? (vectors == 1 ? 14 : vectors == 2 ? 12 : vectors == 3 ? 8 : 6)
+    return Vector::kRegisters == 32 ? (vectors == 1   ? 14
+                                       : vectors == 2 ? 12
+                                       : vectors == 3 ? 8
+                                                      : 6)
                                     : (vectors == 1 ? 12 : 6);
 }
 
 // Beside the diagonal of a lower triangle, zeros as far as the highest tile reaches.
 constexpr int kDiagonal = max_rows(1);
 
-// How a number of a and a vector of b meet. Another arithmetic may take each 32-bit word for something else than a float.
+// How a number of a and a vector of b meet. Another arithmetic may take the 32-bit words for something else.
 struct MultiplyAdd {
     static inline Vector::F apply(Vector::F a, Vector::F b, Vector::F c) { return Vector::fma(a, b, c); }
 };
@@ -105,8 +108,8 @@ struct Blocks {
     int64_t start(int64_t i) const { return total * i / count; }
 };
 
-// c [rows, columns] (+)= the products; `columns` in whole vectors. `narrow(i0, i1, product index, Product&)` may shorten
-// a product for the rows i0 .. i1, which is how triangles are skipped.
+// c [rows, columns] (+)= the products; `columns` in whole vectors. `narrow(i0, i1, product index, Product&)` may
+// shorten a product for the rows i0 .. i1, which is how triangles are skipped.
 template <class Arithmetic = MultiplyAdd, class Narrow>
 void multiply(int64_t rows, int64_t columns, const Product* products, int num_products, float* c, int64_t ld,
               bool accumulate, Ahead& ahead, Narrow narrow) {

@@ -234,7 +234,7 @@ inline double exp2_of(double y) {
     return sum * scale;
 }
 
-// w_j = c_j ** -p and log(c_j) of n tokens from t on, where `before` real ones came earlier. A count of 0 is taken as 1.
+// w_j = c_j ** -p and log(c_j) of n tokens from t on, after `before` real ones. A count of 0 is taken as 1.
 struct Weights {
     float weight[kMaxChunk], log_count[kMaxChunk];
     bool divides;

@@ -264,8 +264,8 @@ void full_backward_kv(const Range& range, float* memory) {
 
 // S += k'^T v and o = q_hat S for some vectors of columns, each number of S read and written once.
 template <int kVectors>
-inline void step_columns(const float* q, const float* k, const float* v, int64_t K, int64_t V, const float* kv, float* out,
-                         float* o) {
+inline void step_columns(const float* q, const float* k, const float* v, int64_t K, int64_t V, const float* kv,
+                         float* out, float* o) {
     Vector::F value[kVectors], sum[kVectors];
     for (int j = 0; j < kVectors; j++) {
         value[j] = Vector::load(v + j * kWidth);
@@ -286,8 +286,8 @@ inline void step_columns(const float* q, const float* k, const float* v, int64_t
 }
 
 // The same for fewer columns than a vector has.
-inline void step_tail(const float* q, const float* k, const float* v, int64_t K, int64_t V, int columns, const float* kv,
-                      float* out, float* o) {
+inline void step_tail(const float* q, const float* k, const float* v, int64_t K, int64_t V, int columns,
+                      const float* kv, float* out, float* o) {
     const Vector::F value = Vector::load(v);
     Vector::F sum = Vector::zero();
     for (int64_t i = 0; i < K; i++) {

@@ -1,9 +1,9 @@
 // The passes of sweeps.h for bfloat16 tokens with AVX512-BF16, whose dot product adds two products at once.
 //
 // Every operand of a product is rounded to bfloat16 (v and g are so already; q_hat, k', scores and the state once), all
-// sums and the state itself stay in float. A 32-bit word holds a pair of neighbours along the index that is summed over,
-// so a matrix is needed as rows (pairs along the row), transposed rows, or with its rows interleaved (pairs of rows).
-// Other dtypes go to the kernels of AVX-512.
+// sums and the state itself stay in float. A 32-bit word holds a pair of neighbours along the index that is summed
+// over, so a matrix is needed as rows (pairs along the row), transposed rows, or with its rows interleaved (pairs of
+// rows). Other dtypes go to the kernels of AVX-512.
 #pragma once
 
 #include "passes.h"
@@ -131,7 +131,8 @@ struct RoundedState {
     void round() const { round_rows(rows, state.data, state.ld, round_up(state.K, 16), state.ld); }
     // += x^T y for n tokens, both interleaved.
     void add(const Words& x, const Words& y, int64_t n, Ahead& ahead) {
-        multiply<DotPairs>(state.K, state.ld, product(x.left_transposed(pairs(n)), y), state.data, state.ld, true, ahead);
+        multiply<DotPairs>(state.K, state.ld, product(x.left_transposed(pairs(n)), y), state.data, state.ld, true,
+                           ahead);
     }
 };
 

@@ -12,5 +12,6 @@ void run_tasks(int64_t num_tasks, int64_t num_threads, void (*function)(void* co
 
 template <class F>
 void run_tasks(int64_t num_tasks, int64_t num_threads, F& function) {
-    run_tasks(num_tasks, num_threads, [](void* context, int64_t task) { (*static_cast<F*>(context))(task); }, &function);
+    run_tasks(
+        num_tasks, num_threads, [](void* context, int64_t task) { (*static_cast<F*>(context))(task); }, &function);
 }

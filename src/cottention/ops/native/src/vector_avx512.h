@@ -33,9 +33,7 @@ struct Vector {
     static inline void store(BFloat16* p, F x) { _mm256_storeu_si256(reinterpret_cast<__m256i*>(p), to_bfloat16(x)); }
     static inline void store(Float16* p, F x) { _mm256_storeu_si256(reinterpret_cast<__m256i*>(p), to_float16(x)); }
 
-    static inline F widen(__m256i x) {
-        return _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(x), 16));
-    }
+    static inline F widen(__m256i x) { return _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(x), 16)); }
     static inline __m256i to_float16(F x) { return _mm512_cvtps_ph(x, _MM_FROUND_TO_NEAREST_INT); }
     static inline __m256i to_bfloat16(F x) {
         const __m512i u = _mm512_castps_si512(x);
@@ -76,9 +74,7 @@ inline __mmask16 first(int n) { return __mmask16((1u << n) - 1); }
 
 inline Vector::F load_tail(const float* p, int n) { return _mm512_maskz_loadu_ps(first(n), p); }
 inline Vector::F load_tail(const BFloat16* p, int n) { return Vector::widen(_mm256_maskz_loadu_epi16(first(n), p)); }
-inline Vector::F load_tail(const Float16* p, int n) {
-    return _mm512_cvtph_ps(_mm256_maskz_loadu_epi16(first(n), p));
-}
+inline Vector::F load_tail(const Float16* p, int n) { return _mm512_cvtph_ps(_mm256_maskz_loadu_epi16(first(n), p)); }
 inline void store_tail(float* p, Vector::F x, int n) { _mm512_mask_storeu_ps(p, first(n), x); }
 inline void store_tail(BFloat16* p, Vector::F x, int n) {
     _mm256_mask_storeu_epi16(p, first(n), Vector::to_bfloat16(x));
