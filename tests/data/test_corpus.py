@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -14,7 +15,18 @@ from pathlib import Path
 import pytest
 from datasets import DatasetDict
 
-from cottention.data import arrow_cache, corpus, load_corpus, load_default_corpus, readers
+from cottention.data import (
+    arrow_cache,
+    corpus,
+    load_corpus,
+    load_default_corpus,
+    load_tokenizer,
+    pack_windows,
+    packing_report,
+    readers,
+    tokenize_documents,
+    train_tokenizer,
+)
 from cottention.data.arrow_cache import fingerprint_of
 from cottention.errors import DataError
 from tests.data.helpers import documents_of, ordinary_user, refusal, refused, write
@@ -220,10 +232,24 @@ def test_every_setting_has_a_cache_of_its_own(tmp_path):
     assert len({fingerprint_of(load_corpus(path, **options)) for options in settings}) == len(settings)
 
 
-_LOAD = "from cottention.data import load_corpus; d = load_corpus({path!r}); print(len(d), d._fingerprint)"
+_PIPELINE = """
+import sys, time
+from pathlib import Path
+from cottention.data import load_corpus, load_tokenizer, pack_windows, tokenize_documents
+here = Path({path!r}).parent
+tokenizer = load_tokenizer(here / "tokenizer")
+(here / f"ready-{{sys.flags.hash_randomization}}-{{hash('a')}}").touch()
+while len(list(here.glob("ready-*"))) < 2:
+    time.sleep(0.005)
+corpus = load_corpus({path!r})
+tokens = tokenize_documents(corpus, tokenizer)
+windows = pack_windows(tokens, 64, 0)
+for dataset in (corpus, tokens, windows):
+    print(len(dataset), dataset._fingerprint)
+"""
 
 
-def _start(path: Path, cache: Path, hash_seed: str, code: str = _LOAD) -> subprocess.Popen[str]:
+def _start(code: str, path: Path, cache: Path, hash_seed: str) -> subprocess.Popen[str]:
     return subprocess.Popen(
         [sys.executable, "-c", code.format(path=str(path))],
         env={**os.environ, "HF_DATASETS_CACHE": str(cache), "PYTHONHASHSEED": hash_seed},
@@ -232,23 +258,27 @@ def _start(path: Path, cache: Path, hash_seed: str, code: str = _LOAD) -> subpro
     )
 
 
-def test_two_processes_that_build_the_same_cache_do_no_harm(tmp_path, cache):
-    path = write(tmp_path / "a.txt", "some words " * 2_000_000)
-    running = [_start(path, cache, seed) for seed in ("1", "2")]
-    printed = {process.communicate(timeout=120)[0] for process in running}
+def test_two_processes_that_build_the_same_caches_do_no_harm(tmp_path, cache):
+    path = write(tmp_path / "a.txt", "some words " * 100_000)
+    train_tokenizer(load_corpus(path), vocab_size=300).save_pretrained(tmp_path / "tokenizer")
+    shutil.rmtree(cache)
+    running = [_start(_PIPELINE, path, cache, seed) for seed in ("1", "2")]
+    printed = {process.communicate(timeout=280)[0] for process in running}
     assert [process.returncode for process in running] == [0, 0]
-    here = load_corpus(path)
-    assert printed == {f"{len(here)} {fingerprint_of(here)}\n"}  # whatever the seed of Python's hashes
-    assert documents_of(here) == [path.read_text()]
-    assert [file.suffix for file in cache.rglob("*.*")] == [".arrow"]
+    assert {file.suffix for file in cache.rglob("*.*")} == {".arrow"}
+    corpus = load_corpus(path)
+    tokens = tokenize_documents(corpus, load_tokenizer(tmp_path / "tokenizer"))
+    windows = pack_windows(tokens, 64, 0)
+    made = (corpus, tokens, windows)
+    # Whatever the seed of Python's hashes, so that a second run finds what the first has made.
+    assert printed == {"".join(f"{len(dataset)} {fingerprint_of(dataset)}\n" for dataset in made)}
+    assert documents_of(corpus) == [path.read_text()]
+    assert packing_report(tokens, windows).num_bytes == len(path.read_text())
 
 
 def test_a_run_killed_while_it_builds_leaves_no_half_of_a_corpus(tmp_path, cache):
     path = write(tmp_path / "a.txt", "a line of text\n" * 300_000)
     killed = _start(
-        path,
-        cache,
-        "0",
         """
 import os, signal
 from cottention.data import corpus
@@ -260,6 +290,9 @@ def tables(rows, made=corpus._tables):
 corpus._tables = tables
 corpus.load_corpus({path!r}, split_by="line")
 """,
+        path,
+        cache,
+        "0",
     )
     killed.communicate(timeout=120)
     assert killed.returncode == -signal.SIGKILL
