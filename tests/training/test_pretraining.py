@@ -168,6 +168,21 @@ def test_weights_of_the_other_attention_are_refused(finished_gpt: Run, unfinishe
         pretrain(finished_gpt.recipe, output_dir=unfinished)
 
 
+def test_another_number_of_processes_goes_on_with_a_remark(
+    finished_gpt: Run, unfinished: Path, log_lines: list[str]
+) -> None:
+    shutil.rmtree(unfinished / "checkpoints" / "checkpoint-20")
+    checkpoint = unfinished / "checkpoints" / "checkpoint-18"
+    path = checkpoint / "run_state.json"
+    state = json.loads(path.read_text())
+    path.write_text(json.dumps({**state, "window_losses": [state["window_losses"][0], 0.0]}))
+    reseal(checkpoint)
+    pretrain(finished_gpt.recipe, output_dir=unfinished)
+    remark = "was written by 2 processes, now there are 1: the same examples, but other dropout"
+    assert f"{checkpoint} {remark}" in log_lines
+    assert_same_run(unfinished, finished_gpt.directory)  # here one process has left the state of its own
+
+
 # Another recipe, another text
 
 

@@ -19,6 +19,7 @@ import codecs
 import io
 import itertools
 import json
+import os
 import re
 from collections.abc import Generator, Iterable, Iterator
 from pathlib import Path
@@ -92,7 +93,9 @@ def read_rows(path: Path, *, split_by: str, text_column: str) -> Iterator[tuple[
 
 def _reason(error: OSError | pa.ArrowException) -> str:
     """One line, in a reader's words where the library's own are about its insides."""
-    message = (getattr(error, "strerror", None) or str(error) or type(error).__name__).splitlines()[0]
+    if number := getattr(error, "errno", None):
+        return os.strerror(number)
+    message = (str(error) or type(error).__name__).splitlines()[0]
     if "Truncated" in message:
         return "the compressed file is cut short; fetch it again"
     if "zlib" in message or "ZSTD" in message:
@@ -168,10 +171,14 @@ def _found_backwards(text: str, character: str, low: int, high: int) -> Iterator
         yield high
 
 
+def _open(path: Path) -> pa.OSFile:
+    return pa.OSFile(os.fsencode(path))  # as bytes, because pyarrow takes names of other encodings in no other way
+
+
 def _chunks(path: Path, compression: str | None) -> Iterator[bytes]:
     """Yield the uncompressed bytes, refusing what is no text as soon as it comes by."""
     num_read = 0
-    with pa.input_stream(str(path), compression=compression) as stream:
+    with _open(path) as file, pa.input_stream(file, compression=compression) as stream:
         while chunk := stream.read(_CHUNK):
             _refuse_binary(path, chunk, at=num_read)
             num_read += len(chunk)
@@ -278,7 +285,7 @@ def _newlines(text: str) -> str:
 
 def _parquet_texts(path: Path, column: str) -> Iterator[str]:
     # Buffered page by page: by default a whole row group is fetched ahead, which may be the whole file.
-    with pq.ParquetFile(path, buffer_size=_CHUNK, pre_buffer=False) as file:
+    with _open(path) as source, pq.ParquetFile(source, buffer_size=_CHUNK, pre_buffer=False) as file:
         names = file.schema_arrow.names
         if names.count(column) != 1:
             what = f"more than one column {column!r}" if column in names else _no_column(column, names)

@@ -27,6 +27,7 @@ from cottention.models import (
     CottentionGPTConfig,
     CottentionGPTForCausalLM,
 )
+from cottention.training.arguments import training_arguments
 from cottention.training.checkpoints import (
     atomic_directory,
     list_checkpoints,
@@ -38,7 +39,7 @@ from cottention.training.metrics import draw_loss_curve, read_metrics
 from cottention.training.recipe import BertRecipe, GPTRecipe, Recipe
 from cottention.training.recipe_files import differing_setting, load_recipe, recipe_text
 from cottention.training.text import TRAINED, PreparedText, prepare_text
-from cottention.training.trainer import PretrainingTrainer, save_model, training_arguments
+from cottention.training.trainer import PretrainingTrainer, save_model
 
 _RECIPE = "recipe.yaml"
 _FOLDERS = ("checkpoints", "model", "tokenizer")

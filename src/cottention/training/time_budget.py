@@ -18,12 +18,13 @@ import torch
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments, set_seed
 
 from cottention.logging import get_logger
+from cottention.training.arguments import training_arguments
 from cottention.training.pretraining import build_model
 from cottention.training.progress import ProgressBar, duration
 from cottention.training.recipe import Recipe
 from cottention.training.recipe_files import replace_settings
 from cottention.training.text import PreparedText
-from cottention.training.trainer import PretrainingTrainer, training_arguments
+from cottention.training.trainer import PretrainingTrainer
 
 _WARM_UP_STEPS = 3  # the first steps wait for memory and for threads to start
 _LEAST_STEPS = 4

@@ -33,6 +33,8 @@ from transformers import (
 from transformers.utils import logging as transformers_logging
 
 from cottention.errors import CheckpointError, CottentionError, DataError
+from cottention.logging import get_logger
+from cottention.training.arguments import compute_type
 from cottention.training.checkpoints import (
     atomic_directory,
     checkpoint_name,
@@ -48,12 +50,14 @@ from cottention.training.memory import keep_freed_memory
 from cottention.training.metrics import MetricsLog
 from cottention.training.optimizer import build_optimizer, build_scheduler
 from cottention.training.progress import ProgressBar, RunControl
-from cottention.training.recipe import BertRecipe, Recipe
+from cottention.training.recipe import Recipe
 from cottention.training.stopwatch import Stopwatch
 from cottention.training.stream import ExampleStream, InOrder
 from cottention.training.text import PreparedText
 
 _RUN_STATE = "run_state.json"
+
+logger = get_logger(__name__)
 
 
 class NonFiniteLossError(CottentionError):
@@ -135,6 +139,14 @@ class PretrainingTrainer(Trainer):
                 raise DataError(
                     f"the text is not the one that {resume_from} was trained on; bring that back, or --overwrite "
                     "starts again"
+                )
+            num_processes = len(state["window_losses"])
+            if num_processes != self.args.world_size:
+                logger.warning(
+                    "%s was written by %d processes, now there are %d: the same examples, but other dropout",
+                    resume_from,
+                    num_processes,
+                    self.args.world_size,
                 )
         self._window_start = state["window_start"]
         for rank, loss in enumerate(state["window_losses"]):
@@ -350,47 +362,3 @@ def _without_bars() -> Iterator[None]:
     finally:
         if shown:
             transformers_logging.enable_progress_bar()
-
-
-def compute_type(recipe: Recipe, device: torch.device) -> torch.dtype:
-    """The type that a recipe computes in on a device: bf16 under autocast, or fp32."""
-    precision = recipe.training.precision
-    if precision == "auto":
-        precision = "bf16" if device.type == "cuda" and torch.cuda.is_bf16_supported() else "fp32"
-    return torch.bfloat16 if precision == "bf16" else torch.float32
-
-
-def training_arguments(recipe: Recipe, run_dir: Path) -> TrainingArguments:
-    """What the Trainer of transformers needs to know; sets up the processes and the device.
-
-    Raises:
-        SettingsError: the batch cannot be shared out among the processes.
-    """
-    settings = recipe.training
-    on_gpu = torch.cuda.is_available()
-    arguments = TrainingArguments(
-        output_dir=str(run_dir / "checkpoints"),
-        max_steps=settings.max_steps,
-        per_device_train_batch_size=settings.micro_batch_size,
-        seed=settings.seed,
-        max_grad_norm=recipe.optimizer.max_grad_norm or 0.0,
-        logging_steps=settings.log_every,
-        eval_strategy="steps",
-        eval_steps=settings.eval_every,
-        save_strategy="steps",
-        save_steps=settings.save_every,
-        # A next-sentence head gets no gradient from masked tokens; looking for such parameters costs time at each step.
-        ddp_find_unused_parameters=isinstance(recipe, BertRecipe) and recipe.model.next_sentence_head,
-        logging_nan_inf_filter=False,  # hides a NaN loss behind the mean of the others, at the price of a sync per step
-        remove_unused_columns=False,
-        dataloader_num_workers=2 if on_gpu else 0,
-        dataloader_pin_memory=on_gpu,
-        use_cpu=not on_gpu,
-        disable_tqdm=True,
-        report_to="none",
-        log_level="error",
-        log_level_replica="error",
-    )
-    # Only now is the number of processes known.
-    arguments.gradient_accumulation_steps = settings.accumulation_steps(max(1, arguments.world_size))
-    return arguments
