@@ -30,7 +30,8 @@ _NO_VIEW = (0, 0, 0, 0)
 _NO_GRADIENTS = (0,) * 10
 _OUT_OF_MEMORY, _BAD_BOUNDARIES = 1, 2
 _REMEDY = (
-    "install a C++17 compiler and reinstall cottention: pip install --force-reinstall --no-deps --no-cache-dir cottention"
+    "install a C++17 compiler and reinstall cottention: "
+    "pip install --force-reinstall --no-deps --no-cache-dir cottention"
 )
 _pack = struct.Struct("=47q").pack
 
