@@ -20,7 +20,14 @@ from cottention.generation import generate_text, load_model_and_tokenizer
 from tests import tiny
 
 PROMPT = "The people"
-COMMAND = [sys.executable, "-c", "from cottention.cli.main import entry_point; entry_point()", "generate"]
+# A shell's background job ignores Ctrl-C, and so would its children.
+_START = """
+import signal
+signal.signal(signal.SIGINT, signal.default_int_handler)
+from cottention.cli.main import entry_point
+entry_point()
+"""
+COMMAND = [sys.executable, "-c", _START, "generate"]
 
 
 def run(capsys: pytest.CaptureFixture[str], *words: Any, code: int = 0) -> tuple[str, str]:
