@@ -51,6 +51,7 @@ def test_a_run_killed_at_every_kind_of_moment_ends_like_one_that_never_was(finis
     for moment, count, exit_code, checkpoints in fates:
         assert in_child(victims.run, finished.recipe, run_dir, moment, count) == exit_code, moment
         assert steps_of(run_dir) == checkpoints, moment
+        assert moment != "the model is half written" or (run_dir / "loss_curve.png").exists()
         if (run_dir / "metrics.jsonl").exists() and moment != "a line of metrics is half written":
             written = metrics_of(run_dir)
             assert written == expected[: len(written)], moment

@@ -140,10 +140,11 @@ def pretrain(
     trainer.fit(checkpoint)
     stopped_by = trainer.run_control.stopped_by
     if trainer.is_world_process_zero():
-        if stopped_by is None:
-            with writing_to(run_dir), atomic_directory(model_dir, sealed=False) as staging:
-                save_model(model, text.tokenizer, staging)
-        draw_loss_curve(read_metrics(run_dir / "metrics.jsonl"), run_dir / "loss_curve.png", title=run_dir.name)
+        with writing_to(run_dir):
+            draw_loss_curve(read_metrics(run_dir / "metrics.jsonl"), run_dir / "loss_curve.png", title=run_dir.name)
+            if stopped_by is None:  # last of all, for with a model the run counts as finished
+                with atomic_directory(model_dir, sealed=False) as staging:
+                    save_model(model, text.tokenizer, staging)
     trainer.accelerator.wait_for_everyone()
     step = trainer.state.global_step
     if stopped_by is not None:
