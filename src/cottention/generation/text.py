@@ -139,7 +139,7 @@ def generate_text(
         do_sample=temperature > 0,
         repetition_penalty=repetition_penalty,
         eos_token_id=sorted(end_ids) or None,
-        pad_token_id=_filler_id(prompt_ids),
+        pad_token_id=0,  # written behind a finished row, where nobody reads it
         return_dict_in_generate=True,
         **sampling,
     )
@@ -240,12 +240,6 @@ def _left_padded(rows: list[list[int]], device: torch.device) -> tuple[Tensor, T
     input_ids = torch.tensor([[row[0]] * (longest - len(row)) + row for row in rows], device=device)
     attention_mask = torch.tensor([[0] * (longest - len(row)) + [1] * len(row) for row in rows], device=device)
     return input_ids, attention_mask
-
-
-def _filler_id(prompt_ids: list[list[int]]) -> int:
-    """What `generate` writes behind a finished row; no prompt ends with it, or it would suspect padding there."""
-    last = {row[-1] for row in prompt_ids}
-    return next(token for token in range(len(last) + 1) if token not in last)
 
 
 def _end_ids(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> set[int]:
