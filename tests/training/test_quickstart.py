@@ -39,19 +39,25 @@ def fixed_time(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(time_budget, "fit_to_time", _fixed)
 
 
-@pytest.fixture(scope="module", params=["gpt", "bert"])
-def done(request: pytest.FixtureRequest, corpus: Path, tmp_path_factory: pytest.TempPathFactory) -> QuickstartReport:
-    """A finished quickstart of each architecture."""
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(time_budget, "fit_to_time", _fixed)
-        return _run(corpus, tmp_path_factory.mktemp(request.param) / "run", request.param)
-
-
 @pytest.fixture(scope="module")
 def done_gpt(corpus: Path, tmp_path_factory: pytest.TempPathFactory) -> QuickstartReport:
+    """A finished quickstart, for what does not depend on the architecture."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(time_budget, "fit_to_time", _fixed)
         return _run(corpus, tmp_path_factory.mktemp("gpt") / "run")
+
+
+@pytest.fixture(scope="module")
+def done_bert(corpus: Path, tmp_path_factory: pytest.TempPathFactory) -> QuickstartReport:
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(time_budget, "fit_to_time", _fixed)
+        return _run(corpus, tmp_path_factory.mktemp("bert") / "run", "bert")
+
+
+@pytest.fixture(params=["done_gpt", "done_bert"])
+def done(request: pytest.FixtureRequest) -> QuickstartReport:
+    """A finished quickstart of each architecture."""
+    return request.getfixturevalue(request.param)
 
 
 def _recipe(arch: str, corpus: Path) -> Recipe:

@@ -17,6 +17,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from cottention.data.tokenization import tokenize_documents
 from cottention.evaluation import BigramModel, UnigramModel, evaluate_masked_lm, evaluate_perplexity
 from cottention.generation import fill_mask, generate_text, load_model_and_tokenizer
+from cottention.logging import get_logger
 from cottention.training.recipe import BertRecipe, Recipe
 from cottention.training.text import open_documents
 
@@ -29,6 +30,8 @@ MASKED = (
 )
 _NEW_TOKENS = 160
 _CANDIDATES = 3
+
+logger = get_logger(__name__)
 
 
 def open_model(recipe: Recipe, model_dir: Path) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
@@ -50,6 +53,7 @@ def score(
         For a GPT the figures of `evaluate_perplexity` as "model", and as "unigram" and "bigram" those of models that
         count the training text; for a BERT the figures of `evaluate_masked_lm` as "model", its baseline among them.
     """
+    logger.info("scoring the model on all of the held-out text")
     train, held_out = open_documents(recipe.data, seed=recipe.training.seed)
     bars = {"show_progress": sys.stderr.isatty()}
     if isinstance(recipe, BertRecipe):
