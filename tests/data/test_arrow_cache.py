@@ -83,6 +83,22 @@ def test_tables_are_written_one_by_one(cache):
     assert files_in(cache)[0].endswith(".arrow")
 
 
+def test_a_file_gets_its_name_when_it_is_whole(cache):
+    inodes = []
+
+    def watched():
+        for table in tables():
+            yield table
+            (partial,) = (cache / "cottention").iterdir()
+            inodes.append(partial.stat().st_ino)
+            assert partial.suffix == ".partial"
+
+    cached_dataset(watched(), FEATURES, key=["a"])
+    (file,) = (cache / "cottention").iterdir()
+    assert file.suffix == ".arrow"
+    assert inodes == [file.stat().st_ino] * 3  # renamed, not copied
+
+
 def test_an_error_of_the_producer_passes_and_leaves_nothing(cache):
     def failing():
         yield from tables(2)
@@ -145,6 +161,18 @@ def test_a_written_cache_is_read_without_the_right_to_write(public_path):
         path.chmod(0o555)
     with ordinary_user():
         assert len(cached_dataset(tables(), FEATURES, key=["a"])) == 300
+
+
+def test_a_file_of_the_cache_that_may_not_be_read_is_left_alone(public_path):
+    cached_dataset(tables(), FEATURES, key=["a"])
+    (file,) = (public_path / "cache" / "cottention").iterdir()
+    file.parent.chmod(0o777)
+    file.chmod(0)
+    inode = file.stat().st_ino
+    with ordinary_user(), pytest.raises(DataError) as error:
+        cached_dataset(tables(), FEATURES, key=["a"])
+    assert "Permission denied" in refusal(error)
+    assert file.stat().st_ino == inode
 
 
 def test_a_cache_that_may_not_be_entered_is_one_line(public_path):
