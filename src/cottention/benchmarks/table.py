@@ -23,7 +23,8 @@ _COLUMNS: tuple[str, ...] = (
 )
 
 _LEGEND = f"""\
-time       median of interleaved samples; spread is half the width of their middle half
+time       median of interleaved samples, freed memory kept for reuse as in training; spread is half the width of
+           their middle half
 vs {BASELINE}    time of scaled_dot_product_attention divided by this one: more is faster
 GFLOP/s    useful operations of linear attention a second, counted alike for all
 of mm      their share of torch.mm's in this dtype, timed in the same rounds; of FMA: of the FMA peak's
