@@ -86,7 +86,7 @@ def benchmark_attention(settings: AttentionSettings, journal: Journal | None = N
         _sample(roofline, journal)
         _measure_memory(report, candidates, journal)
         if settings.repeats:
-            # As in training: clearing fresh pages is a third of a call that streams, and none of its work.
+            # As in training: clearing fresh pages is a large part of a call that streams, and none of its work.
             keep_freed_memory()
             _measure_time(report, candidates, meters, journal)
         _sample(roofline, journal)
