@@ -53,6 +53,8 @@ def test_json_holds_what_the_library_finds(
     out, _ = run(capsys, "perplexity", "--model", gpt_dir, "--data", text, "--json", *flags)
     found = json.loads(out)
     assert (found.pop("model"), found.pop("data")) == (str(gpt_dir), str(text))
+    buckets = found.pop("by_position")
+    assert buckets == [pytest.approx(bucket, rel=1e-6) for bucket in expected.pop("by_position")]
     assert found == pytest.approx(expected, rel=1e-6)
 
 
@@ -60,8 +62,13 @@ def test_the_table_names_every_figure(gpt_dir: Path, text: Path, capsys: pytest.
     flags = ["perplexity", "--model", gpt_dir, "--data", text]
     figures = json.loads(run(capsys, *flags, "--json")[0])
     out, _ = run(capsys, *flags)
-    lines = {line.split()[0]: line.split()[1] for line in out.splitlines()}
-    assert set(lines) == set(figures) - {"model", "data"}
+    table, by_position = out.split("\n\n")
+    lines = {line.split()[0]: line.split()[1] for line in table.splitlines()}
+    assert set(lines) == set(figures) - {"model", "data", "by_position"}
+    rows = [line.split() for line in by_position.splitlines()]
+    assert rows[0] == ["position", "num_tokens", "nats_per_token", "perplexity"]
+    assert [row[0] for row in rows[1:]] == ["0-63", "64-127"][: len(figures["by_position"])]
+    assert rows[1][3] == f"{figures['by_position'][0]['perplexity']:,.4f}"
     assert lines["perplexity"] == f"{figures['perplexity']:,.4f}"
     assert lines["num_tokens"] == f"{figures['num_tokens']:,}"
     assert lines["carry_state"] == "no"
@@ -85,6 +92,7 @@ def test_a_diverged_model_has_no_figures_but_valid_json(
     out, _ = run(capsys, "perplexity", "--model", tmp_path / "model", "--data", text, "--json")
     found = json.loads(out, parse_constant=lambda name: pytest.fail(f"{name} is not JSON"))
     assert found["perplexity"] is None
+    assert found["by_position"][0]["perplexity"] is None
     assert "nan" in run(capsys, "perplexity", "--model", tmp_path / "model", "--data", text)[0]
 
 

@@ -87,6 +87,42 @@ def test_a_carried_state_is_one_long_forward(cosine: Any, context: int, batch_si
     assert result.num_tokens == score(cosine, context=64).num_tokens
 
 
+def nats_by_hand(model: Any, text: str, start: Callable[[int], int]) -> list[tuple[int, float]]:
+    """Position and nats of each target, one forward for each; the window of target j begins at start(j)."""
+    ids, found = ids_of(text), []
+    for j, target in enumerate(ids[1:]):
+        with torch.no_grad():
+            logits = model(torch.tensor([ids[start(j) : j + 1]]), use_cache=False).logits[0, -1]
+        found.append((j - start(j), -logits.log_softmax(-1)[target].item()))
+    return found
+
+
+@pytest.mark.parametrize(
+    ("settings", "start"),
+    [
+        ({"context": 150}, lambda j: j // 150 * 150),
+        ({"context": 100, "stride": 30}, lambda j: max(0, math.ceil((j - 99) / 30)) * 30),
+        ({"context": 7, "carry_state": True}, lambda j: 0),
+    ],
+    ids=["windows", "overlapping", "carried"],
+)
+def test_the_score_by_position_is_that_of_the_tokens_there(cosine: Any, settings: Any, start: Any) -> None:
+    texts = ["the people of the United States " * 30, TEXTS[1], "the " * 70]
+    expected: dict[tuple[int, int], list[float]] = {}
+    for text in texts:
+        for position, nats in nats_by_hand(cosine, text, start):
+            first = 0 if position < 64 else 1 << (position.bit_length() - 1)
+            expected.setdefault((first, max(63, 2 * first - 1)), []).append(nats)
+    result = score(cosine, texts, **settings)
+    found = {(bucket.first, bucket.last): bucket for bucket in result.by_position}
+    assert list(found) == sorted(expected)
+    assert len(found) > 1
+    for place, nats in expected.items():
+        assert found[place].num_tokens == len(nats)
+        assert found[place].nats == pytest.approx(sum(nats), rel=1e-11)
+    assert sum(bucket.nats for bucket in result.by_position) == pytest.approx(result.nats, rel=1e-12)
+
+
 @pytest.mark.parametrize("settings", [{}, {"stride": 2}, {"carry_state": True}])
 def test_rows_of_one_document_are_one_document(cosine: Any, settings: dict[str, Any]) -> None:
     rows = {"text": ["The people", " of the", " Union.", "Order!", "To the", " people"]}
@@ -204,7 +240,10 @@ def test_the_result_is_plain_numbers(cosine: Any) -> None:
         "carry_state": False,
         "num_documents": len(TEXTS),
     }
-    assert all(type(value) in (int, float, bool) for value in figures.values())
+    by_position = figures.pop("by_position")
+    assert [(bucket["first"], bucket["last"]) for bucket in by_position] == [(0, 63)]
+    assert by_position[0]["perplexity"] == pytest.approx(figures["perplexity"])
+    assert all(type(value) in (int, float, bool) for value in [*figures.values(), *by_position[0].values()])
 
 
 def test_a_model_beyond_floats_has_infinite_perplexity() -> None:

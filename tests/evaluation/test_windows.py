@@ -83,6 +83,18 @@ def test_continued_pieces_put_together_are_the_documents(row_lengths, cut_off, c
     assert sorted([*read, *group]) == sorted(document for document in documents if len(document) > 1)
 
 
+def test_documents_are_sorted_a_part_at_a_time(monkeypatch):
+    # Millions of documents: what is known of them all would fill the memory.
+    monkeypatch.setattr("cottention.evaluation.windows._BATCHES_SORTED", 2)
+    tokens, _ = corpus([[length] for length in (1, 2, 3, 4, 5, 6, 7)], cut_off=False)
+    lengths = [
+        (targets != IGNORED).sum(dim=1).tolist()
+        for _, targets, begins in continued_batches(tokens, EOS, 99, 2)
+        if begins
+    ]
+    assert lengths == [[5, 4], [3, 2], [8, 7], [6]]
+
+
 def test_batches_pad_on_the_right():
     windows = [(np.array([1]), np.array([2])), (np.array([3, 4]), np.array([4, 5]))]
     ((inputs, targets),) = batches_of(windows, 2)

@@ -9,6 +9,7 @@ import json
 import math
 import sys
 from collections.abc import Mapping
+from typing import Any
 
 from jsonargparse import ArgumentParser, Namespace
 
@@ -27,6 +28,7 @@ _UNITS = {
     "stride": "tokens that a window moves on",
     "carry_state": "whether windows hand their state on",
 }
+_BUCKET_COLUMNS = ("num_tokens", "nats_per_token", "perplexity")
 
 
 def build_parser() -> ArgumentParser:
@@ -34,7 +36,8 @@ def build_parser() -> ArgumentParser:
     perplexity = new_parser(
         "evaluate perplexity",
         "Perplexity and nats per byte of a causal model on held-out text. Every token and the end of every document is "
-        "scored exactly once, in windows that begin afresh, overlap (--stride) or hand on their state (--carry-state).",
+        "scored exactly once, in windows that begin afresh, overlap (--stride) or hand on their state (--carry-state); "
+        "also by position in the window or, with --carry-state, in the document.",
     )
     perplexity.add_argument("--model", required=True, metavar="DIR", help="model directory, or a name on the hub")
     perplexity.add_argument(
@@ -101,19 +104,28 @@ def run(args: Namespace) -> None:
 
 
 def _json(figures: Mapping[str, object]) -> str:
+    return json.dumps(_finite(figures), indent=2)
+
+
+def _finite(value: Any) -> Any:
     """JSON has no infinity and no NaN; what a model that diverged scores is null there."""
-    finite = {
-        name: None if isinstance(value, float) and not math.isfinite(value) else value
-        for name, value in figures.items()
-    }
-    return json.dumps(finite, indent=2)
+    if isinstance(value, Mapping):
+        return {name: _finite(each) for name, each in value.items()}
+    if isinstance(value, list):
+        return [_finite(each) for each in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
-def _table(figures: Mapping[str, float | int]) -> str:
-    """Aligned lines: name, value, unit."""
-    shown = {name: _shown(value) for name, value in figures.items()}
+def _table(figures: Mapping[str, Any]) -> str:
+    """Aligned lines: name, value, unit; below them a line for every bucket of positions."""
+    shown = {name: _shown(figures[name]) for name in _UNITS}
     name_width, value_width = max(map(len, _UNITS)), max(map(len, shown.values()))
     lines = [f"{name:<{name_width}}  {shown[name]:>{value_width}}  {unit}".rstrip() for name, unit in _UNITS.items()]
+    row = "{:<17}  {:>14}  {:>14}  {:>14}"
+    lines += ["", row.format("position", *_BUCKET_COLUMNS)]
+    for bucket in figures["by_position"]:
+        where = f"{bucket['first']}-{bucket['last']}"
+        lines.append(row.format(where, *(_shown(bucket[name]) for name in _BUCKET_COLUMNS)))
     return "\n".join(lines)
 
 

@@ -11,11 +11,15 @@ What a target is predicted from, in a document that is longer than `context`:
 - with `stride`, at least `context - stride` tokens of the document (all, where it has no more): windows overlap;
 - with `carry_state`, all of the document: a cosine model hands its state from piece to piece, at constant memory.
 
+By position: a target's position is that of the token it is predicted from, 0 being where the model began afresh: the
+start of a window or, with a carried state, of the document. Positions beyond those that a model was trained on show
+how it extrapolates.
+
 Counted are the n tokens of each document and its end-of-text: n + 1. Bytes are the UTF-8 bytes of the documents, words
 what white space separates; end-of-text adds to the nats but to neither of them.
 
     score = evaluate_perplexity(model, tokenizer, load_corpus("held_out.txt"), context=1024, batch_size=8)
-    score.perplexity, score.nats_per_byte
+    score.perplexity, score.nats_per_byte, [each.perplexity for each in score.by_position]
 """
 
 from __future__ import annotations
@@ -40,7 +44,43 @@ from cottention.evaluation.windows import IGNORED, batches_of, continued_batches
 from cottention.models import CottentionGPTForCausalLM
 from cottention.models.configuration import check_vocabulary
 
+_FIRST_BUCKET = 64
+_NUM_BUCKETS = 50  # 0-63, 64-127, 128-255 and so on, beyond any text
 _LOGIT_ROWS = 2048  # logits at a time: 400 MB at 50k tokens, whatever the batch and the context
+
+
+@dataclass(frozen=True, kw_only=True)
+class PositionScore:
+    """How well a model predicts the tokens at some positions."""
+
+    first: int
+    """First position: that of the token which a target is predicted from."""
+    last: int
+    """Last position of the bucket, whether a text came so far or not."""
+    nats: float
+    """Sum over the targets at these positions."""
+    num_tokens: int
+    """How many there are."""
+
+    @property
+    def nats_per_token(self) -> float:
+        """Mean over these tokens."""
+        return self.nats / self.num_tokens
+
+    @property
+    def perplexity(self) -> float:
+        """Exponential of nats per token."""
+        return exp_of(self.nats_per_token)
+
+    def to_dict(self) -> dict[str, float | int]:
+        """Plain numbers, for JSON."""
+        return {
+            "first": self.first,
+            "last": self.last,
+            "num_tokens": self.num_tokens,
+            "nats_per_token": self.nats_per_token,
+            "perplexity": self.perplexity,
+        }
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -57,14 +97,16 @@ class PerplexityResult(TextScore):
     """Tokens that a window moves on."""
     carry_state: bool
     """Whether each token was predicted from all of its document."""
+    by_position: tuple[PositionScore, ...]
+    """The score by position, 0-63, 64-127, 128-255 and so on to the longest; buckets without a token are left out."""
 
     @property
     def word_perplexity(self) -> float:
         """Perplexity per word: all nats, those of end-of-text included, over the words."""
         return exp_of(self.nats / max(self.num_words, 1))
 
-    def to_dict(self) -> dict[str, float | int]:
-        """Plain numbers, for JSON."""
+    def to_dict(self) -> dict[str, Any]:
+        """Plain numbers, for JSON; `by_position` is a list of such."""
         return {
             **super().to_dict(),
             "word_perplexity": self.word_perplexity,
@@ -73,6 +115,7 @@ class PerplexityResult(TextScore):
             "context": self.context,
             "stride": self.stride,
             "carry_state": self.carry_state,
+            "by_position": [bucket.to_dict() for bucket in self.by_position],
         }
 
 
@@ -119,19 +162,22 @@ def evaluate_perplexity(
         outputs = _carried(body, continued_batches(tokens, eos_token_id, context, batch_size))
     else:
         outputs = _fresh(body, batches_of(document_windows(tokens, eos_token_id, context, stride), batch_size))
-    nats = 0.0
+    buckets = _Buckets()
     was_training = model.training
     model.eval()
     try:
         with torch.inference_mode(), tqdm(total=num_targets, unit="tok", disable=not show_progress) as bar:
-            for hidden, targets in outputs:
+            for hidden, targets, first_position in outputs:
                 asked = targets != IGNORED
-                nats += _nats_of(hidden[asked.to(hidden.device)], targets[asked].to(hidden.device), head)
-                bar.update(int(asked.sum()))
+                nats = _nats_of(hidden[asked.to(hidden.device)], targets[asked].to(hidden.device), head)
+                positions = (first_position + torch.arange(targets.shape[1])).expand(targets.shape)
+                buckets.add(positions[asked], nats)
+                bar.update(len(nats))
     finally:
         model.train(was_training)
+    by_position = buckets.scores()
     return PerplexityResult(
-        nats=nats,
+        nats=sum(bucket.nats for bucket in by_position),
         num_tokens=num_targets,
         num_bytes=num_bytes,
         num_words=num_words,
@@ -139,6 +185,7 @@ def evaluate_perplexity(
         context=context,
         stride=stride,
         carry_state=carry_state,
+        by_position=by_position,
     )
 
 
@@ -195,30 +242,56 @@ def _body_and_head(model: PreTrainedModel) -> tuple[Any, Any]:
     return model, torch.nn.Identity()
 
 
-def _fresh(body: Any, batches: Iterator[tuple[Tensor, Tensor]]) -> Iterator[tuple[Tensor, Tensor]]:
+def _fresh(body: Any, batches: Iterator[tuple[Tensor, Tensor]]) -> Iterator[tuple[Tensor, Tensor, int]]:
+    """Yield hidden states, targets, and the position of the first column."""
     # Padding needs no mask: it stands behind a row's last target, where a causal model does not look.
     for inputs, targets in batches:
-        yield body(input_ids=inputs.to(body.device), use_cache=False)[0], targets
+        yield body(input_ids=inputs.to(body.device), use_cache=False)[0], targets, 0
 
 
-def _carried(body: Any, batches: Iterator[tuple[Tensor, Tensor, bool]]) -> Iterator[tuple[Tensor, Tensor]]:
-    cache, num_rows = None, 0
+def _carried(body: Any, batches: Iterator[tuple[Tensor, Tensor, bool]]) -> Iterator[tuple[Tensor, Tensor, int]]:
+    cache, num_rows, position = None, 0, 0
     for inputs, targets, begins in batches:
         if begins:
-            cache = None
+            cache, position = None, 0
         elif len(inputs) < num_rows:
             assert cache is not None
             cache.batch_select_indices(torch.arange(len(inputs), device=body.device))
         # A row is padded in the last piece of its document alone, so no padding is ever carried on.
         output = body(input_ids=inputs.to(body.device), use_cache=True, past_key_values=cache)
         cache, num_rows = output.past_key_values, len(inputs)
-        yield output[0], targets
+        yield output[0], targets, position
+        position += inputs.shape[1]
 
 
-def _nats_of(hidden: Tensor, targets: Tensor, head: Any) -> float:
-    nats = 0.0
+class _Buckets:
+    """Sums of nats and of tokens, by position."""
+
+    def __init__(self) -> None:
+        self._ends = torch.tensor([_FIRST_BUCKET << n for n in range(_NUM_BUCKETS)])
+        self._nats = torch.zeros(_NUM_BUCKETS, dtype=torch.float64)
+        self._num_tokens = torch.zeros(_NUM_BUCKETS, dtype=torch.int64)
+
+    def add(self, positions: Tensor, nats: Tensor) -> None:
+        bucket = torch.bucketize(positions, self._ends, right=True)
+        self._nats.index_add_(0, bucket, nats)
+        self._num_tokens += torch.bincount(bucket, minlength=_NUM_BUCKETS)
+
+    def scores(self) -> tuple[PositionScore, ...]:
+        ends = [0, *self._ends.tolist()]
+        sums = zip(ends, ends[1:], self._nats.tolist(), self._num_tokens.tolist(), strict=False)
+        return tuple(
+            PositionScore(first=first, last=end - 1, nats=nats, num_tokens=num_tokens)
+            for first, end, nats, num_tokens in sums
+            if num_tokens
+        )
+
+
+def _nats_of(hidden: Tensor, targets: Tensor, head: Any) -> Tensor:
+    """Nats of each target, in float64 on the CPU."""
+    nats = []
     for rows, row_targets in zip(hidden.split(_LOGIT_ROWS), targets.split(_LOGIT_ROWS), strict=True):
         logits = head(rows)
         logits = logits if logits.dtype == torch.float64 else logits.float()
-        nats += F.cross_entropy(logits, row_targets, reduction="none").double().sum().item()
-    return nats
+        nats.append(F.cross_entropy(logits, row_targets, reduction="none").double().cpu())
+    return torch.cat(nats)

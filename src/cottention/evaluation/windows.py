@@ -12,6 +12,7 @@ from one to the next.
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Iterable, Iterator
 
 import numpy as np
@@ -67,7 +68,7 @@ def continued_batches(
     """Yield (inputs, targets, begins): documents side by side, `context` tokens of each at a time.
 
     Where `begins` is set the rows are new documents, otherwise those of the batch before, less the ones at the end that
-    are over. Memory follows `context` and `batch_size`, whatever the length of a document.
+    are over. Memory follows `context` and `batch_size`, whatever the length of a document and their number.
 
     Args:
         tokens: what `tokenize_documents` returns.
@@ -75,17 +76,18 @@ def continued_batches(
         context: most inputs of a document in one batch.
         batch_size: documents side by side.
     """
-    first_rows, num_targets = _documents_of(tokens)
-    longest_first = np.argsort(-num_targets, kind="stable")  # so that those which are over stand at the end
-    for start in range(0, len(longest_first), batch_size):
-        documents = [
-            _windows_of(_rows_between(tokens, first_rows[i], first_rows[i + 1]), eos_token_id, context, context)
-            for i in longest_first[start : start + batch_size].tolist()
-        ]
-        begins = True
-        while pieces := [piece for piece in (next(document, None) for document in documents) if piece is not None]:
-            yield *_padded(pieces), begins
-            begins = False
+    documents = _documents_of(tokens)
+    while part := list(itertools.islice(documents, batch_size * _BATCHES_SORTED)):
+        part.sort(key=lambda document: -document[2])  # so that those which are over stand at the end
+        for start in range(0, len(part), batch_size):
+            side_by_side = [
+                _windows_of(_rows_between(tokens, first, behind), eos_token_id, context, context)
+                for first, behind, _ in part[start : start + batch_size]
+            ]
+            begins = True
+            while pieces := [piece for piece in (next(each, None) for each in side_by_side) if piece is not None]:
+                yield *_padded(pieces), begins
+                begins = False
 
 
 def _windows_of(
@@ -127,15 +129,18 @@ def _padded(windows: list[Window]) -> tuple[Tensor, Tensor]:
     return torch.from_numpy(inputs), torch.from_numpy(targets)
 
 
-def _documents_of(tokens: Dataset) -> tuple[list[int], np.ndarray]:
-    """First row of each document and, at the end, the number of rows; and the number of targets of each document."""
-    ends, num_targets = [np.array([True])], []
+def _documents_of(tokens: Dataset) -> Iterator[tuple[int, int, int]]:
+    """Yield each document's first row, the row behind its last, and its number of targets."""
+    first, row, num_targets = 0, 0, 0
     for table in arrow_batches(tokens):
-        ends.append(table["ends_document"].to_numpy())
         lengths = pc.list_value_length(table["input_ids"])  # pyright: ignore[reportAttributeAccessIssue]
-        num_targets.append(lengths.to_numpy() + ends[-1])
-    begins = np.flatnonzero(np.concatenate(ends)[:-1])
-    return [*begins.tolist(), len(tokens)], np.add.reduceat(np.concatenate(num_targets), begins)
+        for length, ends in zip(lengths.to_pylist(), table["ends_document"].to_pylist(), strict=True):
+            row, num_targets = row + 1, num_targets + length
+            if ends:
+                yield first, row, num_targets + 1
+                first, num_targets = row, 0
+    if first < row:  # the rows do not end it
+        yield first, row, num_targets
 
 
 def _rows_between(tokens: Dataset, first: int, behind: int) -> Iterator[tuple[np.ndarray, bool]]:
