@@ -1,6 +1,7 @@
 """cottention evaluate: scores a model on text that it was not trained on.
 
 cottention evaluate perplexity --model runs/quickstart-gpt/model --data sotu:test
+cottention evaluate harness --model runs/quickstart-gpt/model --tasks lambada_openai
 """
 
 from __future__ import annotations
@@ -33,6 +34,19 @@ _BUCKET_COLUMNS = ("num_tokens", "nats_per_token", "perplexity")
 
 def build_parser() -> ArgumentParser:
     """Make the parser, with one subcommand for each score."""
+    parser = new_parser("evaluate", "Score a model: on held-out text, or on tasks.")
+    scores = parser.add_subcommands(dest="score")
+    scores.add_subcommand("perplexity", _perplexity_parser(), help="how well a GPT predicts a text")
+    scores.add_subcommand("harness", _harness_parser(), help="tasks of lm-evaluation-harness, LAMBADA and others")
+    return parser
+
+
+def run(args: Namespace) -> None:
+    """Score and print."""
+    _RUN[args.score](args[args.score])
+
+
+def _perplexity_parser() -> ArgumentParser:
     perplexity = new_parser(
         "evaluate perplexity",
         "Perplexity and nats per byte of a causal model on held-out text. Every token and the end of every document is "
@@ -72,19 +86,14 @@ def build_parser() -> ArgumentParser:
     perplexity.add_argument("--text-column", default="text", help="column with the text in .jsonl and .parquet")
     perplexity.add_argument("--device", help="cpu, cuda, cuda:1 (default: a GPU where there is one)")
     perplexity.add_argument("--json", action="store_true", help="print the result as JSON")
-
-    parser = new_parser("evaluate", "Score a model on held-out text.")
-    parser.add_subcommands(dest="score").add_subcommand("perplexity", perplexity, help="how well a GPT predicts a text")
-    return parser
+    return perplexity
 
 
-def run(args: Namespace) -> None:
-    """Score and print."""
+def _run_perplexity(chosen: Namespace) -> None:
     from cottention.data import load_corpus
     from cottention.evaluation import evaluate_perplexity
     from cottention.generation.loading import load_model_and_tokenizer
 
-    chosen = args.perplexity
     # All of "sotu" holds what the package's own models were trained on, which nobody wants a score of.
     data = "sotu:validation" if chosen.data == "sotu" else chosen.data
     corpus = load_corpus(data, split_by=chosen.split_by, text_column=chosen.text_column)
@@ -101,6 +110,56 @@ def run(args: Namespace) -> None:
     )
     figures = result.to_dict()
     print(_json({"model": chosen.model, "data": data, **figures}) if chosen.json else _table(figures))
+
+
+def _harness_parser() -> ArgumentParser:
+    parser = new_parser(
+        "evaluate harness",
+        "Run tasks of EleutherAI's lm-evaluation-harness (pip install 'cottention[harness]'). Its own tasks fetch "
+        "their data from the Hugging Face Hub; task files of a folder with local data work offline.",
+    )
+    add = parser.add_argument
+    add("--model", required=True, metavar="DIR", help="model directory, or a name on the hub")
+    add("--tasks", required=True, metavar="NAME", nargs="+", help="tasks, groups or tags; also separated by commas")
+    add("--include-path", metavar="DIR", help="folder of task files (YAML), looked at first")
+    add("--num-fewshot", type=int, help="worked examples before each question (default: as the task says)")
+    add("--limit", type=int, help="questions per task at most, for a first look")
+    add("--context", type=int, help="tokens that a text may have (default: the model's training window)")
+    add("--batch-size", type=int, default=8, help="texts per pass: speed and memory, not the result")
+    add("--device", help="cpu, cuda, cuda:1 (default: a GPU where there is one)")
+    add("--json", action="store_true", help="print the result as JSON")
+    return parser
+
+
+def _run_harness(chosen: Namespace) -> None:
+    from cottention.evaluation import evaluate_harness
+    from cottention.generation.loading import load_model_and_tokenizer
+
+    model, tokenizer = load_model_and_tokenizer(chosen.model, "causal-lm", device=chosen.device)
+    result = evaluate_harness(
+        model,
+        tokenizer,
+        [task for names in chosen.tasks for task in names.split(",") if task],
+        include_path=chosen.include_path,
+        num_fewshot=chosen.num_fewshot,
+        limit=chosen.limit,
+        context=chosen.context,
+        batch_size=chosen.batch_size,
+    )
+    figures = result.to_dict()
+    print(_json({"model": chosen.model, **figures}) if chosen.json else _harness_table(figures))
+
+
+def _harness_table(figures: Mapping[str, Any]) -> str:
+    """Aligned lines: task, metric, score, its standard error, questions."""
+    rows = [["task", "metric", "filter", "value", "stderr", "num_samples"]]
+    for score in figures["scores"]:
+        stderr = "" if score["stderr"] is None else _shown(score["stderr"])
+        names = [score[name] for name in rows[0][:3]]
+        rows.append([*names, _shown(score["value"]), stderr, _shown(score["num_samples"])])
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    aligned = "  ".join(f"{{:{'<' if i < 3 else '>'}{width}}}" for i, width in enumerate(widths))
+    return "\n".join(aligned.format(*row) for row in rows)
 
 
 def _json(figures: Mapping[str, object]) -> str:
@@ -133,3 +192,6 @@ def _shown(value: float | int) -> str:
     if isinstance(value, bool):
         return "yes" if value else "no"
     return f"{value:,.4f}" if isinstance(value, float) else f"{value:,}"
+
+
+_RUN = {"perplexity": _run_perplexity, "harness": _run_harness}
