@@ -23,12 +23,31 @@ from cottention import models
 from cottention.errors import CheckpointError, CottentionError, SettingsError
 from cottention.generation.source import damage_told_as, one_line, resolve_directory
 
-Kind = Literal["causal-lm", "masked-lm"]
+Kind = Literal["causal-lm", "masked-lm", "next-sentence", "classifier", "encoder"]
 
-_MODEL_TYPES: dict[Kind, str] = {"causal-lm": "cottention-gpt", "masked-lm": "cottention-bert"}
+_BERT = "cottention-bert"
+_CLASSES: dict[Kind, tuple[str, str]] = {
+    "causal-lm": ("cottention-gpt", "CottentionGPTForCausalLM"),
+    "masked-lm": (_BERT, "CottentionBertForMaskedLM"),
+    "next-sentence": (_BERT, "CottentionBertForPreTraining"),
+    "classifier": (_BERT, "CottentionBertForSequenceClassification"),
+    "encoder": (_BERT, "CottentionBertModel"),
+}
 _PURPOSES: dict[str, str] = {
     "cottention-gpt": "a GPT, which generates text",
-    "cottention-bert": "a BERT, which fills masks",
+    _BERT: "a BERT, which fills masks",
+}
+_NEEDED: dict[Kind, str] = {
+    "causal-lm": _PURPOSES["cottention-gpt"],
+    "masked-lm": _PURPOSES[_BERT],
+    "next-sentence": "a BERT with a next-sentence head",
+    "classifier": "a BERT",
+    "encoder": "a BERT",
+}
+# Tensors whose absence means that the model never had this head, rather than that its file is incomplete.
+_HEADS: dict[Kind, tuple[str, str]] = {
+    "next-sentence": ("cls.seq_relationship.", "next-sentence head; pretrain with model.next_sentence_head"),
+    "classifier": ("classifier.", "classifier; fine-tune it first: cottention finetune"),
 }
 _PUBLISHED_MODEL_TYPES = ("bert", "gptj")
 _FILES = ("*.json", "model*.safetensors", "vocab.txt", "merges.txt")
@@ -41,7 +60,9 @@ def load_model_and_tokenizer(
 
     Args:
         source: directory written by training, `cottention convert` or `save_pretrained`, or OWNER/NAME on the Hub.
-        kind: causal-lm opens a GPT to generate text, masked-lm a BERT to fill masks.
+        kind: causal-lm opens a GPT to generate text; a BERT opens as masked-lm to fill masks, as next-sentence with
+            both pretraining heads, as classifier with a fine-tuned head, as encoder without any (its pooler may
+            be new).
         device: where to put the model; None takes a GPU when there is one.
         dtype: type of the weights; None keeps the stored one.
 
@@ -77,16 +98,17 @@ def _check_config(directory: Path, kind: Kind, source: str | Path) -> None:
     except (OSError, ValueError) as error:
         raise CheckpointError(f"{path} cannot be read as JSON: {one_line(error)}") from error
     model_type = config.get("model_type") if isinstance(config, dict) else None
-    if model_type == _MODEL_TYPES[kind]:
+    expected = _CLASSES[kind][0]
+    if model_type == expected:
         return
     if model_type in _PURPOSES:
-        raise CheckpointError(f"{source} is {_PURPOSES[model_type]}; needed is {_PURPOSES[_MODEL_TYPES[kind]]}")
+        raise CheckpointError(f"{source} is {_PURPOSES[model_type]}; needed is {_NEEDED[kind]}")
     if model_type in _PUBLISHED_MODEL_TYPES:
         raise CheckpointError(
             f"{source} is a stock {model_type} checkpoint; convert it first: "
             f"cottention convert official {source} NEW_DIRECTORY"
         )
-    raise CheckpointError(f"{source} is not one of our models: model_type is {model_type!r}, not {_MODEL_TYPES[kind]}")
+    raise CheckpointError(f"{source} is not one of our models: model_type is {model_type!r}, not {expected}")
 
 
 def _model_inside(directory: Path) -> Path | None:
@@ -105,7 +127,7 @@ def _check_weights(directory: Path, source: str | Path) -> None:
 
 
 def _load_model(directory: Path, kind: Kind, source: str | Path, dtype: torch.dtype | None) -> PreTrainedModel:
-    model_class = models.CottentionGPTForCausalLM if kind == "causal-lm" else models.CottentionBertForMaskedLM
+    model_class: Any = getattr(models, _CLASSES[kind][1])
     try:
         with quiet_progress():
             model, info = model_class.from_pretrained(
@@ -120,6 +142,11 @@ def _load_model(directory: Path, kind: Kind, source: str | Path, dtype: torch.dt
     except (OSError, ValueError, TypeError, KeyError, RuntimeError, SafetensorError) as error:
         raise CheckpointError(f"{source} cannot be opened, config or weights are damaged: {one_line(error)}") from error
     missing = sorted(info["missing_keys"])
+    if kind == "encoder":  # a model that was trained on masked tokens alone has no pooler; its tokens are all there
+        missing = [key for key in missing if not key.startswith("pooler.")]
+    head, remedy = _HEADS.get(kind, ("", ""))
+    if head and any(key.startswith(head) for key in missing):
+        raise CheckpointError(f"{source} has no {remedy}")
     if missing:
         raise CheckpointError(f"{source} lacks {len(missing)} of the model's tensors, such as {missing[0]}")
     return model

@@ -1,4 +1,4 @@
-"""Training: recipes, pretraining with resume, the quickstart.
+"""Training: recipes, pretraining with resume, fine-tuning on GLUE, the quickstart.
 
     from cottention.training import load_recipe, pretrain
 

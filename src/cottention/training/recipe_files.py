@@ -66,13 +66,13 @@ class _RecipeFile(jsonargparse.ActionConfigFile):  # pyright: ignore[reportPriva
 
 
 def packaged_recipes(arch: str | None = None) -> list[str]:
-    """Names of the recipes that come with the package, all or those of one architecture."""
+    """Names of the pretraining recipes that come with the package, all or those of one architecture."""
     folder = resources.files("cottention") / "recipes"
     recipes = [entry for entry in folder.iterdir() if entry.name.endswith(".yaml")]
     return sorted(
         entry.name.removesuffix(".yaml")
         for entry in recipes
-        if arch is None or f"\narch: {arch}\n" in entry.read_text(encoding="utf-8")
+        if f"\narch: {arch or ''}" in entry.read_text(encoding="utf-8")
     )
 
 

@@ -1,0 +1,298 @@
+"""Fine-tunes a pretrained BERT on a task of GLUE, once per seed; keeps the best epoch of the best seed.
+
+    OUTPUT/TASK/settings.yaml     what the run is; another one in the same place is refused
+    OUTPUT/TASK/metrics.json      every seed's and epoch's scores
+    OUTPUT/TASK/model/            the best model, with its tokenizer
+    OUTPUT/TASK/seed-N/           checkpoints of a seed that is not finished
+
+The same call goes on where a killed one stopped, and trains only the seeds that are not done yet.
+
+    result = finetune("runs/bert/model", task="cola", data="glue/", output_dir="runs/glue", seeds=[1, 2, 3])
+    result.model_dir, result.metrics["best"]
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import signal
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+import yaml
+from datasets import Dataset
+from transformers import PreTrainedTokenizerBase, set_seed
+
+from cottention.data.glue import has_split, load_glue
+from cottention.data.glue_batches import encode_glue
+from cottention.data.glue_tasks import GlueTask, glue_task
+from cottention.errors import SettingsError
+from cottention.generation import load_model_and_tokenizer
+from cottention.logging import get_logger
+from cottention.models import CottentionBertForSequenceClassification
+from cottention.training.checkpoints import atomic_directory, write_atomically, writing_to
+from cottention.training.finetune_settings import FinetuneSettings
+from cottention.training.finetune_trainer import FinetuneTrainer
+
+_SETTINGS, _METRICS = "settings.yaml", "metrics.json"
+_FINISHED = "result.json"
+
+logger = get_logger(__name__)
+
+
+@dataclass(frozen=True, kw_only=True)
+class FinetuneResult:
+    """What a run left behind."""
+
+    run_dir: Path
+    """The task's directory."""
+    model_dir: Path | None
+    """The best model; None when a signal stopped the run before its first seed was done."""
+    metrics: dict[str, Any]
+    """The content of metrics.json; empty when a signal stopped the run before its first seed was done."""
+    stopped_by: signal.Signals | None = None
+    """The signal that stopped the run."""
+
+    @property
+    def exit_code(self) -> int:
+        """What a command that ran this returns: 0, or 128 and the signal's number as a shell has it."""
+        return 0 if self.stopped_by is None else 128 + self.stopped_by
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Rows:
+    """A task's rows as tokens."""
+
+    train: Dataset
+    dev: dict[str, Dataset]
+    description: dict[str, Any]
+
+
+def finetune(
+    model: str | Path,
+    *,
+    task: str,
+    data: str | Path,
+    output_dir: str | Path,
+    settings: FinetuneSettings | None = None,
+    seeds: Sequence[int] = (0,),
+    overwrite: bool = False,
+) -> FinetuneResult:
+    """Fine-tune.
+
+    Args:
+        model: a directory with a pretrained BERT of ours, or its name on the Hub.
+        task: a name in `cottention.data.GLUE_TASKS`.
+        data: GLUE's folder, the task's own, or "hub".
+        output_dir: the run goes to output_dir/task.
+        settings: None: the published ones.
+        seeds: one training each; of the head's initial weights, the order of rows, and dropout.
+        overwrite: delete the run that is there and start again.
+
+    Returns:
+        Where the best model is, and all scores.
+
+    Raises:
+        SettingsError: no such task, or the directory holds a run of other settings.
+        CheckpointError: the model cannot be used, or the disk is full.
+        DataError: the task's files cannot be used.
+        NonFiniteLossError: the loss became infinite or NaN.
+    """
+    settings = settings or FinetuneSettings()
+    chosen, run_dir = glue_task(task), Path(output_dir) / task
+    _check_seeds(seeds)
+    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
+        raise SettingsError("fine-tuning runs in one process; got WORLD_SIZE above 1")
+    content = {"model": str(model), "data": str(data), "task": task, **settings.as_dict()}
+    continues = _continues(run_dir, content, overwrite=overwrite)
+    # Opened before the data: a wrong directory shall not cost the time of tokenising.
+    encoder, tokenizer = load_model_and_tokenizer(model, "encoder", device="cpu", dtype=torch.float32)
+    limit = encoder.config.max_position_embeddings
+    if settings.max_length > limit:
+        raise SettingsError(f"max_length must be at most the model's {limit} positions; got {settings.max_length}")
+    rows = _read(chosen, data, tokenizer, settings)
+    if not continues:  # only now: a mistake in model or data leaves nothing behind
+        _claim(run_dir, content)
+    metrics = _metrics_of(run_dir, {**content, "attention_type": encoder.config.attention_type, **rows.description})
+    for seed in seeds:
+        if any(entry["seed"] == seed for entry in metrics["seeds"]):
+            logger.info("%s, seed %d is done already", chosen.title, seed)
+            continue
+        seed_dir = run_dir / f"seed-{seed}"
+        if not (seed_dir / _FINISHED).is_file():
+            classifier = build_classifier(model, chosen, seed=seed, from_scratch=settings.from_scratch)
+            trainer = FinetuneTrainer(
+                classifier,
+                tokenizer,
+                task=chosen,
+                train=rows.train,
+                dev=rows.dev,
+                settings=settings,
+                seed=seed,
+                run_dir=seed_dir,
+            )
+            trainer.fit()
+            stopped_by = trainer.run_control.stopped_by
+            if stopped_by is not None:
+                logger.info("stopped after step %d; the same command continues", trainer.state.global_step)
+                return _result(run_dir, metrics, stopped_by)
+            entry = {"seed": seed, "best_epoch": trainer.best_epoch, "epochs": trainer.epochs}
+            with writing_to(seed_dir):
+                write_atomically(seed_dir / _FINISHED, json.dumps(entry))
+        metrics = _take_in(run_dir, seed_dir, metrics)
+    return _result(run_dir, metrics, None)
+
+
+def build_classifier(
+    source: str | Path, task: GlueTask, *, seed: int, from_scratch: bool = False
+) -> CottentionBertForSequenceClassification:
+    """A classifier for a task on a pretrained BERT.
+
+    Args:
+        source: the BERT's directory; a head that it has is not taken over.
+        task: decides the number of outputs and the loss.
+        seed: of the weights that are new.
+        from_scratch: take the shape alone.
+
+    Raises:
+        CheckpointError: the directory cannot be used.
+    """
+    set_seed(seed)
+    encoder, _ = load_model_and_tokenizer(source, "encoder", device="cpu", dtype=torch.float32)
+    config: Any = encoder.config
+    config.num_labels = task.num_labels
+    config.problem_type = "regression" if task.is_regression else "single_label_classification"
+    if task.classes:
+        config.id2label = dict(enumerate(task.classes))
+        config.label2id = {name: number for number, name in enumerate(task.classes)}
+    set_seed(seed)  # reading may have drawn numbers
+    classifier = CottentionBertForSequenceClassification(config)
+    if not from_scratch:
+        classifier.bert.load_state_dict(encoder.state_dict())
+    return classifier
+
+
+def _check_seeds(seeds: Sequence[int]) -> None:
+    if not seeds or min(seeds) < 0 or len(set(seeds)) < len(seeds):
+        raise SettingsError(f"seeds must be different numbers from 0 up; got {', '.join(map(str, seeds)) or 'none'}")
+
+
+def _read(task: GlueTask, data: str | Path, tokenizer: PreTrainedTokenizerBase, settings: FinetuneSettings) -> _Rows:
+    splits = {"train": load_glue(task, data, "train", skip_malformed=settings.skip_malformed)}
+    absent = []
+    for name in task.dev_splits:
+        # Only the first is needed to train; a second one may be missing, which every table will say.
+        if name == task.dev_splits[0] or has_split(task, data, name):
+            splits[name] = load_glue(task, data, name, skip_malformed=settings.skip_malformed)
+        else:
+            logger.warning("%s: %s is absent from %s, so it is not measured", task.title, name, data)
+            absent.append(name)
+    limits = {name: settings.train_limit if name == "train" else settings.dev_limit for name in splits}
+    encoded = {
+        name: encode_glue(_limited(rows, name, limits[name]), tokenizer, settings.max_length)
+        for name, rows in splits.items()
+    }
+    for name, found in encoded.items():
+        if found.num_cut:
+            logger.warning(
+                "%s %s: %d of %d rows are longer than %d tokens and were cut",
+                task.title,
+                name,
+                found.num_cut,
+                len(found.rows),
+                settings.max_length,
+            )
+    return _Rows(
+        train=encoded["train"].rows,
+        dev={name: found.rows for name, found in encoded.items() if name != "train"},
+        description={
+            "num_rows": {name: len(found.rows) for name, found in encoded.items()},
+            "num_cut": {name: found.num_cut for name, found in encoded.items()},
+            "absent": absent,
+        },
+    )
+
+
+def _limited(rows: Dataset, split: str, limit: int | None) -> Dataset:
+    if limit is None or limit >= len(rows):
+        return rows
+    if split != "train":
+        return rows.select(range(limit))
+    # Some files are sorted, by source for example: the first rows would be a task of their own.
+    return rows.select(np.sort(np.random.default_rng(0).permutation(len(rows))[:limit]))
+
+
+def _continues(run_dir: Path, content: dict[str, Any], *, overwrite: bool) -> bool:
+    """Whether the directory holds a run of these settings that goes on; changes nothing."""
+    path = run_dir / _SETTINGS
+    if not path.is_file():
+        if run_dir.is_dir() and any(run_dir.iterdir()):
+            raise SettingsError(f"{run_dir} is not empty and holds no {_SETTINGS}; choose another --output-dir")
+        return False
+    if overwrite or not ((run_dir / _METRICS).is_file() or any(run_dir.glob("seed-*"))):
+        return False
+    there = yaml.safe_load(path.read_text(encoding="utf-8"))
+    for name, value in content.items():
+        if there.get(name) != value:
+            raise SettingsError(
+                f"{run_dir} holds a run of other settings: {name} ({there.get(name)} there, {value} now); "
+                "choose another --output-dir, or --overwrite to start again"
+            )
+    return True
+
+
+def _claim(run_dir: Path, content: dict[str, Any]) -> None:
+    """Begin a run: delete what an earlier one left, write down the settings."""
+    with writing_to(run_dir):
+        for name in (_METRICS, "model", *(entry.name for entry in run_dir.glob("seed-*"))):
+            _remove(run_dir / name)
+        run_dir.mkdir(parents=True, exist_ok=True)
+        write_atomically(run_dir / _SETTINGS, yaml.safe_dump(content, sort_keys=False, allow_unicode=True))
+
+
+def _remove(path: Path) -> None:
+    if path.is_dir():
+        shutil.rmtree(path)
+    else:
+        path.unlink(missing_ok=True)
+
+
+def _metrics_of(run_dir: Path, content: dict[str, Any]) -> dict[str, Any]:
+    path = run_dir / _METRICS
+    if path.is_file():
+        return json.loads(path.read_text(encoding="utf-8"))
+    return {**content, "best": None, "seeds": []}
+
+
+def _take_in(run_dir: Path, seed_dir: Path, metrics: dict[str, Any]) -> dict[str, Any]:
+    """Add a finished seed to metrics.json, keep its model when it is the best, and remove its directory.
+
+    Each step may be repeated: a run that is killed between two of them does them again.
+    """
+    entry = json.loads((seed_dir / _FINISHED).read_text(encoding="utf-8"))
+    epoch = entry["epochs"][entry["best_epoch"] - 1]
+    best = metrics["best"]
+    with writing_to(run_dir):
+        if best is None or epoch["score"] > best["score"]:
+            best = {"seed": entry["seed"], "epoch": epoch["epoch"], "score": epoch["score"]}
+            with atomic_directory(run_dir / "model", sealed=False) as staging:
+                shutil.copytree(seed_dir / "best", staging, dirs_exist_ok=True)
+        metrics = {**metrics, "best": best, "seeds": [*metrics["seeds"], entry]}
+        write_atomically(run_dir / _METRICS, json.dumps(metrics, indent=2) + "\n")
+        shutil.rmtree(seed_dir, ignore_errors=True)
+    return metrics
+
+
+def _result(run_dir: Path, metrics: dict[str, Any], stopped_by: signal.Signals | None) -> FinetuneResult:
+    has_model = metrics["best"] is not None
+    return FinetuneResult(
+        run_dir=run_dir,
+        model_dir=run_dir / "model" if has_model else None,
+        metrics=metrics if has_model else {},
+        stopped_by=stopped_by,
+    )

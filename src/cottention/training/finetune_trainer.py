@@ -1,0 +1,361 @@
+"""Fine-tunes one classifier with one seed, on transformers' Trainer; measures every epoch and keeps the best one.
+
+As in pretraining, the order of the rows is a function of the seed, checkpoints are atomic, and a killed run goes on to
+the same result. Rows are drawn as one long stream of permutations cut into full batches, so an epoch ends at the first
+step that has seen all rows.
+
+    trainer = FinetuneTrainer(model, tokenizer, task=task, train=train, dev={"dev": dev}, settings=settings, seed=1,
+                              run_dir=Path("runs/glue/cola/seed-1"))
+    trainer.fit()
+    trainer.epochs, trainer.best_epoch          # the best epoch's model is in run_dir / "best"
+"""
+
+from __future__ import annotations
+
+import json
+import pickle
+import sys
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, NoReturn, cast
+
+import numpy as np
+import torch
+from datasets import Dataset
+from torch import Tensor
+from tqdm import tqdm
+from transformers import (
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+    PrinterCallback,
+    Trainer,
+    TrainerCallback,
+    TrainerControl,
+    TrainerState,
+    TrainingArguments,
+)
+
+from cottention.data.arrow_cache import fingerprint_of
+from cottention.data.glue_batches import GlueCollator, packs_best
+from cottention.data.glue_tasks import GlueTask
+from cottention.errors import CheckpointError, DataError
+from cottention.evaluation.glue import glue_logits, glue_scores, predictions_of
+from cottention.generation.loading import quiet_progress
+from cottention.logging import get_logger
+from cottention.training.checkpoints import (
+    atomic_directory,
+    checkpoint_name,
+    newest_intact_checkpoint,
+    rotate,
+    staging_area,
+    write_atomically,
+    writing_to,
+)
+from cottention.training.finetune_settings import FinetuneSettings
+from cottention.training.memory import keep_freed_memory
+from cottention.training.optimizer import build_optimizer
+from cottention.training.progress import RunControl
+from cottention.training.recipe import OptimizerSettings
+from cottention.training.stream import ExampleStream, InOrder
+from cottention.training.trainer import NonFiniteLossError, save_model
+
+_RUN_STATE = "run_state.json"
+_STEPS_BETWEEN_CHECKPOINTS = 1000  # MNLI's epochs have 12,000
+_FIELDS = ("input_ids", "num_first", "label")
+
+logger = get_logger(__name__)
+
+
+class FinetuneTrainer(Trainer):
+    """One seed of one task."""
+
+    def __init__(
+        self,
+        model: PreTrainedModel,
+        tokenizer: PreTrainedTokenizerBase,
+        *,
+        task: GlueTask,
+        train: Dataset,
+        dev: Mapping[str, Dataset],
+        settings: FinetuneSettings,
+        seed: int,
+        run_dir: Path,
+    ) -> None:
+        """Set up; nothing is trained yet.
+
+        Args:
+            model: a classifier of the task's number of labels, freshly seeded.
+            tokenizer: saved beside it.
+            task: what is learned.
+            train: encoded rows with labels.
+            dev: the same of every split to measure on; the first decides which epoch is the best.
+            settings: everything else.
+            seed: of order and dropout.
+            run_dir: receives checkpoints/ and best/.
+        """
+        self.task = task
+        self.settings = settings
+        self.seed = seed
+        self.run_dir = run_dir
+        self.checkpoints_dir = run_dir / "checkpoints"
+        self.epochs: list[dict[str, Any]] = []
+        self.run_control = RunControl()
+        self._tokenizer = tokenizer
+        self._train = train.select_columns([name for name in _FIELDS if name in train.column_names])
+        self._dev = {name: rows.select_columns(self._train.column_names) for name, rows in dev.items()}
+        num_rows = len(train)
+        batch_size, num_steps = settings.batch_size_for(num_rows), settings.num_steps(num_rows)
+        self.epoch_ends = {settings.num_steps(num_rows, epoch): epoch for epoch in range(1, settings.epochs + 1)}
+        arguments = _arguments(settings, seed, run_dir, num_steps, batch_size)
+        autocasts = _precision(settings, arguments.device) == torch.bfloat16
+        self._autocast = {"device_type": arguments.device.type, "dtype": torch.bfloat16, "enabled": autocasts}
+        self._collator = GlueCollator(
+            pad_token_id=tokenizer.pad_token_id or 0,  # pyright: ignore[reportArgumentType]
+            packed=packs_best(model.config.attention_type, arguments.device),
+            num_token_types=model.config.type_vocab_size,
+        )
+        super().__init__(
+            model=model,
+            args=arguments,
+            data_collator=self._collator,
+            train_dataset=ExampleStream(self._train, num_examples=num_steps * batch_size, seed=seed),
+            callbacks=[self.run_control, _Milestones(self.epoch_ends), _Bar(f"{task.title}, seed {seed}")],
+        )
+        self.remove_callback(PrinterCallback)
+        if self.args.device.type == "cpu":
+            keep_freed_memory()
+        self._loss_sum = torch.zeros((), dtype=torch.float64)
+        self._bad_step = -1
+
+    @property
+    def best_epoch(self) -> int | None:
+        """The epoch whose model is kept: the first of the best ones; None before the first."""
+        scores = [entry["score"] for entry in self.epochs]
+        return None if not scores else 1 + int(np.argmax(scores))
+
+    def fit(self) -> None:
+        """Train to the end, or until a signal asks to stop; goes on from the newest intact checkpoint.
+
+        Raises:
+            NonFiniteLossError: the loss became infinite or NaN; names the step.
+            CheckpointError: every checkpoint is damaged, or the disk is full.
+            DataError: the checkpoint was trained on other rows.
+        """
+        checkpoint = newest_intact_checkpoint(self.checkpoints_dir)
+        if checkpoint is not None:
+            state = json.loads((checkpoint / _RUN_STATE).read_text(encoding="utf-8"))
+            if state["rows"] != fingerprint_of(self._train):
+                raise DataError(f"the rows are not those that {checkpoint} was trained on; --overwrite starts again")
+            self.epochs = state["epochs"]
+            self._loss_sum.fill_(state["loss_sum"])
+            logger.info("resuming from %s", checkpoint)
+        try:
+            with self.run_control.listening():
+                self.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint))
+        except pickle.UnpicklingError as error:
+            raise CheckpointError(f"{checkpoint} holds more than tensors and plain numbers: not loaded") from error
+
+    # What the loop asks for
+
+    def create_optimizer(self, model: Any = None) -> torch.optim.Optimizer:
+        """AdamW, as in pretraining, at the settings' rate."""
+        if self.optimizer is None:
+            settings = OptimizerSettings(
+                learning_rate=self.settings.learning_rate, weight_decay=self.settings.weight_decay, warmup_steps=0
+            )
+            self.optimizer = build_optimizer(model or cast(PreTrainedModel, self.model), settings)
+        return self.optimizer
+
+    def create_scheduler(self, num_training_steps: int, optimizer: Any = None) -> Any:
+        """The settings' schedule."""
+        if self.lr_scheduler is None:
+            self.lr_scheduler = torch.optim.lr_scheduler.LambdaLR(
+                optimizer or self.optimizer,
+                lambda step: self.settings.learning_rate_factor(step, num_training_steps),
+            )
+            self._created_lr_scheduler = True
+        return self.lr_scheduler
+
+    def _get_train_sampler(self, train_dataset: Any = None) -> InOrder:
+        return InOrder(len(cast(ExampleStream, self.train_dataset)))
+
+    def compute_loss(
+        self, model: Any, inputs: dict, return_outputs: bool = False, num_items_in_batch: Any = None
+    ) -> Any:
+        """Loss of one batch."""
+        with torch.autocast(**self._autocast):
+            outputs = model(**inputs)
+        return (outputs.loss, outputs) if return_outputs else outputs.loss
+
+    def training_step(self, model: Any, inputs: dict, num_items_in_batch: Any = None) -> Tensor:
+        """Forward and backward; stops at a loss that is no number, before it reaches the weights."""
+        loss = super().training_step(model, inputs, num_items_in_batch)
+        value = loss.item()
+        if not np.isfinite(value):
+            self._stop("loss", self.state.global_step + 1)
+        self._loss_sum += value
+        return loss
+
+    def floating_point_ops(self, inputs: dict) -> int:
+        """Nothing: counting walks over all parameters at every step, and nobody reads the sum."""
+        return 0
+
+    def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
+        """Nothing: an epoch's figures are logged where they are measured."""
+
+    # Evaluation
+
+    def evaluate(self, *_args: Any, **_options: Any) -> dict[str, float]:
+        """Measure the epoch that has just ended, and keep its model when it is the best so far."""
+        step = self.state.global_step
+        epoch = self.epoch_ends[step]
+        splits = {name: self._scores(rows) for name, rows in self._dev.items()}
+        first = splits[next(iter(splits))]
+        steps_before = max((end for end in self.epoch_ends if end < step), default=0)
+        entry = {
+            "epoch": epoch,
+            "step": step,
+            "train_loss": self._loss_sum.item() / (step - steps_before),
+            "score": first["main"],
+            "splits": splits,
+        }
+        self._loss_sum.zero_()
+        self.epochs.append(entry)
+        shown = ", ".join(f"{name} {value:.4f}" for name, value in first["official"].items())
+        logger.info(
+            "%s, seed %d, epoch %d of %d: training loss %.4f, %s",
+            self.task.title,
+            self.seed,
+            epoch,
+            self.settings.epochs,
+            entry["train_loss"],
+            shown,
+        )
+        if self.best_epoch == epoch:
+            with writing_to(self.run_dir), atomic_directory(self.run_dir / "best", sealed=False) as staging:
+                save_model(cast(PreTrainedModel, self.model), self._tokenizer, staging)
+        measured = {"score": first["main"]}
+        self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics=measured)
+        return measured
+
+    def _scores(self, rows: Dataset) -> dict[str, Any]:
+        model = cast(PreTrainedModel, self.model)
+        logits = glue_logits(model, rows, self._collator, autocast=self._autocast)
+        if not np.isfinite(logits).all():
+            self._stop("output", self.state.global_step)
+        scores = glue_scores(self.task, predictions_of(self.task, logits), np.asarray(rows["label"]))
+        return {"main": scores.main, "official": scores.official, "as_published": scores.as_published}
+
+    def _stop(self, what: str, step: int) -> NoReturn:
+        raise NonFiniteLossError(
+            f"the {what} became infinite or NaN at step {step} of {self.task.title}, seed {self.seed}; "
+            "a smaller --learning-rate, a --warmup or --max-grad-norm may help"
+        )
+
+    # Checkpoints
+
+    def _save_checkpoint(self, model: Any, trial: Any) -> None:
+        folder = self.checkpoints_dir
+        run_state = {
+            "epochs": self.epochs,
+            "loss_sum": self._loss_sum.item(),
+            "rows": fingerprint_of(self._train),
+        }
+        with writing_to(folder):
+            with atomic_directory(folder / checkpoint_name(self.state.global_step), sealed=True) as staging:
+                write_atomically(staging / _RUN_STATE, json.dumps(run_state))
+                super()._save_checkpoint(model, trial)
+            rotate(folder, 1)
+
+    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
+        own = cast(PreTrainedModel, self.model)
+        with quiet_progress():
+            saved = type(own).from_pretrained(resume_from_checkpoint, config=own.config, dtype=torch.float32)
+        own.load_state_dict(saved.state_dict())
+
+    def _get_output_dir(self, trial: Any) -> str:
+        return str(staging_area(self.checkpoints_dir))
+
+    def _save(self, output_dir: str | None = None, state_dict: dict | None = None) -> None:
+        # The stock version also pickles the arguments, which only arbitrary-code loading could read again.
+        assert output_dir is not None
+        save_model(cast(PreTrainedModel, self.model), self._tokenizer, Path(output_dir), state_dict=state_dict)
+
+
+class _Milestones(TrainerCallback):
+    """Asks for a measurement and a checkpoint at every epoch's end, and for checkpoints within long ones."""
+
+    def __init__(self, epoch_ends: Mapping[int, int]) -> None:
+        self._epoch_ends = epoch_ends
+
+    def on_step_end(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_others: Any
+    ) -> None:
+        """Decide."""
+        control.should_evaluate = state.global_step in self._epoch_ends
+        if control.should_evaluate or state.global_step % _STEPS_BETWEEN_CHECKPOINTS == 0:
+            control.should_save = True
+
+
+class _Bar(TrainerCallback):
+    """A bar on a terminal."""
+
+    def __init__(self, title: str) -> None:
+        self._title = title
+        self._bar: tqdm[Any] | None = None
+
+    def on_train_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_others: Any
+    ) -> None:
+        """Open it."""
+        if sys.stderr.isatty():
+            self._bar = tqdm(
+                total=state.max_steps, initial=state.global_step, desc=self._title, unit="step", leave=False
+            )
+
+    def on_step_end(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_others: Any
+    ) -> None:
+        """Move it."""
+        if self._bar is not None:
+            self._bar.update(state.global_step - self._bar.n)
+
+    def on_train_end(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_others: Any
+    ) -> None:
+        """Close it."""
+        if self._bar is not None:
+            self._bar.close()
+
+
+def _arguments(
+    settings: FinetuneSettings, seed: int, run_dir: Path, num_steps: int, batch_size: int
+) -> TrainingArguments:
+    on_gpu = torch.cuda.is_available()
+    arguments = TrainingArguments(
+        output_dir=str(run_dir / "checkpoints"),
+        max_steps=num_steps,
+        per_device_train_batch_size=batch_size,
+        seed=seed,
+        max_grad_norm=settings.max_grad_norm or 0.0,
+        logging_strategy="no",
+        eval_strategy="no",  # _Milestones asks for it
+        save_strategy="no",
+        logging_nan_inf_filter=False,
+        remove_unused_columns=False,
+        dataloader_pin_memory=on_gpu,
+        use_cpu=not on_gpu,
+        disable_tqdm=True,
+        report_to="none",
+        log_level="error",
+    )
+    if arguments.device.type == "cuda":
+        arguments._n_gpu = 1  # several would each get a piece of a packed row
+    return arguments
+
+
+def _precision(settings: FinetuneSettings, device: torch.device) -> torch.dtype:
+    precision = settings.precision
+    if precision == "auto":
+        precision = "bf16" if device.type == "cuda" and torch.cuda.is_bf16_supported() else "fp32"
+    return torch.bfloat16 if precision == "bf16" else torch.float32
