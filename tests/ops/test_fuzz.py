@@ -284,15 +284,13 @@ def in_float64(given: Arguments) -> Arguments:
     )
 
 
-def scale_of(name: str, call: Call, isa: str | None, given: Arguments, truth: dict[str, Tensor]) -> float:
+def scale_of(name: str, call: Call, given: Arguments, truth: dict[str, Tensor]) -> float:
     """What an error is measured by: the tensor's largest entry, or what that would be if its terms did not cancel."""
     largest = float(truth[name].abs().max()) if truth[name].numel() else 0.0
     if name in ("dq", "dk"):
         # Only the part across the vector is left of a gradient: nothing with K = 1, little with K = 2. What was there
         # before is a sum over tokens and V, of both signs; here at its size for one token, that is at its smallest.
-        # Where the factors of that sum were rounded, their largest entries count, three times the usual ones.
         width = math.sqrt(call.V * (max(call.T, call.num_keys) if call.K <= 2 else 1))
-        width *= 3 if _products_are_rounded(call.dtype, isa) else 1
         return max(largest, width / call.scale / math.sqrt(call.K))
     if name == "dnorm_const" and given.v.numel():
         # A sum over all tokens of (dv . v) log(c) p (1 - p), which may cancel: at least the 2-norm of its terms.
@@ -323,7 +321,7 @@ def check(call: Call, implementation: str, isa: str | None) -> None:
         if not expected.numel():
             continue
         error = float((actual.double() - expected).abs().max())
-        allowed = tolerance(call.dtype, isa) * scale_of(name, call, isa, given, truth)
+        allowed = tolerance(call.dtype, isa) * scale_of(name, call, given, truth)
         assert error <= allowed, f"{name} is off by {error:.2e}, allowed {allowed:.2e}"
 
 

@@ -17,34 +17,32 @@ class Ahead {
     void add(const void* data, int64_t stride, int64_t rows, int64_t bytes, bool to_write) {
         if (rows <= 0) return;
         parts_[num_++] = {static_cast<const char*>(data), stride, rows, bytes, to_write};
-        if (num_ == 1) line_ = 0;
     }
 
     inline void some() {
-        for (int i = 0; i < kLines && at_ < num_; i++) {
+        for (int64_t lines = kLines; lines > 0 && at_ < num_;) {
             Part& part = parts_[at_];
-            if (part.to_write) {
-                __builtin_prefetch(part.row + line_, 1, 2);
-            } else {
-                __builtin_prefetch(part.row + line_, 0, 2);
-            }
-            line_ += 64;
-            if (line_ < part.bytes) continue;
-            line_ = 0;
-            part.row += part.stride;
-            if (--part.rows == 0) at_++;
+            lines = part.to_write ? ask<1>(part, lines) : ask<0>(part, lines);
+            if (part.rows == 0) at_++;
         }
     }
 
   private:
-    static constexpr int kLines = 32;
+    static constexpr int64_t kLines = 32, kLine = 64;
     struct Part {
         const char* row;
         int64_t stride, rows, bytes;
         bool to_write;
     } parts_[8];
     int num_ = 0, at_ = 0;
-    int64_t line_ = 0;
+
+    // Whole rows, until `lines` are used up; returns what is left of them.
+    template <int kToWrite>
+    static inline int64_t ask(Part& part, int64_t lines) {
+        for (; part.rows > 0 && lines > 0; part.rows--, part.row += part.stride)
+            for (int64_t at = 0; at < part.bytes; at += kLine, lines--) __builtin_prefetch(part.row + at, kToWrite, 2);
+        return lines;
+    }
 };
 
 }  // namespace

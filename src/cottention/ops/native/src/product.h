@@ -157,7 +157,13 @@ inline void multiply_lower(int64_t n, const Product& product, float* c, int64_t 
             j += vectors;
         }
         for (int64_t i = i0; i < i1; i++)
-            for (int64_t j = i + 1; j < smaller(i + kDiagonal, ld); j++) c[i * ld + j] = 0;
+            for (int64_t j = i + 1; j < smaller(i + kDiagonal, ld); j += kWidth) {
+                if (j + kWidth <= ld) {
+                    Vector::store(c + i * ld + j, Vector::zero());
+                } else {
+                    store_tail(c + i * ld + j, Vector::zero(), int(ld - j));
+                }
+            }
     }
 }
 

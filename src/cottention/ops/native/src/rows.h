@@ -119,6 +119,20 @@ inline void load_rows(const Block& block, const Rows& rows, int64_t dtype, int64
 // What the gradient of a unit vector needs again: x = factor * source, and radial, see store_unit_gradient.
 struct UnitScale {
     float factor[kMaxChunk], radial[kMaxChunk];
+
+    // Of n rows, from the squares of their norms. Rows together, because roots and quotients take long one by one.
+    void set(const float* square, const float* weight, int64_t n) {
+        for (int64_t i = 0; i < n; i++) {
+            const float norm = __builtin_sqrtf(square[i]);
+            const bool is_clamped = norm < kMinNorm;  // false for NaN, which stays
+            factor[i] = 1 / (is_clamped ? kMinNorm : norm);
+            radial[i] = is_clamped ? 0.0f : 1.0f;
+        }
+        for (int64_t i = 0; i < n && weight != nullptr; i++) {
+            factor[i] *= weight[i];
+            radial[i] /= weight[i] * weight[i];
+        }
+    }
 };
 
 // Rows divided by their norm and multiplied by their weight; null weights are 1.
@@ -127,19 +141,17 @@ inline void load_unit_rows(const Block& block, const Rows& rows, int64_t dtype, 
     with_element(dtype, [&](auto* e) {
         typedef Pointee<decltype(e)> E;
         const E* src = static_cast<const E*>(rows.data) + t * rows.stride;
+        float square[kMaxChunk];
         for (int64_t i = 0; i < n; i++) {
-            scale.factor[i] = scale.radial[i] = 0;
+            square[i] = 0;
             if (is_padding(mask, t + i)) {
                 clear(block.row(i), block.ld);
-                continue;
+            } else {
+                square[i] = load_row_square(block.row(i), src + i * rows.stride, block.D);
             }
-            const float norm = __builtin_sqrtf(load_row_square(block.row(i), src + i * rows.stride, block.D));
-            const bool is_clamped = norm < kMinNorm;  // false for NaN, which stays
-            const float w = weight == nullptr ? 1 : weight[i];
-            scale.factor[i] = w / (is_clamped ? kMinNorm : norm);
-            scale.radial[i] = is_clamped ? 0 : 1 / (w * w);
-            scale_row(block.row(i), scale.factor[i], block.ld);
         }
+        scale.set(square, weight, n);
+        for (int64_t i = 0; i < n; i++) scale_row(block.row(i), scale.factor[i], block.ld);
     });
     clear_rows_after(block, n);
 }

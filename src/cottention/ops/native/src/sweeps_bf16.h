@@ -1,140 +1,22 @@
 // The passes of sweeps.h for bfloat16 tokens with AVX512-BF16, whose dot product adds two products at once.
 //
 // Every operand of a product is rounded to bfloat16 (v and g are so already; q_hat, k', scores and the state once), all
-// sums and the state itself stay in float. A 32-bit word holds a pair of neighbours along the index that is summed
-// over, so a matrix is needed as rows (pairs along the row), transposed rows, or with its rows interleaved (pairs of
-// rows). Other dtypes go to the kernels of AVX-512.
+// sums and the state itself stay in float. Rows of o are divided by the norms of q at the end, so that q goes into the
+// products of forward as it is. Other dtypes, and a handful of tokens, go to the kernels of AVX-512.
 #pragma once
 
 #include "passes.h"
+#include "words.h"
 
 namespace {
 
-struct DotPairs {
-    static inline Vector::F apply(Vector::F a, Vector::F b, Vector::F c) {
-        return _mm512_dpbf16_ps(c, (__m512bh)a, (__m512bh)b);
-    }
-};
+// bfloat16, and enough tokens that roundings of operands average out; of fewer it is no work to do without them.
+inline bool suits_pairs(const Range& range) { return range.dtype == 1 && range.tokens >= 16; }
 
-inline int64_t pairs(int64_t n) { return (n + 1) / 2; }
-
-// A matrix of words.
-struct Words {
-    float* data;
-    int64_t ld;
-    float* row(int64_t i) const { return data + i * ld; }
-    Product left(int64_t depth) const { return {data, ld, 1, nullptr, 0, depth}; }
-    Product left_transposed(int64_t depth) const { return {data, 1, ld, nullptr, 0, depth}; }
-};
-
-inline Product product(Product left, const Words& right) {
-    left.b = right.data;
-    left.ld = right.ld;
-    return left;
+// S += x^T y for n tokens, both interleaved.
+inline void add_to(const State& state, const Words& x, const Words& y, int64_t n, Ahead& ahead) {
+    multiply<DotPairs>(state.K, state.ld, product(x.left_transposed(pairs(n)), y), state.data, state.ld, true, ahead);
 }
-
-// Rows of D numbers as pairs: D / 2 words, padded so that they can be transposed.
-inline Words take_rows(Scratch& scratch, int64_t n, int64_t D) {
-    const int64_t ld = round_up(D, 32) / 2;
-    return {scratch.take(round_up(n, 16) * ld), ld};
-}
-// n rows of D numbers interleaved: n / 2 rows of D words.
-inline Words take_interleaved(Scratch& scratch, int64_t n, int64_t D) {
-    const int64_t ld = round_up(D, 32);
-    return {scratch.take(pairs(round_up(n, 16)) * ld), ld};
-}
-// Rows of D numbers transposed: D / 2 rows of n words.
-inline Words take_transposed(Scratch& scratch, int64_t n, int64_t D) {
-    const int64_t ld = round_up(n, 16);
-    return {scratch.take(round_up(D, 32) / 2 * ld), ld};
-}
-
-inline __m512 round_pair(__m512 low, __m512 high) { return (__m512)_mm512_cvtne2ps_pbh(high, low); }
-
-// dst rows = src rows rounded; n rows of `columns` floats, a multiple of 16.
-inline void round_rows(const Words& dst, const float* src, int64_t ld, int64_t n, int64_t columns) {
-    for (int64_t i = 0; i < n; i++) {
-        const float* row = src + i * ld;
-        for (int64_t d = 0; d < 2 * dst.ld; d += 32) {
-            const __m512 low = Vector::load(row + d);
-            const __m512 high = d + 16 < columns ? Vector::load(row + d + 16) : Vector::zero();
-            Vector::store(dst.row(i) + d / 2, round_pair(low, high));
-        }
-    }
-}
-
-inline void round_rows(const Words& dst, const Block& src, int64_t n) {
-    round_rows(dst, src.data, src.ld, round_up(n, 16), src.ld);
-}
-
-// The same of a lower triangle, zeros right of the diagonal.
-inline void round_lower(const Words& dst, const float* src, int64_t ld, int64_t n) {
-    for (int64_t i = 0; i < n; i++) {
-        for (int64_t j = 0; j < 2 * dst.ld; j += 32) {
-            __m512 half[2];
-            for (int h = 0; h < 2; h++) {
-                const int64_t left = i + 1 - (j + 16 * h);
-                half[h] = left <= 0 ? Vector::zero() : load_tail(src + i * ld + j + 16 * h, int(smaller(left, 16)));
-            }
-            Vector::store(dst.row(i) + j / 2, round_pair(half[0], half[1]));
-        }
-    }
-    clear(dst.row(n), (round_up(n, 16) - n) * dst.ld);
-}
-
-// Tokens as they are.
-inline void copy_rows(const Words& dst, const Rows& rows, int64_t t, int64_t n, int64_t D, const uint8_t* mask) {
-    const uint16_t* src = static_cast<const uint16_t*>(rows.data) + t * rows.stride;
-    for (int64_t i = 0; i < n; i++, src += rows.stride) {
-        float* row = dst.row(i);
-        if (is_padding(mask, t + i)) {
-            clear(row, dst.ld);
-            continue;
-        }
-        for (int64_t d = 0; d < 2 * dst.ld; d += 32) {
-            const int64_t left = D - d;
-            const __mmask32 there = left >= 32 ? 0xffffffffu : (1u << left) - 1;
-            _mm512_storeu_si512(row + d / 2, _mm512_maskz_loadu_epi16(there, src + d));
-        }
-    }
-    clear(dst.row(n), (round_up(n, 16) - n) * dst.ld);
-}
-
-inline __m512i halves(const float* words) {
-    return _mm512_cvtepu16_epi32(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(words)));
-}
-
-// dst[i, d] = the pair of src rows 2 i and 2 i + 1 at d; n rows, the last one beside zeros.
-inline void interleave(const Words& dst, const Words& src, int64_t n) {
-    for (int64_t i = 0; i < pairs(n); i++) {
-        const float *first = src.row(2 * i), *second = src.row(2 * i + 1);
-        for (int64_t d = 0; d < 2 * src.ld; d += 16) {
-            const __m512i word = _mm512_or_si512(halves(first + d / 2), _mm512_slli_epi32(halves(second + d / 2), 16));
-            _mm512_storeu_si512(dst.row(i) + d, word);
-        }
-    }
-}
-
-inline void transpose_words(const Words& dst, const Words& src, int64_t n) {
-    transpose_rows(dst.data, dst.ld, src.data, src.ld, n);
-}
-
-// The state in float, and its rounded copies.
-struct RoundedState {
-    State state;
-    Words rows;
-
-    RoundedState(Scratch& scratch, const Range& range)
-        : state(scratch, range.K, range.V), rows(take_rows(scratch, range.K, range.V)) {
-        state.load(range.state);
-    }
-    void round() const { round_rows(rows, state.data, state.ld, round_up(state.K, 16), state.ld); }
-    // += x^T y for n tokens, both interleaved.
-    void add(const Words& x, const Words& y, int64_t n, Ahead& ahead) {
-        multiply<DotPairs>(state.K, state.ld, product(x.left_transposed(pairs(n)), y), state.data, state.ld, true,
-                           ahead);
-    }
-};
 
 // The second product's left side is a lower triangle in pairs, or its transpose.
 inline const auto keep_lower_pairs = [](int64_t, int64_t i1, int p, Product& product) {
@@ -144,14 +26,33 @@ inline const auto keep_upper_pairs = [](int64_t i0, int64_t, int p, Product& pro
     if (p == 1) narrow_upper(i0 / 2, 0, product);
 };
 
+// n tokens from t on of the queries' side, or the keys'.
+inline Tokens of_queries(const Range& range, const Rows& rows, int64_t t, int64_t n, int64_t D) {
+    return {rows, t, n, D, range.query_mask};
+}
+inline Tokens of_keys(const Range& range, const Rows& rows, int64_t t, int64_t n, int64_t D) {
+    return {rows, t, n, D, range.key_mask};
+}
+
+// dk and dv of n tokens from t on, from the gradients of k' and v; collects dp.
+inline void store_key_gradients(const Range& range, int64_t t, int64_t n, const Block& dk, const Block& dv,
+                                const UnitScale& scale, const Weights& weights) {
+    const Tokens v = of_keys(range, range.v, t, n, range.V);
+    if (weights.divides && range.dp != nullptr)
+        for (int64_t i = 0; i < n; i++)
+            if (!v.is_hidden(i)) *range.dp -= double(weights.log_count[i]) * dot(v.row(i), dv.row(i), range.V);
+    store_tokens(of_keys(range, range.dv, t, n, range.V), dv);
+    store_unit_gradient(of_keys(range, range.dk, t, n, range.K), of_keys(range, range.k, t, n, range.K), dk, scale);
+}
+
 void key_state(const Range& range, float* memory) {
-    if (range.dtype != 1) return kernels_avx512.key_state(range, memory);
+    if (!suits_pairs(range)) return kernels_avx512.key_state(range, memory);
     const int64_t C = range.chunk, K = range.K, V = range.V;
     Scratch scratch(memory);
-    RoundedState state(scratch, range);
-    const Block k = scratch.rows(C, K);
+    State state(scratch, K, V);
     const Words k_rows = take_rows(scratch, C, K), v_rows = take_rows(scratch, C, V);
     const Words k_pairs = take_interleaved(scratch, C, K), v_pairs = take_interleaved(scratch, C, V);
+    state.load(range.state);
     UnitScale scale;
     Weights weights;
     Ahead ahead;
@@ -160,21 +61,20 @@ void key_state(const Range& range, float* memory) {
         const int64_t n = smaller(C, range.tokens - t);
         weights.set(range.divisor, range.key_mask, t, n, count);
         count += count_real(range.key_mask, t, n);
-        load_unit_rows(k, range.k, range.dtype, t, n, range.key_mask, weights.get(), scale);
-        copy_rows(v_rows, range.v, t, n, V, range.key_mask);
+        load_unit_words(k_rows, of_keys(range, range.k, t, n, K), weights.get(), scale);
+        copy_rows(v_rows, of_keys(range, range.v, t, n, V));
         ahead.clear();
         ask(ahead, range, range.k, t + C, K, false);
         ask(ahead, range, range.v, t + C, V, false);
-        round_rows(k_rows, k, n);
         interleave(k_pairs, k_rows, n);
         interleave(v_pairs, v_rows, n);
-        state.add(k_pairs, v_pairs, n, ahead);
+        add_to(state, k_pairs, v_pairs, n, ahead);
     }
-    state.state.store(range.state_out);
+    state.store(range.state_out);
 }
 
 void query_state(const Range& range, float* memory) {
-    if (range.dtype != 1) return kernels_avx512.query_state(range, memory);
+    if (!suits_pairs(range)) return kernels_avx512.query_state(range, memory);
     Range as_keys = range;  // q_hat^T g is what k'^T v would be with these in their places
     as_keys.k = range.q;
     as_keys.v = range.grad;
@@ -184,17 +84,18 @@ void query_state(const Range& range, float* memory) {
 }
 
 void causal_forward(const Range& range, float* memory) {
-    if (range.dtype != 1) return kernels_avx512.causal_forward(range, memory);
+    if (!suits_pairs(range)) return kernels_avx512.causal_forward(range, memory);
     const int64_t C = range.chunk, K = range.K, V = range.V;
     Scratch scratch(memory);
-    RoundedState state(scratch, range);
+    State state(scratch, K, V);
     const Words state_pairs = take_interleaved(scratch, K, V);
-    const Block q = scratch.rows(C, K), k = scratch.rows(C, K), o = scratch.rows(C, V);
+    const Block o = scratch.rows(C, V);
     const Words q_rows = take_rows(scratch, C, K), k_rows = take_rows(scratch, C, K), v_rows = take_rows(scratch, C, V);
     const Words k_transposed = take_transposed(scratch, C, K);
     const Words k_pairs = take_interleaved(scratch, C, K), v_pairs = take_interleaved(scratch, C, V);
     float* scores = scratch.take(C * C + 16);
     const Words score_rows = take_rows(scratch, C, C);
+    state.load(range.state);
     UnitScale q_scale, k_scale;
     Weights weights;
     Ahead ahead;
@@ -203,18 +104,17 @@ void causal_forward(const Range& range, float* memory) {
         const int64_t n = smaller(C, range.tokens - t);
         weights.set(range.divisor, range.key_mask, t, n, count);
         count += count_real(range.key_mask, t, n);
-        load_unit_rows(q, range.q, range.dtype, t, n, range.query_mask, nullptr, q_scale);
-        load_unit_rows(k, range.k, range.dtype, t, n, range.key_mask, weights.get(), k_scale);
-        copy_rows(v_rows, range.v, t, n, V, range.key_mask);
+        const Tokens q = of_queries(range, range.q, t, n, K);
+        find_unit_scale(q, nullptr, q_scale);
+        copy_rows(q_rows, q);
+        load_unit_words(k_rows, of_keys(range, range.k, t, n, K), weights.get(), k_scale);
+        copy_rows(v_rows, of_keys(range, range.v, t, n, V));
         ahead.clear();
         ask(ahead, range, range.o, t, V, true);
         ask(ahead, range, range.q, t + C, K, false);
         ask(ahead, range, range.k, t + C, K, false);
         ask(ahead, range, range.v, t + C, V, false);
-        state.round();
-        interleave(state_pairs, state.rows, K);
-        round_rows(q_rows, q, n);
-        round_rows(k_rows, k, n);
+        interleave(state_pairs, state.data, state.ld, K);
         transpose_words(k_transposed, k_rows, n);
         interleave(k_pairs, k_rows, n);
         interleave(v_pairs, v_rows, n);
@@ -223,74 +123,77 @@ void causal_forward(const Range& range, float* memory) {
         const Product products[] = {product(q_rows.left(pairs(K)), state_pairs),
                                     product(score_rows.left(pairs(n)), v_pairs)};
         multiply<DotPairs>(n, o.ld, products, 2, o.data, o.ld, false, ahead, keep_lower_pairs);
-        store_rows(range.o, range.dtype, t, n, range.query_mask, o);
-        if (t + C < range.tokens || range.state_out != nullptr) state.add(k_pairs, v_pairs, n, ahead);
+        store_tokens(of_queries(range, range.o, t, n, V), o, q_scale.factor);
+        if (t + C < range.tokens || range.state_out != nullptr) add_to(state, k_pairs, v_pairs, n, ahead);
     }
-    state.state.store(range.state_out);
+    state.store(range.state_out);
 }
 
 void causal_backward_q(const Range& range, float* memory) {
-    if (range.dtype != 1) return kernels_avx512.causal_backward_q(range, memory);
+    if (!suits_pairs(range)) return kernels_avx512.causal_backward_q(range, memory);
     const int64_t C = range.chunk, K = range.K, V = range.V;
     Scratch scratch(memory);
-    RoundedState state(scratch, range);
-    const Words state_transposed = take_transposed(scratch, K, V);
-    const Block q = scratch.rows(C, K), k = scratch.rows(C, K), dq = scratch.rows(C, K);
+    State upright(scratch, K, V), state(scratch, V, K);  // the second one transposed
+    const Words state_pairs = take_interleaved(scratch, V, K);
+    const Block dq = scratch.rows(C, K);
     const Words k_rows = take_rows(scratch, C, K), v_rows = take_rows(scratch, C, V), g_rows = take_rows(scratch, C, V);
     const Words v_transposed = take_transposed(scratch, C, V);
     const Words k_pairs = take_interleaved(scratch, C, K), v_pairs = take_interleaved(scratch, C, V);
     float* dscores = scratch.take(C * C + 16);
     const Words dscore_rows = take_rows(scratch, C, C);
+    upright.load(range.state);
+    upright.transpose_to(state);
     UnitScale q_scale, k_scale;
     Weights weights;
     Ahead ahead;
     int64_t count = range.divisor.count;
     for (int64_t t = 0; t < range.tokens; t += C) {
         const int64_t n = smaller(C, range.tokens - t);
+        const Tokens q = of_queries(range, range.q, t, n, K);
         weights.set(range.divisor, range.key_mask, t, n, count);
         count += count_real(range.key_mask, t, n);
-        load_unit_rows(q, range.q, range.dtype, t, n, range.query_mask, nullptr, q_scale);
-        load_unit_rows(k, range.k, range.dtype, t, n, range.key_mask, weights.get(), k_scale);
-        copy_rows(v_rows, range.v, t, n, V, range.key_mask);
-        copy_rows(g_rows, range.grad, t, n, V, range.query_mask);
+        load_unit_words(k_rows, of_keys(range, range.k, t, n, K), weights.get(), k_scale);
+        copy_rows(v_rows, of_keys(range, range.v, t, n, V));
+        copy_rows(g_rows, of_queries(range, range.grad, t, n, V));
         ahead.clear();
         ask(ahead, range, range.dq, t, K, true);
-        ask(ahead, range, range.q, t + C, K, false);
         ask(ahead, range, range.k, t + C, K, false);
         ask(ahead, range, range.v, t + C, V, false);
         ask(ahead, range, range.grad, t + C, V, false);
-        state.round();
-        transpose_words(state_transposed, state.rows, K);
-        round_rows(k_rows, k, n);
+        ask(ahead, range, range.q, t + C, K, false);
+        interleave(state_pairs, state.data, state.ld, V);
         transpose_words(v_transposed, v_rows, n);
         interleave(k_pairs, k_rows, n);
         interleave(v_pairs, v_rows, n);
         multiply_lower<DotPairs>(n, product(g_rows.left(pairs(V)), v_transposed), dscores, C, ahead);
         round_lower(dscore_rows, dscores, C, n);
-        const Product products[] = {product(g_rows.left(pairs(V)), state_transposed),
+        const Product products[] = {product(g_rows.left(pairs(V)), state_pairs),
                                     product(dscore_rows.left(pairs(n)), k_pairs)};
         multiply<DotPairs>(n, dq.ld, products, 2, dq.data, dq.ld, false, ahead, keep_lower_pairs);
-        store_unit_gradient(range.dq, range.dtype, t, n, range.query_mask, dq, q, q_scale);
-        if (t + C < range.tokens || range.state_out != nullptr) state.add(k_pairs, v_pairs, n, ahead);
+        find_unit_scale(q, nullptr, q_scale);
+        store_unit_gradient(of_queries(range, range.dq, t, n, K), q, dq, q_scale);
+        if (t + C < range.tokens || range.state_out != nullptr) add_to(state, v_pairs, k_pairs, n, ahead);
     }
-    state.state.store(range.state_out);
+    if (range.state_out == nullptr) return;
+    state.transpose_to(upright);
+    upright.store(range.state_out);
 }
 
 void causal_backward_kv(const Range& range, float* memory) {
-    if (range.dtype != 1) return kernels_avx512.causal_backward_kv(range, memory);
+    if (!suits_pairs(range)) return kernels_avx512.causal_backward_kv(range, memory);
     const int64_t C = range.chunk, K = range.K, V = range.V;
     Scratch scratch(memory);
-    RoundedState after(scratch, range);
-    const Words after_pairs = take_interleaved(scratch, K, V), after_transposed = take_transposed(scratch, K, V);
-    const Block q = scratch.rows(C, K), k = scratch.rows(C, K), v = scratch.rows(C, V);
+    State after(scratch, K, V);
+    const Words after_pairs = take_interleaved(scratch, K, V);
+    const Words after_rows = take_rows(scratch, K, V), after_transposed = take_transposed(scratch, K, V);
     const Block dk = scratch.rows(C, K), dv = scratch.rows(C, V);
     const Words q_rows = take_rows(scratch, C, K), k_rows = take_rows(scratch, C, K);
     const Words v_rows = take_rows(scratch, C, V), g_rows = take_rows(scratch, C, V);
     const Words k_transposed = take_transposed(scratch, C, K), v_transposed = take_transposed(scratch, C, V);
     const Words q_pairs = take_interleaved(scratch, C, K), g_pairs = take_interleaved(scratch, C, V);
     float* scores = scratch.take(C * C + 16);
-    const Words score_rows = take_rows(scratch, C, C), score_pairs = take_interleaved(scratch, C, C);
-    const Words dscore_pairs = take_interleaved(scratch, C, C);
+    const Words score_pairs = take_interleaved(scratch, C, C), dscore_pairs = take_interleaved(scratch, C, C);
+    after.load(range.state);
     UnitScale q_scale, k_scale;
     Weights weights;
     Ahead ahead;
@@ -299,10 +202,10 @@ void causal_backward_kv(const Range& range, float* memory) {
         const int64_t n = smaller(C, range.tokens - t);
         count -= count_real(range.key_mask, t, n);
         weights.set(range.divisor, range.key_mask, t, n, count);
-        load_unit_rows(q, range.q, range.dtype, t, n, range.query_mask, nullptr, q_scale);
-        load_unit_rows(k, range.k, range.dtype, t, n, range.key_mask, weights.get(), k_scale);
-        load_rows(v, range.v, range.dtype, t, n, range.key_mask);
-        copy_rows(g_rows, range.grad, t, n, V, range.query_mask);
+        load_unit_words(q_rows, of_queries(range, range.q, t, n, K), nullptr, q_scale);
+        load_unit_words(k_rows, of_keys(range, range.k, t, n, K), weights.get(), k_scale);
+        copy_rows(v_rows, of_keys(range, range.v, t, n, V));
+        copy_rows(g_rows, of_queries(range, range.grad, t, n, V));
         ahead.clear();
         ask(ahead, range, range.dk, t, K, true);
         ask(ahead, range, range.dv, t, V, true);
@@ -310,121 +213,118 @@ void causal_backward_kv(const Range& range, float* memory) {
         ask(ahead, range, range.k, t - C, K, false);
         ask(ahead, range, range.v, t - C, V, false);
         ask(ahead, range, range.grad, t - C, V, false);
-        after.round();
-        interleave(after_pairs, after.rows, K);
-        transpose_words(after_transposed, after.rows, K);
-        round_rows(q_rows, q, n);
-        round_rows(k_rows, k, n);
-        round_rows(v_rows, v, n);
+        interleave(after_pairs, after.data, after.ld, K);
+        round_rows(after_rows, after.data, after.ld, round_up(K, kWidth));
+        transpose_words(after_transposed, after_rows, K);
         transpose_words(k_transposed, k_rows, n);
         transpose_words(v_transposed, v_rows, n);
         interleave(q_pairs, q_rows, n);
         interleave(g_pairs, g_rows, n);
         multiply_lower<DotPairs>(n, product(q_rows.left(pairs(K)), k_transposed), scores, C, ahead);
-        round_lower(score_rows, scores, C, n);
-        interleave(score_pairs, score_rows, n);
+        interleave_lower(score_pairs, scores, C, n);
         multiply_lower<DotPairs>(n, product(g_rows.left(pairs(V)), v_transposed), scores, C, ahead);
-        round_lower(score_rows, scores, C, n);
-        interleave(dscore_pairs, score_rows, n);
+        interleave_lower(dscore_pairs, scores, C, n);
         const Product for_k[] = {product(v_rows.left(pairs(V)), after_transposed),
                                  product(dscore_pairs.left_transposed(pairs(n)), q_pairs)};
         const Product for_v[] = {product(k_rows.left(pairs(K)), after_pairs),
                                  product(score_pairs.left_transposed(pairs(n)), g_pairs)};
         multiply<DotPairs>(n, dk.ld, for_k, 2, dk.data, dk.ld, false, ahead, keep_upper_pairs);
         multiply<DotPairs>(n, dv.ld, for_v, 2, dv.data, dv.ld, false, ahead, keep_upper_pairs);
-        store_key_gradients(range, t, n, dk, dv, k, v, k_scale, weights);
-        if (t > 0 || range.state_out != nullptr) after.add(q_pairs, g_pairs, n, ahead);
+        store_key_gradients(range, t, n, dk, dv, k_scale, weights);
+        if (t > 0 || range.state_out != nullptr) add_to(after, q_pairs, g_pairs, n, ahead);
     }
-    after.state.store(range.state_out);
+    after.store(range.state_out);
 }
 
 void full_forward(const Range& range, float* memory) {
-    if (range.dtype != 1) return kernels_avx512.full_forward(range, memory);
+    if (!suits_pairs(range)) return kernels_avx512.full_forward(range, memory);
     const int64_t C = range.chunk, K = range.K, V = range.V;
     Scratch scratch(memory);
-    const RoundedState state(scratch, range);
-    const Words state_pairs = take_interleaved(scratch, K, V);
-    const Block q = scratch.rows(C, K), o = scratch.rows(C, V);
-    const Words q_rows = take_rows(scratch, C, K);
-    state.round();
-    interleave(state_pairs, state.rows, K);
+    State state(scratch, K, V);
+    const Words state_pairs = take_interleaved(scratch, K, V), q_rows = take_rows(scratch, C, K);
+    const Block o = scratch.rows(C, V);
+    state.load(range.state);
+    interleave(state_pairs, state.data, state.ld, K);
     UnitScale scale;
     Ahead ahead;
     for (int64_t t = 0; t < range.tokens; t += C) {
         const int64_t n = smaller(C, range.tokens - t);
-        load_unit_rows(q, range.q, range.dtype, t, n, range.query_mask, nullptr, scale);
+        const Tokens q = of_queries(range, range.q, t, n, K);
+        find_unit_scale(q, nullptr, scale);
+        copy_rows(q_rows, q);
         ahead.clear();
         ask(ahead, range, range.o, t, V, true);
         ask(ahead, range, range.q, t + C, K, false);
-        round_rows(q_rows, q, n);
         multiply<DotPairs>(n, o.ld, product(q_rows.left(pairs(K)), state_pairs), o.data, o.ld, false, ahead);
-        store_rows(range.o, range.dtype, t, n, range.query_mask, o);
+        store_tokens(of_queries(range, range.o, t, n, V), o, scale.factor);
     }
 }
 
 void full_backward_q(const Range& range, float* memory) {
-    if (range.dtype != 1) return kernels_avx512.full_backward_q(range, memory);
+    if (!suits_pairs(range)) return kernels_avx512.full_backward_q(range, memory);
     const int64_t C = range.chunk, K = range.K, V = range.V;
     Scratch scratch(memory);
-    const RoundedState state(scratch, range);
-    const Words state_transposed = take_transposed(scratch, K, V);
-    const Block q = scratch.rows(C, K), dq = scratch.rows(C, K);
+    State state(scratch, K, V);
+    const Words state_rows = take_rows(scratch, K, V), state_transposed = take_transposed(scratch, K, V);
+    const Block dq = scratch.rows(C, K);
     const Words g_rows = take_rows(scratch, C, V);
-    state.round();
-    transpose_words(state_transposed, state.rows, K);
+    state.load(range.state);
+    round_rows(state_rows, state.data, state.ld, round_up(K, kWidth));
+    transpose_words(state_transposed, state_rows, K);
     UnitScale scale;
     Ahead ahead;
     for (int64_t t = 0; t < range.tokens; t += C) {
         const int64_t n = smaller(C, range.tokens - t);
-        load_unit_rows(q, range.q, range.dtype, t, n, range.query_mask, nullptr, scale);
-        copy_rows(g_rows, range.grad, t, n, V, range.query_mask);
+        const Tokens q = of_queries(range, range.q, t, n, K);
+        copy_rows(g_rows, of_queries(range, range.grad, t, n, V));
         ahead.clear();
         ask(ahead, range, range.dq, t, K, true);
         ask(ahead, range, range.q, t + C, K, false);
         ask(ahead, range, range.grad, t + C, V, false);
         multiply<DotPairs>(n, dq.ld, product(g_rows.left(pairs(V)), state_transposed), dq.data, dq.ld, false, ahead);
-        store_unit_gradient(range.dq, range.dtype, t, n, range.query_mask, dq, q, scale);
+        find_unit_scale(q, nullptr, scale);
+        store_unit_gradient(of_queries(range, range.dq, t, n, K), q, dq, scale);
     }
 }
 
 void full_backward_kv(const Range& range, float* memory) {
-    if (range.dtype != 1) return kernels_avx512.full_backward_kv(range, memory);
+    if (!suits_pairs(range)) return kernels_avx512.full_backward_kv(range, memory);
     const int64_t C = range.chunk, K = range.K, V = range.V;
     Scratch scratch(memory);
-    const RoundedState after(scratch, range);
-    const Words after_pairs = take_interleaved(scratch, K, V), after_transposed = take_transposed(scratch, K, V);
-    const Block k = scratch.rows(C, K), v = scratch.rows(C, V), dk = scratch.rows(C, K), dv = scratch.rows(C, V);
+    State after(scratch, K, V);
+    const Words after_pairs = take_interleaved(scratch, K, V);
+    const Words after_rows = take_rows(scratch, K, V), after_transposed = take_transposed(scratch, K, V);
+    const Block dk = scratch.rows(C, K), dv = scratch.rows(C, V);
     const Words k_rows = take_rows(scratch, C, K), v_rows = take_rows(scratch, C, V);
-    after.round();
-    interleave(after_pairs, after.rows, K);
-    transpose_words(after_transposed, after.rows, K);
+    after.load(range.state);
+    interleave(after_pairs, after.data, after.ld, K);
+    round_rows(after_rows, after.data, after.ld, round_up(K, kWidth));
+    transpose_words(after_transposed, after_rows, K);
     UnitScale scale;
     Weights weights;
     Ahead ahead;
     for (int64_t t = 0; t < range.tokens; t += C) {
         const int64_t n = smaller(C, range.tokens - t);
         weights.set(range.divisor, range.key_mask, t, n, 0);
-        load_unit_rows(k, range.k, range.dtype, t, n, range.key_mask, weights.get(), scale);
-        load_rows(v, range.v, range.dtype, t, n, range.key_mask);
+        load_unit_words(k_rows, of_keys(range, range.k, t, n, K), weights.get(), scale);
+        copy_rows(v_rows, of_keys(range, range.v, t, n, V));
         ahead.clear();
         ask(ahead, range, range.dk, t, K, true);
         ask(ahead, range, range.dv, t, V, true);
         ask(ahead, range, range.k, t + C, K, false);
         ask(ahead, range, range.v, t + C, V, false);
-        round_rows(k_rows, k, n);
-        round_rows(v_rows, v, n);
         multiply<DotPairs>(n, dk.ld, product(v_rows.left(pairs(V)), after_transposed), dk.data, dk.ld, false, ahead);
         multiply<DotPairs>(n, dv.ld, product(k_rows.left(pairs(K)), after_pairs), dv.data, dv.ld, false, ahead);
-        store_key_gradients(range, t, n, dk, dv, k, v, scale, weights);
+        store_key_gradients(range, t, n, dk, dv, scale, weights);
     }
 }
 
 void step(const Range& range, float* memory) { kernels_avx512.step(range, memory); }
 
-// Bound for every pass: 3 float blocks of K and of V, 3 of their layouts each at a word per number, scores, 4 states.
+// Bound for every pass: 2 blocks of K and of V in float or in words of each layout, scores in both, 3 states.
 int64_t scratch_size(int64_t K, int64_t V, int64_t chunk) {
     const int64_t Kp = round_up(K, 32), Vp = round_up(V, 32), C = round_up(chunk, 32);
-    const int64_t needed = chunk * 6 * (Kp + Vp) + 4 * C * C + 16 + 4 * Kp * Vp;
+    const int64_t needed = C * 4 * (Kp + Vp) + 3 * C * C + 16 + 3 * Kp * Vp;
     const int64_t plain = kernels_avx512.scratch_size(K, V, chunk);
     return needed > plain ? needed : plain;
 }
