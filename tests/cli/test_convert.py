@@ -1,4 +1,4 @@
-"""cottention convert official: a published checkpoint becomes a directory that the other commands open."""
+"""cottention convert: a published or stock checkpoint becomes a directory that the other commands open."""
 
 from __future__ import annotations
 
@@ -12,7 +12,9 @@ import torch
 from transformers import PreTrainedTokenizerBase
 
 from cottention.cli.main import main
+from tests import tiny
 from tests.convert.helpers import RunsCode
+from tests.convert.stock import stock_checkpoint
 from tests.models.helpers import FIXTURES
 
 BERT, GPT = (FIXTURES / "modules" / name for name in ("bert", "gpt_rot8"))
@@ -42,7 +44,7 @@ def test_the_report_says_what_was_read_and_left_out(tmp_path: Path, capsys: pyte
 
 def test_json_is_the_report_in_the_directory(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     out, _ = run(capsys, "convert", "official", BERT, tmp_path / "bert", "--json")
-    assert json.loads(out) == json.loads((tmp_path / "bert" / "conversion_report.json").read_text())
+    assert json.loads(out) == json.loads((tmp_path / "bert" / "conversion.json").read_text())
     assert json.loads(out)["attention_type"] == "cosine"
 
 
@@ -82,8 +84,8 @@ def test_pickled_code_is_refused_in_one_line(tmp_path: Path, capsys: pytest.Capt
 @pytest.mark.parametrize(
     ("words", "message"),
     [
-        ([], "say which: official"),
-        (["offical", "a", "b"], "kind must be one of official; got 'offical'; did you mean 'official'?"),
+        ([], "say which: official, softmax"),
+        (["offical", "a", "b"], "kind must be one of official, softmax; got 'offical'; did you mean 'official'?"),
         (["official"], "missing source, destination"),
         (["official", "a"], "missing destination"),
         (["official", "a", "b", "--overwrit"], "unknown option --overwrit; did you mean '--overwrite'?"),
@@ -95,6 +97,12 @@ def test_pickled_code_is_refused_in_one_line(tmp_path: Path, capsys: pytest.Capt
         (["official", GPT, "NEW", "--revision", "main"], f"revision 'main' needs a Hub name; {GPT} is a directory"),
         (["official", GPT / "config.json", "NEW"], f"{GPT / 'config.json'} is a file; expected a model directory"),
         (["official", "EMPTY", "NEW"], "EMPTY has no config.json"),
+        (["softmax", "EMPTY", "NEW"], "EMPTY has no config.json"),
+        (["softmax", "EMPTY"], "missing destination"),
+        (["softmax", "EMPTY", "NEW", "--distil-steps", 5], "--distil-steps needs --distil-text"),
+        (["softmax", "EMPTY", "NEW", "--held-out-text", "a.txt"], "--held-out-text needs --distil-text"),
+        (["softmax", "EMPTY", "NEW", "--end-to-end-steps", 5], "--end-to-end-steps needs --distil-text"),
+        (["softmax", "EMPTY", "NEW", "--norm-const", "many"], "norm_const: expected float; got 'many'"),
     ],
 )
 def test_a_mistake_is_one_line_and_leaves_nothing(
@@ -108,6 +116,38 @@ def test_a_mistake_is_one_line_and_leaves_nothing(
         == message
     )
     assert not places["NEW"].exists()
+
+
+def test_softmax_becomes_cosine_and_is_taught_in_one_command(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    source = stock_checkpoint(tmp_path / "stock", "GPTJForCausalLM")
+    text = tmp_path / "text.txt"
+    text.write_text(" ".join(tiny.TEXTS) * 30)
+    flags = ["--norm-const", 0.25, "--distil-text", text, "--distil-steps", 2, "--end-to-end-steps", 1]
+    flags += ["--window", 16, "--batch-size", 4, "--seed", 3, "--device", "cpu"]
+    out, _ = run(capsys, "convert", "softmax", source, tmp_path / "new", *flags)
+    lines = out.splitlines()
+    assert lines[0].startswith(f"{tmp_path / 'new'}: cosine CottentionGPTForCausalLM, ")
+    assert lines[-6].split() == ["on", "held-out", "text", "source", "copied", "distilled"]
+    assert [line.split()[0] for line in lines[-5:]] == ["loss", "perplexity", "attention", "last", "embedding"]
+
+    report = json.loads((tmp_path / "new" / "conversion.json").read_text())
+    assert report["distillation"]["source"]["loss"] == pytest.approx(float(lines[-5].split()[-3]), abs=1e-3)
+    assert report["distillation"]["after"]["perplexity"] > 1
+    assert (report["distillation"]["window"], report["distillation"]["seed"]) == (16, 3)
+    assert json.loads((tmp_path / "new" / "config.json").read_text())["norm_const_init"] == 0.25
+    flags = ["--prompt", "ab", "--max-new-tokens", 4, "--json"]
+    assert json.loads(run(capsys, "generate", "--model", tmp_path / "new", *flags)[0])["num_new_tokens"] > 0
+
+
+def test_softmax_kept_and_json(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    source = stock_checkpoint(tmp_path / "stock", "BertForMaskedLM")
+    out, _ = run(capsys, "convert", "softmax", source, tmp_path / "new", "--attention-type", "softmax", "--json")
+    assert json.loads(out) == json.loads((tmp_path / "new" / "conversion.json").read_text())
+    assert (json.loads(out)["attention_type"], json.loads(out)["distillation"]) == ("softmax", None)
+    filled = json.loads(run(capsys, "fill-mask", "--model", tmp_path / "new", "a [MASK] b", "--json")[0])
+    assert len(filled["masks"][0]) == 5
 
 
 def test_an_interrupted_conversion_leaves_nothing(

@@ -86,7 +86,7 @@ def test_every_tensor_keeps_its_bits_and_the_report_says_what_was_read(
         assert torch.equal(state[key], tensor), key
     assert set(state) == set(tensors_of(source))
 
-    assert json.loads((tmp_path / "converted" / "conversion_report.json").read_text()) == json.loads(
+    assert json.loads((tmp_path / "converted" / "conversion.json").read_text()) == json.loads(
         json.dumps(report.to_dict())
     )
     assert report.training_step == 7

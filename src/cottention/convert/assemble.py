@@ -1,12 +1,14 @@
-"""Puts published tensors into one of our models, with names and shapes checked both ways.
+"""Puts stored tensors into one of our models, with names and shapes checked both ways.
 
 attention_type = detect_attention_type(tensors)
-model, left_out = build_model(translated, attention_type, tensors)
+built = build_model(translated, attention_type, tensors, CottentionBertForPreTraining)
 """
 
 from __future__ import annotations
 
 import re
+from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -14,7 +16,7 @@ from torch import Tensor
 from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 from cottention import models
-from cottention.convert.configs import AttentionType, TranslatedConfig
+from cottention.convert.configs import Architecture, AttentionType, TranslatedConfig
 from cottention.convert.report import LeftOut
 from cottention.convert.weights import listed
 from cottention.errors import CheckpointError
@@ -24,11 +26,26 @@ from cottention.generation.source import one_line
 _CONSTANT_BUFFERS = re.compile(
     r"transformer\.h\.\d+\.attn\.(bias|masked_bias|embed_positions)|bert\.embeddings\.(position_ids|token_type_ids)"
 )
-# Two names for one tensor of a tied BERT; published files hold either or both.
-_TIED_NAMES = {
-    "cls.predictions.decoder.weight": "bert.embeddings.word_embeddings.weight",
-    "cls.predictions.decoder.bias": "cls.predictions.bias",
+# Two names for one tensor of a tied model; stored files hold either or both.
+_TIED_NAMES: dict[Architecture, dict[str, str]] = {
+    "bert": {
+        "cls.predictions.decoder.weight": "bert.embeddings.word_embeddings.weight",
+        "cls.predictions.decoder.bias": "cls.predictions.bias",
+    },
+    "gpt": {"lm_head.weight": "transformer.wte.weight"},
 }
+
+
+@dataclass(frozen=True, kw_only=True)
+class BuiltModel:
+    """A model that holds stored tensors."""
+
+    model: PreTrainedModel
+    """In evaluation mode, each tensor in the type that it was stored in."""
+    left_out: tuple[LeftOut, ...]
+    """Tensors that were not taken over."""
+    new: tuple[str, ...]
+    """Tensors that were not stored and had to be made."""
 
 
 def detect_attention_type(tensors: dict[str, Tensor]) -> AttentionType:
@@ -37,19 +54,28 @@ def detect_attention_type(tensors: dict[str, Tensor]) -> AttentionType:
 
 
 def build_model(
-    translated: TranslatedConfig, attention_type: AttentionType, tensors: dict[str, Tensor]
-) -> tuple[PreTrainedModel, list[LeftOut]]:
+    translated: TranslatedConfig,
+    attention_type: AttentionType,
+    tensors: dict[str, Tensor],
+    model_class: type[PreTrainedModel],
+    *,
+    heads: Sequence[str] = (),
+    seed: int = 0,
+) -> BuiltModel:
     """Make our model hold these tensors, in the types that they have.
 
-    Returns:
-        The model, and the tensors that were not taken over.
+    Args:
+        translated: what config.json means.
+        attention_type: of the model.
+        tensors: by the names that our model gives them.
+        model_class: the class to build.
+        heads: beginnings of names; a head of which nothing is stored is initialised, where every other gap is an error.
+        seed: of that initialisation.
 
     Raises:
         CheckpointError: a tensor is missing, unexpected or of another shape, or the config makes no model.
     """
-    bert = translated.architecture == "bert"
-    config_class: Any = models.CottentionBertConfig if bert else models.CottentionGPTConfig
-    model_class: Any = models.CottentionBertForPreTraining if bert else models.CottentionGPTForCausalLM
+    config_class: Any = model_class.config_class
     try:
         config = config_class(**translated.fields, attention_type=attention_type)
         # Memory for the parameters comes with the tensors; a second copy of 5 GB would be made only to be dropped.
@@ -58,21 +84,20 @@ def build_model(
     except (ValueError, TypeError) as error:
         raise CheckpointError(f"config.json makes no {config_class.__name__}: {one_line(error)}") from error
 
-    left_out = [
-        LeftOut(name=name, reason="a constant, computed when needed")
-        for name in sorted(tensors)
-        if _CONSTANT_BUFFERS.fullmatch(name)
-    ]
-    constants = {item.name for item in left_out}
+    constants = [name for name in sorted(tensors) if _CONSTANT_BUFFERS.fullmatch(name)]
     state = {name: tensor for name, tensor in tensors.items() if name not in constants}
     wanted = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
-    if bert:
-        state = _with_tied_names(state, wanted, tied=bool(config.tie_word_embeddings))
+    aliases = _TIED_NAMES[translated.architecture]
+    tied = bool(config.tie_word_embeddings)
+    shapes = {name: shape for name, shape in wanted.items() if not (tied and name in aliases)}
+    new = _new_tensors(state, shapes, heads, std=config.initializer_range, seed=seed)
+    state = _with_tied_names({**state, **new}, wanted, aliases, tied=tied)
     _check_names_and_shapes(state, wanted)
     model.load_state_dict(state, strict=True, assign=True)
     model.tie_weights()
     model.eval()
-    return model, left_out
+    left_out = tuple(LeftOut(name=name, reason="a constant, computed when needed") for name in constants)
+    return BuiltModel(model=model, left_out=left_out, new=tuple(new))
 
 
 def settle_special_tokens(
@@ -100,10 +125,32 @@ def settle_special_tokens(
         model.generation_config = GenerationConfig.from_model_config(config)
 
 
-def _with_tied_names(state: dict[str, Tensor], wanted: dict[str, tuple[int, ...]], *, tied: bool) -> dict[str, Tensor]:
+def _new_tensors(
+    state: dict[str, Tensor], shapes: dict[str, tuple[int, ...]], heads: Sequence[str], *, std: float, seed: int
+) -> dict[str, Tensor]:
+    """Tensors of the heads of which nothing is stored, initialised as our models do it, in the type of the stored."""
+    dtype = next((tensor.dtype for tensor in state.values() if tensor.is_floating_point()), torch.float32)
+    generator = torch.Generator().manual_seed(seed)
+    absent = tuple(head for head in heads if not any(name.startswith(head) for name in state))
+    new: dict[str, Tensor] = {}
+    for name, shape in shapes.items():
+        if not name.startswith(absent):
+            continue
+        if name.endswith("bias"):
+            new[name] = torch.zeros(shape, dtype=dtype)
+        elif "LayerNorm" in name:
+            new[name] = torch.ones(shape, dtype=dtype)
+        else:
+            new[name] = (torch.randn(shape, generator=generator) * std).to(dtype)
+    return new
+
+
+def _with_tied_names(
+    state: dict[str, Tensor], wanted: dict[str, tuple[int, ...]], aliases: dict[str, str], *, tied: bool
+) -> dict[str, Tensor]:
     """Give a tied tensor exactly the names that our model knows, after checking that both names hold the same."""
     state = dict(state)
-    for alias, name in _TIED_NAMES.items():
+    for alias, name in aliases.items():
         if alias.endswith(".weight") and not tied:
             continue
         if alias in state and name in state and not same_bits(state[alias], state[name]):

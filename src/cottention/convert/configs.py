@@ -1,15 +1,16 @@
-"""Translates a published config.json, which names a stock class, into the fields of our own configs.
+"""Translates a config.json that names a stock class into the fields of our own configs.
 
-The published file does not say that attention is cosine; the caller knows that from the weights. Only fields that
-change the function are taken over, under their stock names; the rest is named in the report.
+Such a file does not say which attention a model shall have; the caller knows that. Only fields that change the function
+are taken over, under their stock names, which ours share; the rest is named in the report.
 
-    translated = translate_config(directory)
+    translated = translate_config(directory, {"bert": ("BertForPreTraining",)})
     config = CottentionBertConfig(**translated.fields, attention_type="cosine")
 """
 
 from __future__ import annotations
 
 import json
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -21,9 +22,11 @@ from cottention.generation.source import one_line
 Architecture = Literal["bert", "gpt"]
 AttentionType = Literal["cosine", "softmax"]
 
-_ARCHITECTURES: dict[str, tuple[Architecture, str]] = {
-    "bert": ("bert", "BertForPreTraining"),
-    "gptj": ("gpt", "GPTJForCausalLM"),
+_ARCHITECTURES: dict[str, Architecture] = {
+    "bert": "bert",
+    "gptj": "gpt",
+    "cottention-bert": "bert",
+    "cottention-gpt": "gpt",
 }
 
 # Without these the model would silently be another one, so they have no default here.
@@ -72,11 +75,13 @@ _FIXED: dict[Architecture, dict[str, Any]] = {
     "bert": {"position_embedding_type": "absolute", "is_decoder": False, "add_cross_attention": False},
     "gpt": {"rotary": True, "scale_attn_weights": True},
 }
+# What a config says about itself, and what the conversion decides anew.
+_SETTLED = {"model_type", "architectures", "attention_type", "norm_const_init", "original_init"}
 
 
 @dataclass(frozen=True, kw_only=True)
 class TranslatedConfig:
-    """What a published config.json means for our models."""
+    """What a config.json means for our models."""
 
     architecture: Architecture
     """bert or gpt."""
@@ -96,22 +101,27 @@ class TrainingSettings:
     """Optimiser updates done."""
 
 
-def translate_config(directory: Path) -> TranslatedConfig:
+def translate_config(directory: Path, classes: Mapping[str, tuple[str, ...]]) -> TranslatedConfig:
     """Read config.json and keep the fields that our configs know.
 
+    Args:
+        directory: where it is.
+        classes: model classes that the caller can convert, by model_type; a file that names none holds the first.
+
     Raises:
-        CheckpointError: no config.json, damaged, of another architecture, or a size is missing.
+        CheckpointError: no config.json, damaged, of another class, or a size is missing.
     """
     path = directory / "config.json"
     published = read_json_object(path)
-    model_type = published.get("model_type")
-    if model_type not in _ARCHITECTURES:
+    model_type: Any = published.get("model_type")
+    if model_type not in classes:
         hint = " (it is one of ours already)" if str(model_type).startswith("cottention-") else ""
-        raise CheckpointError(f"{path}: model_type must be bert or gptj; got {model_type!r}{hint}")
-    architecture, stock_class = _ARCHITECTURES[model_type]
-    classes = published.get("architectures") or [stock_class]
-    if classes != [stock_class]:
-        raise CheckpointError(f"{path}: architectures must be [{stock_class!r}]; got {classes!r}")
+        raise CheckpointError(f"{path}: model_type must be {' or '.join(classes)}; got {model_type!r}{hint}")
+    architecture, known = _ARCHITECTURES[model_type], classes[model_type]
+    named = published.get("architectures") or [known[0]]
+    if not isinstance(named, list) or len(named) != 1 or named[0] not in known:
+        expected = " or ".join(f"[{name!r}]" for name in known)
+        raise CheckpointError(f"{path}: architectures must be {expected}; got {named!r}")
 
     missing = [name for name in _SIZES[architecture] if not isinstance(published.get(name), int)]
     if missing:
@@ -122,7 +132,7 @@ def translate_config(directory: Path) -> TranslatedConfig:
 
     kept = (*_SIZES[architecture], *_OTHERS[architecture])
     fields = {name: published[name] for name in kept if name in published}
-    left_out = sorted(published.keys() - fields.keys() - {"model_type", "architectures"})
+    left_out = sorted(published.keys() - fields.keys() - _SETTLED)
     return TranslatedConfig(architecture=architecture, fields=fields, left_out=tuple(left_out))
 
 

@@ -9,8 +9,9 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 from cottention.convert.configs import Architecture, AttentionType
+from cottention.convert.distil_report import DistillationReport
 
-REPORT_NAME = "conversion_report.json"
+REPORT_NAME = "conversion.json"
 """File name of the report in the converted directory."""
 
 
@@ -26,7 +27,7 @@ class LeftOut:
 
 @dataclass(frozen=True, kw_only=True)
 class ConversionReport:
-    """What happened to one published checkpoint."""
+    """What happened to one checkpoint."""
 
     source: str
     """The directory or Hub name, as given."""
@@ -37,7 +38,7 @@ class ConversionReport:
     architecture: Architecture
     """bert or gpt."""
     attention_type: AttentionType
-    """cosine where the weights hold norm_const."""
+    """Of the result."""
     model_class: str
     """Our class that opens the result."""
     dtype: str
@@ -46,8 +47,6 @@ class ConversionReport:
     """Tensors written; tied ones count once."""
     num_parameters: int
     """Numbers in them."""
-    training_step: int | None
-    """Optimiser updates done, as config.pt says."""
     tokenizer: str | None
     """Class of the tokenizer; None where its files are missing."""
     files_read: tuple[str, ...]
@@ -56,6 +55,12 @@ class ConversionReport:
     """Everything else in the source."""
     notes: tuple[str, ...]
     """What a user should know before using the result."""
+    training_step: int | None = None
+    """Optimiser updates done, as config.pt of a published checkpoint says."""
+    new: tuple[str, ...] = ()
+    """Tensors that the source does not hold and that were made, norm_const of a softmax source among them."""
+    distillation: DistillationReport | None = None
+    """What the result was taught, and how it compares with its source."""
 
     def to_dict(self) -> dict[str, Any]:
         """The report as JSON-ready values."""
@@ -72,4 +77,6 @@ class ConversionReport:
             names_by_reason.setdefault(item.reason, []).append(item.name)
         lines += [f"  left out  {', '.join(names)}: {reason}" for reason, names in names_by_reason.items()]
         lines += [f"  note      {note}" for note in self.notes]
+        if self.distillation is not None:
+            lines += ["", *self.distillation.table()]
         return "\n".join(lines)

@@ -73,7 +73,7 @@ def load_model_and_tokenizer(
         CheckpointError: nothing there, not one of our models, of the other kind, incomplete or damaged.
         SettingsError: the device does not exist.
     """
-    target = _device(device)
+    target = choose_device(device)
     directory = resolve_directory(source, file_patterns=_FILES)
     _check_config(directory, kind, source)
     _check_weights(directory, source)
@@ -171,7 +171,12 @@ def quiet_progress() -> Iterator[None]:
             transformers_logging.enable_progress_bar()
 
 
-def _device(device: str | torch.device | None) -> torch.device:
+def choose_device(device: str | torch.device | None) -> torch.device:
+    """The device of this name; None: a GPU where there is one.
+
+    Raises:
+        SettingsError: it cannot be used here.
+    """
     if device is None or device == "auto":
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
     try:
