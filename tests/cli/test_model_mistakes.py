@@ -124,7 +124,7 @@ def tokenizer_too_large(model: Path, command: str) -> Path:
         (cosine_opened_as_softmax, "holds cosine attention (it has norm_const weights)"),
         (softmax_opened_as_cosine, "holds softmax attention (it has no norm_const)"),
         (the_other_kind, "; needed is a "),
-        (stock, "convert it first: cottention convert official RUN/model NEW_DIRECTORY"),
+        (stock, "convert it first: cottention convert softmax RUN/model NEW_DIRECTORY"),
         (without_tokenizer, "has no tokenizer (tokenizer.json)"),
         (tokenizer_too_large, "but 50 embeddings"),
     ],

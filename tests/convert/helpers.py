@@ -8,8 +8,12 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import pytest
 import torch
 from torch import Tensor
+
+from cottention.convert import convert_official
+from cottention.errors import CheckpointError
 
 BIN = "pytorch_model.bin"
 
@@ -68,3 +72,19 @@ class RunsCode:
 
     def __reduce__(self) -> tuple[Any, ...]:
         return os.mkdir, (str(self.path),)
+
+
+def message_of(source: Path, destination: Path, overwrite: bool = False) -> str:
+    """The one line that refuses `source`; nothing may be left at or beside `destination`."""
+    before = set(destination.parent.iterdir())
+    with pytest.raises(CheckpointError) as refusal:
+        convert_official(source, destination, overwrite=overwrite)
+    message = str(refusal.value)
+    assert "\n" not in message
+    assert set(destination.parent.iterdir()) == before
+    return message
+
+
+def with_another_decoder(tensors: dict[str, Tensor]) -> None:
+    """Let a BERT's decoder differ from its embeddings."""
+    tensors["cls.predictions.decoder.weight"] = tensors["cls.predictions.decoder.weight"] + 1

@@ -10,7 +10,7 @@ from torch import Tensor
 from transformers import BertConfig, BertForMaskedLM, BertForPreTraining, BertModel, GPTJConfig, GPTJForCausalLM
 
 from tests import tiny
-from tests.models.helpers import randomised
+from tests.models.helpers import gradients, randomised, some_tokens
 
 CLASSES: dict[str, Any] = {
     "BertForPreTraining": BertForPreTraining,
@@ -54,7 +54,36 @@ def stock_checkpoint(directory: Path, name: str, dtype: torch.dtype = torch.floa
     return save_stock(directory, randomised(stock_model(name, **settings), dtype))
 
 
-def outputs_of(model: Any, batch: dict[str, Tensor]) -> dict[str, Tensor]:
+def batch_for(name: str) -> dict[str, torch.Tensor]:
+    """Padded on the right, with labels where the class takes them."""
+    mask = torch.tensor([[1] * 11, [1] * 7 + [0] * 4])
+    batch = {"input_ids": some_tokens(2, 11, 60), "attention_mask": mask}
+    if name != "BertModel":
+        batch["labels"] = some_tokens(2, 11, 60, seed=1).masked_fill(mask == 0, -100)
+    if name == "BertForPreTraining":
+        batch["next_sentence_label"] = torch.tensor([0, 1])
+    return batch
+
+
+def assert_same_function(ours: Any, stock: Any, batch: dict[str, Tensor]) -> None:
+    """Every output of the stock model and every gradient of its loss are ours too, at the real tokens, to 1e-5."""
+    real = batch["attention_mask"].bool()
+    got, expected = _outputs_of(ours, batch), _outputs_of(stock, batch)
+    assert len(expected) >= 4
+    for key, value in expected.items():
+        # Padded positions mean nothing in either.
+        pair = (got[key][real], value[real]) if value.shape[:2] == real.shape else (got[key], value)
+        torch.testing.assert_close(*pair, rtol=1e-5, atol=1e-5)
+    for out in (got, expected):
+        (out["loss"] if "loss" in out else (out["hidden_2"] * real[..., None]).square().mean()).backward()
+    ours_gradients, stock_gradients = gradients(ours), gradients(stock)
+    assert set(ours_gradients) == set(stock_gradients)
+    for key, gradient in stock_gradients.items():
+        # Softmax does not see a key's bias, so that gradient is rounding noise: hence the floor.
+        assert (ours_gradients[key] - gradient).norm() <= 1e-4 * gradient.norm().clamp(min=1e-2), key
+
+
+def _outputs_of(model: Any, batch: dict[str, Tensor]) -> dict[str, Tensor]:
     """Every output that is a tensor, hidden states by number, whatever its class calls them."""
     out = model(**batch, output_hidden_states=True)
     hidden_states = {f"hidden_{i}": x for i, x in enumerate(out.hidden_states)}

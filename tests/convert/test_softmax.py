@@ -15,8 +15,16 @@ from cottention import models
 from cottention.convert import convert_softmax
 from tests import tiny
 from tests.convert.helpers import change_json
-from tests.convert.stock import BERTS, CLASSES, outputs_of, save_stock, stock_checkpoint, stock_model
-from tests.models.helpers import gradients, randomised, some_tokens
+from tests.convert.stock import (
+    BERTS,
+    CLASSES,
+    assert_same_function,
+    batch_for,
+    save_stock,
+    stock_checkpoint,
+    stock_model,
+)
+from tests.models.helpers import randomised, some_tokens
 
 OURS: dict[str, Any] = {
     "BertForPreTraining": models.CottentionBertForPreTraining,
@@ -24,17 +32,6 @@ OURS: dict[str, Any] = {
     "BertModel": models.CottentionBertForPreTraining,
     "GPTJForCausalLM": models.CottentionGPTForCausalLM,
 }
-
-
-def batch_for(name: str) -> dict[str, torch.Tensor]:
-    """Padded on the right, with labels where the class takes them."""
-    mask = torch.tensor([[1] * 11, [1] * 7 + [0] * 4])
-    batch = {"input_ids": some_tokens(2, 11, 60), "attention_mask": mask}
-    if name != "BertModel":
-        batch["labels"] = some_tokens(2, 11, 60, seed=1).masked_fill(mask == 0, -100)
-    if name == "BertForPreTraining":
-        batch["next_sentence_label"] = torch.tensor([0, 1])
-    return batch
 
 
 @pytest.mark.parametrize("name", CLASSES)
@@ -46,21 +43,7 @@ def test_with_softmax_kept_values_and_gradients_are_those_of_the_stock_model(tmp
     ours = OURS[name].from_pretrained(tmp_path / "new").eval()
     ours = ours.bert if name == "BertModel" else ours
 
-    batch, real = batch_for(name), batch_for(name)["attention_mask"].bool()
-    got, expected = outputs_of(ours, batch), outputs_of(stock, batch)
-    assert {"loss", "hidden_2"} <= set(expected) or name == "BertModel"
-    assert set(expected) - {"past_key_values"} <= set(got)
-    for key, value in expected.items():
-        # Padded positions mean nothing in either.
-        pair = (got[key][real], value[real]) if value.shape[:2] == real.shape else (got[key], value)
-        torch.testing.assert_close(*pair, rtol=1e-5, atol=1e-5)
-    for out in (got, expected):
-        (out["loss"] if "loss" in out else (out["hidden_2"] * real[..., None]).square().mean()).backward()
-    ours_gradients, stock_gradients = gradients(ours), gradients(stock)
-    assert set(ours_gradients) == set(stock_gradients)
-    for key, gradient in stock_gradients.items():
-        # Softmax does not see a key's bias, so that gradient is rounding noise: hence the floor.
-        assert (ours_gradients[key] - gradient).norm() <= 1e-4 * gradient.norm().clamp(min=1e-2), key
+    assert_same_function(ours, stock, batch_for(name))
 
 
 @pytest.mark.parametrize("name", CLASSES)

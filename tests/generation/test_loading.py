@@ -152,8 +152,8 @@ def test_a_stock_checkpoint_is_told_how_to_convert(tmp_path: Path, model_type: s
     else:
         BertConfig().save_pretrained(tmp_path)
     assert refusal(tmp_path) == (
-        f"{tmp_path} is a stock {model_type} checkpoint; convert it first: "
-        f"cottention convert official {tmp_path} NEW_DIRECTORY"
+        f"{tmp_path} is a checkpoint of a stock class ({model_type}); convert it first: cottention convert softmax "
+        f"{tmp_path} NEW_DIRECTORY (official, not softmax, if the published code wrote it)"
     )
 
 

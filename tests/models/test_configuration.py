@@ -125,7 +125,7 @@ def test_another_models_config_is_refused(tmp_path: Path) -> None:
     with pytest.raises(CheckpointError, match="must hold a model of type 'cottention-bert'; got 'cottention-gpt'"):
         CottentionBertConfig.from_pretrained(tmp_path)
     GPTJConfig().save_pretrained(tmp_path)
-    with pytest.raises(CheckpointError, match="got 'gptj'; `cottention convert official` turns"):
+    with pytest.raises(CheckpointError, match="got 'gptj'; `cottention convert` turns"):
         CottentionGPTConfig.from_pretrained(tmp_path)
 
 

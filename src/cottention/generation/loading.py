@@ -105,8 +105,8 @@ def _check_config(directory: Path, kind: Kind, source: str | Path) -> None:
         raise CheckpointError(f"{source} is {_PURPOSES[model_type]}; needed is {_NEEDED[kind]}")
     if model_type in _PUBLISHED_MODEL_TYPES:
         raise CheckpointError(
-            f"{source} is a stock {model_type} checkpoint; convert it first: "
-            f"cottention convert official {source} NEW_DIRECTORY"
+            f"{source} is a checkpoint of a stock class ({model_type}); convert it first: cottention convert softmax "
+            f"{source} NEW_DIRECTORY (official, not softmax, if the published code wrote it)"
         )
     raise CheckpointError(f"{source} is not one of our models: model_type is {model_type!r}, not {expected}")
 

@@ -74,7 +74,7 @@ class CottentionConfig(PreTrainedConfig):
         if found != cls.model_type:
             hint = ""
             if found in ("bert", "gptj"):
-                hint = "; `cottention convert official` turns a published checkpoint into ours"
+                hint = "; `cottention convert` turns a published (official) or a stock one (softmax) into ours"
             raise CheckpointError(
                 f"{pretrained_model_name_or_path} must hold a model of type {cls.model_type!r}; got {found!r}{hint}"
             )
