@@ -35,7 +35,7 @@ def cross_entropy(logits: Tensor, labels: Tensor, num_items_in_batch: Tensor | i
     logits = _at_least_float32(logits).flatten(0, -2)
     labels = labels.to(logits.device).flatten()
     total = nn.functional.cross_entropy(logits, labels, ignore_index=IGNORE_INDEX, reduction="sum")
-    return _averaged(total, num_items_in_batch, (labels != IGNORE_INDEX).sum().clamp(min=1))
+    return averaged(total, num_items_in_batch, (labels != IGNORE_INDEX).sum().clamp(min=1))
 
 
 def causal_lm_loss(
@@ -57,13 +57,19 @@ def causal_lm_loss(
     Returns:
         A scalar.
     """
-    if shift_labels is None:
-        assert labels is not None
-        shift_labels = pad(labels, (0, 1), value=IGNORE_INDEX)[..., 1:]  # [B, T]
-        if cu_seqlens is not None:
-            last = cu_seqlens[1:].to(torch.int64) - 1
-            shift_labels = shift_labels.index_fill(1, last[last >= 0], IGNORE_INDEX)
-    return cross_entropy(logits, shift_labels, num_items_in_batch)
+    return cross_entropy(logits, next_tokens(labels, shift_labels, cu_seqlens), num_items_in_batch)
+
+
+def next_tokens(labels: Tensor | None, shift_labels: Tensor | None, cu_seqlens: Tensor | None) -> Tensor:
+    """The target of each position, `[B, T]`; -100 where there is none. For the arguments see `causal_lm_loss`."""
+    if shift_labels is not None:
+        return shift_labels
+    assert labels is not None
+    targets = pad(labels, (0, 1), value=IGNORE_INDEX)[..., 1:]  # [B, T]
+    if cu_seqlens is not None:
+        last = cu_seqlens[1:].to(torch.int64) - 1
+        targets = targets.index_fill(1, last[last >= 0], IGNORE_INDEX)
+    return targets
 
 
 def classification_loss(
@@ -96,7 +102,7 @@ def classification_loss(
         raise ValueError(f"labels must have shape {list(logits.shape)} for {problem_type}; got {list(labels.shape)}")
     loss = mse_loss if problem_type == "regression" else binary_cross_entropy_with_logits
     total = loss(flat, targets.to(flat.dtype), reduction="sum")
-    return _averaged(total, num_items_in_batch, flat.shape[0])
+    return averaged(total, num_items_in_batch, flat.shape[0])
 
 
 def loss_settings(given: Mapping[str, Any], known: Iterable[str], where: str) -> dict[str, Any]:
@@ -116,7 +122,8 @@ def _at_least_float32(x: Tensor) -> Tensor:
     return x if x.dtype == torch.float64 else x.float()
 
 
-def _averaged(total: Tensor, num_items: Tensor | int | None, own: Tensor | int) -> Tensor:
+def averaged(total: Tensor, num_items: Tensor | int | None, own: Tensor | int) -> Tensor:
+    """A sum of losses over the items of the whole step where their number is given, else over its own."""
     if num_items is None:
         return total / own
     # The Trainer may have counted on another device.

@@ -21,7 +21,8 @@ from transformers.modeling_outputs import BaseModelOutputWithPast, CausalLMOutpu
 from cottention.layers import CosineAttention, RotaryTable, SoftmaxAttention, rotary_table
 from cottention.models.cache import CosineCache
 from cottention.models.gpt.configuration_gpt import CottentionGPTConfig
-from cottention.models.losses import causal_lm_loss, loss_settings
+from cottention.models.linear_cross_entropy import linear_cross_entropy
+from cottention.models.losses import causal_lm_loss, loss_settings, next_tokens
 from cottention.models.pretrained import (
     CottentionPreTrainedModel,
     activation,
@@ -299,6 +300,8 @@ class CottentionGPTForCausalLM(CottentionGPTPreTrainedModel, GenerationMixin):
 
     _tied_weights_keys: ClassVar[dict[str, str]] = {"lm_head.weight": "transformer.wte.weight"}
     accepts_loss_kwargs = True
+    fused_loss: bool = False
+    """Compute the loss without the logits (`linear_cross_entropy`), which then are None; for training."""
 
     def __init__(self, config: CottentionGPTConfig) -> None:
         super().__init__(config)
@@ -351,7 +354,7 @@ class CottentionGPTForCausalLM(CottentionGPTPreTrainedModel, GenerationMixin):
                 shifted, instead of labels.
 
         Returns:
-            loss, logits, past_key_values, hidden_states.
+            loss, logits (None with a loss under `fused_loss`), past_key_values, hidden_states.
 
         Raises:
             TypeError: an argument is not known.
@@ -374,9 +377,15 @@ class CottentionGPTForCausalLM(CottentionGPTPreTrainedModel, GenerationMixin):
             cu_seqlens=cu_seqlens,
         )
         x = outputs.last_hidden_state
-        kept = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
-        logits = self.lm_head(x[:, kept] if not isinstance(logits_to_keep, int) or logits_to_keep else x)
-        loss = causal_lm_loss(logits, labels, cu_seqlens=cu_seqlens, **settings) if has_labels else None
+        logits = loss = None
+        if has_labels and self.fused_loss:
+            targets = next_tokens(labels, settings.get("shift_labels"), cu_seqlens)
+            head, num_items = self.lm_head, settings.get("num_items_in_batch")
+            loss = linear_cross_entropy(x, head.weight, head.bias, targets, num_items)
+        else:
+            kept = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
+            logits = self.lm_head(x[:, kept] if not isinstance(logits_to_keep, int) or logits_to_keep else x)
+            loss = causal_lm_loss(logits, labels, cu_seqlens=cu_seqlens, **settings) if has_labels else None
         output = CausalLMOutputWithPast(
             loss=loss,
             logits=logits,
