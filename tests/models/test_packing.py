@@ -92,11 +92,40 @@ def test_contradictions_are_named(kind: Any, make: Any, attention_type: str) -> 
         model(TOKENS.expand(2, -1), cu_seqlens=CU_SEQLENS)
 
 
-def test_packed_texts_have_no_cache() -> None:
-    model = CottentionGPTForCausalLM(gpt_config()).eval()
+def test_softmax_keeps_no_cache_of_packed_texts() -> None:
+    model = CottentionGPTForCausalLM(gpt_config("softmax")).eval()
     assert model(TOKENS, cu_seqlens=CU_SEQLENS).past_key_values is None
     with pytest.raises(ValueError, match="use_cache and past_key_values exclude cu_seqlens"):
         model(TOKENS, cu_seqlens=CU_SEQLENS, use_cache=True)
     cache = model(TOKENS).past_key_values
     with pytest.raises(ValueError, match="cu_seqlens and a filled past_key_values exclude each other"):
         model(TOKENS, cu_seqlens=CU_SEQLENS, past_key_values=cache)
+
+
+@pytest.mark.parametrize("training", [True, False])
+def test_packed_texts_go_on_from_their_states(training: bool) -> None:
+    """Texts of 9, 1 and 13 tokens, read in two packs that cut them at 4, 0 and 13, equal whole ones."""
+    model = randomised(CottentionGPTForCausalLM(gpt_config())).train(training)
+    assert model(TOKENS, cu_seqlens=CU_SEQLENS).past_key_values is None, "only when asked for"
+    whole = model(TOKENS, cu_seqlens=CU_SEQLENS).logits
+    heads, tails = [slice(0, 4), slice(0, 0), slice(10, 23)], [slice(4, 9), slice(9, 10), slice(23, 23)]
+    cache, found = None, []
+    for parts in (heads, tails):
+        ids = torch.cat([TOKENS[:, part] for part in parts], dim=1)
+        ends = torch.tensor([0] + [part.stop - part.start for part in parts]).cumsum(0).to(torch.int32)
+        out = model(ids, cu_seqlens=ends, past_key_values=cache, use_cache=True)
+        cache = out.past_key_values
+        found.append(dict(zip(range(3), out.logits.split(ends.diff().tolist(), dim=1), strict=True)))
+    joined = torch.cat([torch.cat([part[i] for part in found], dim=1) for i in range(3)], dim=1)
+    torch.testing.assert_close(joined, whole)
+    assert cache.next_position.tolist() == [9, 1, 13]
+    assert [state.seen.tolist() for state in cache.states] == [[9, 1, 13]] * len(cache.states)
+
+
+def test_packed_texts_with_positions_of_their_own_go_on_behind_them() -> None:
+    model = randomised(CottentionGPTForCausalLM(gpt_config())).eval()
+    positions = torch.arange(23)[None] + 100
+    cache = model(
+        TOKENS, cu_seqlens=torch.tensor([0, 9, 9, 23]), position_ids=positions, use_cache=True
+    ).past_key_values
+    assert cache.next_position.tolist() == [109, 0, 123]

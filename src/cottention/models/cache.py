@@ -19,6 +19,7 @@ from jaxtyping import Int
 from torch import Tensor
 from transformers.cache_utils import Cache, CacheLayerMixin
 
+from cottention.layers.rotary import packed_positions, sequence_of_each_token
 from cottention.ops import CosineState
 
 
@@ -128,10 +129,26 @@ class CosineCache(Cache):
         """Bytes held, whatever the length of the text."""
         return sum(state.nbytes for state in self.states if state is not None)
 
-    def positions(self, num_tokens: int, device: torch.device) -> Int[Tensor, "B T"]:
-        """Positions of the next `num_tokens` columns when the caller names none: on from where each row stands."""
-        positions = torch.arange(num_tokens, device=device)[None]
-        return positions if self.next_position is None else positions + self.next_position.to(device)[:, None]
+    def positions(
+        self, num_tokens: int, device: torch.device, cu_seqlens: Int[Tensor, " N_plus_1"] | None = None
+    ) -> Int[Tensor, "B T"]:
+        """Positions of the next `num_tokens` columns when the caller names none: on from where each row stands.
+
+        Args:
+            num_tokens: columns.
+            device: where the positions go.
+            cu_seqlens: boundaries of packed texts, each a row of the cache.
+        """
+        if cu_seqlens is None:
+            positions = torch.arange(num_tokens, device=device)[None]
+        else:
+            positions = packed_positions(cu_seqlens, num_tokens)
+        if self.next_position is None:
+            return positions
+        start = self.next_position.to(device)
+        return positions + (
+            start[:, None] if cu_seqlens is None else start[sequence_of_each_token(cu_seqlens, num_tokens)]
+        )
 
     def advance_positions(
         self, num_tokens: int, position_ids: Tensor | None, attention_mask: Tensor | None, like: Tensor
@@ -155,6 +172,21 @@ class CosineCache(Cache):
         if attention_mask is not None:
             following = following.masked_fill(attention_mask == 0, 0)
         self.next_position = torch.maximum(following.amax(dim=1), start)
+
+    def advance_packed_positions(self, cu_seqlens: Int[Tensor, " N_plus_1"], position_ids: Tensor | None) -> None:
+        """Note where each packed text stands at its end.
+
+        Args:
+            cu_seqlens: the texts' boundaries.
+            position_ids: `[1, T]`, what the caller asked for; None: positions ran on.
+        """
+        lengths = cu_seqlens.diff().to(torch.int64)
+        start = torch.zeros_like(lengths) if self.next_position is None else self.next_position
+        if position_ids is None:
+            self.next_position = start + lengths
+            return
+        last = (cu_seqlens[1:].to(torch.int64) - 1).clamp(min=0)
+        self.next_position = torch.where(lengths > 0, position_ids[0, last] + 1, start)
 
     def to_tensors(self) -> dict[str, Tensor]:
         """Everything as named tensors, to save with safetensors and to restore with `from_tensors`.

@@ -123,8 +123,18 @@ def check_inputs(
     attention_mask: Tensor | None,
     cu_seqlens: Tensor | None,
     past_length: int = 0,
+    *,
+    packs_past: bool = False,
 ) -> None:
     """Check what both families take.
+
+    Args:
+        input_ids: `[B, T]`.
+        inputs_embeds: `[B, T, D]`.
+        attention_mask: `[B, T]` or `[B, past_length + T]`.
+        cu_seqlens: `[N+1]`.
+        past_length: columns in the cache.
+        packs_past: whether a filled cache may hold packed texts.
 
     Raises:
         ValueError: arguments contradict each other.
@@ -140,7 +150,7 @@ def check_inputs(
             raise ValueError("attention_mask and cu_seqlens exclude each other: packed texts hold no padding; got both")
         if B != 1:
             raise ValueError(f"cu_seqlens needs a batch of one packed row, B=1; got B={B}")
-        if past_length:
+        if past_length and not packs_past:
             raise ValueError("cu_seqlens and a filled past_key_values exclude each other; got both")
     if attention_mask is not None and tuple(attention_mask.shape) not in ((B, T), (B, past_length + T)):
         expected = f"[B, T] = {[B, T]}" + (f" or {[B, past_length + T]} with the past" if past_length else "")

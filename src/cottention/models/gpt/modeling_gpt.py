@@ -90,7 +90,12 @@ class CottentionGPTBlock(nn.Module):
             assert isinstance(cache, CosineCache)
             layer = cache.layers[self.layer_idx]
             o, state = attn(
-                x, attention_mask=attention_mask, rotary=rotary, initial_state=layer.state, output_final_state=True
+                x,
+                attention_mask=attention_mask,
+                cu_seqlens=cu_seqlens,
+                rotary=rotary,
+                initial_state=layer.state,
+                output_final_state=True,
             )
             layer.advance(state, x.shape[1])
             return o
@@ -176,7 +181,8 @@ class CottentionGPTModel(CottentionGPTPreTrainedModel):
             input_ids: tokens, or give `inputs_embeds`.
             attention_mask: 1 = real, `[B, T]` or, with a filled cache, `[B, past + T]`; padding anywhere.
             position_ids: None: 0 .. T-1, padding counted, going on where a cache stands, restarting per packed text.
-            past_key_values: `CosineCache` (softmax: `DynamicCache`) of what came before.
+            past_key_values: `CosineCache` (softmax: `DynamicCache`) of what came before; with `cu_seqlens` a
+                `CosineCache` with a row for each packed text.
             inputs_embeds: embedded tokens.
             use_cache: whether to return a cache; None: the config's, but not in training or for packed texts.
             output_attentions: not available.
@@ -195,10 +201,11 @@ class CottentionGPTModel(CottentionGPTPreTrainedModel):
         refuse_attentions(output_attentions)
         self._check_cache(past_key_values)
         past_length = 0 if past_key_values is None else past_key_values.get_seq_length()
-        check_inputs(input_ids, inputs_embeds, attention_mask, cu_seqlens, past_length)
+        is_cosine = self.config.attention_type == "cosine"
+        check_inputs(input_ids, inputs_embeds, attention_mask, cu_seqlens, past_length, packs_past=is_cosine)
         x = self.wte(input_ids) if inputs_embeds is None else inputs_embeds
         T = x.shape[1]
-        if self.config.attention_type == "softmax":
+        if not is_cosine:
             longest = longest_text(cu_seqlens, None, past_length + T)
             check_length(longest, self.config.n_positions, "n_positions")
         cache = self._cache(past_key_values, use_cache, cu_seqlens)
@@ -217,7 +224,10 @@ class CottentionGPTModel(CottentionGPTPreTrainedModel):
                 x = block(x, attention_mask, cu_seqlens, rotary, cache)
         x = self.ln_f(x)
         if isinstance(cache, CosineCache):
-            cache.advance_positions(T, position_ids, attention_mask, like=x)
+            if cu_seqlens is None:
+                cache.advance_positions(T, position_ids, attention_mask, like=x)
+            else:
+                cache.advance_packed_positions(cu_seqlens, position_ids)
         output = BaseModelOutputWithPast(
             last_hidden_state=x,
             past_key_values=cache,
@@ -246,18 +256,19 @@ class CottentionGPTModel(CottentionGPTPreTrainedModel):
     def _cache(self, past: Cache | None, use_cache: bool | None, cu_seqlens: Tensor | None) -> Cache | None:
         """The cache to fill: a new one where it is wanted and none is given."""
         checkpoints = self.gradient_checkpointing and self.training
-        if past is not None and not checkpoints:
-            return past
-        if checkpoints or cu_seqlens is not None:
+        is_cosine = self.config.attention_type == "cosine"
+        if checkpoints or (cu_seqlens is not None and not is_cosine):
             if use_cache or past is not None:
                 reason = "gradient checkpointing" if checkpoints else "cu_seqlens"
                 raise ValueError(f"use_cache and past_key_values exclude {reason}; got both")
             return None
+        if past is not None:
+            return past
         if use_cache is None:
-            use_cache = self.config.use_cache and not self.training
+            use_cache = self.config.use_cache and not self.training and cu_seqlens is None
         if not use_cache:
             return None
-        if self.config.attention_type == "cosine":
+        if is_cosine:
             return CosineCache(self.config.n_layer)
         return DynamicCache(config=self.config)
 
@@ -285,7 +296,7 @@ class CottentionGPTModel(CottentionGPTPreTrainedModel):
         T = x.shape[1]
         if position_ids is None:
             if isinstance(cache, CosineCache):
-                position_ids = cache.positions(T, x.device)
+                position_ids = cache.positions(T, x.device, cu_seqlens)
             else:
                 position_ids = default_positions(T, cu_seqlens, x.device) + past_length
         return rotary_table(position_ids, self.rotary_dim)
