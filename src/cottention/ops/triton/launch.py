@@ -16,7 +16,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from cottention.ops.triton.config import Config, Tiles, arithmetic, choose, pad
+from cottention.ops.triton.config import Config, Tiles, arithmetic, choose, compiler_options, pad
 from cottention.ops.triton.linear import linear_kernel, scan_kernel, state_kernel, unit_gradient_kernel
 from cottention.ops.triton.quadratic import quadratic_kernel
 
@@ -149,6 +149,7 @@ class Call:
             "PRECISION": "ieee" if precision == "bf16" else precision,
             "num_warps": tiles.num_warps,
             "num_stages": tiles.num_stages,
+            **compiler_options(self.q.device),
         }
 
     def sum_states(self, states: Tensor, segments: Segments, do: Tensor | None) -> None:

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from cottention.ops.autocast import without_autocast
 from cottention.ops.state import CosineState
-from cottention.ops.triton.config import pad
+from cottention.ops.triton.config import compiler_options, pad
 from cottention.ops.triton.library import on_device
 
 # A tile of the state that 4 warps hold in 32 registers a thread, in rows long enough to be read at full width.
@@ -67,7 +67,7 @@ def _launch(
     if o.numel():
         step_kernel[(B * H * -(-V // tile),)](
             q, k, v, norm_const, real, kv, seen, o, new, *q.stride(), *k.stride(), *v.stride(),
-            H, K=K, V=V, BK=pad(K), BZ=tile, num_warps=4,
+            H, K=K, V=V, BK=pad(K), BZ=tile, num_warps=4, **compiler_options(q.device),
         )  # fmt: skip
     return o
 
