@@ -14,6 +14,7 @@ import torch
 import torch.distributed as dist
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
+from torch.distributed.tensor import DTensor
 
 from cottention import CosineAttention
 
@@ -36,9 +37,11 @@ def main(implementation: str) -> None:
     torch.testing.assert_close(found, expected[rank : rank + 1].detach())
     gradients = dict(whole.named_parameters())
     for name, parameter in sharded.named_parameters():
-        assert parameter.grad is not None, name
+        assert isinstance(parameter.grad, DTensor), name
         torch.testing.assert_close(parameter.grad.full_tensor(), gradients[name].grad, rtol=1e-4, atol=1e-7)
-    assert gradients["norm_const"].grad.abs().max() > 0
+    norm_const_gradient = gradients["norm_const"].grad
+    assert norm_const_gradient is not None
+    assert norm_const_gradient.abs().max() > 0
     dist.destroy_process_group()
     print(f"rank {rank}: same")
 

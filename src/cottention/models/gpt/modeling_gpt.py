@@ -9,7 +9,7 @@ from a `CosineCache` of constant size and past n_positions; a softmax model keep
 
 from __future__ import annotations
 
-from typing import Any, ClassVar
+from typing import Any, ClassVar, cast
 
 import transformers
 from jaxtyping import Float, Int
@@ -391,7 +391,7 @@ class CottentionGPTForCausalLM(CottentionGPTPreTrainedModel, GenerationMixin):
         logits = loss = None
         if has_labels and self.fused_loss:
             targets = next_tokens(labels, settings.get("shift_labels"), cu_seqlens)
-            head, num_items = self.lm_head, settings.get("num_items_in_batch")
+            head, num_items = cast(nn.Linear, self.lm_head), settings.get("num_items_in_batch")
             loss = linear_cross_entropy(x, head.weight, head.bias, targets, num_items)
         else:
             kept = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
