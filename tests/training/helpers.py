@@ -23,6 +23,7 @@ from cottention.training.recipe import (
     BertDataSettings,
     BertModelSettings,
     BertRecipe,
+    BertTrainingSettings,
     GPTDataSettings,
     GPTModelSettings,
     GPTRecipe,
@@ -63,9 +64,10 @@ def write_corpus(path: Path, *, num_paragraphs: int, seed: int = 0) -> Path:
 def tiny_recipe(arch: str, source: Path, **changes: Any) -> Any:
     """A recipe for `source`; changes as {"training.max_steps": 3}, with __ for the dot."""
     optimizer = OptimizerSettings(learning_rate=1e-2, warmup_steps=4)
-    training = TrainingSettings(
-        max_steps=20, global_batch_size=8, micro_batch_size=2, log_every=2, eval_every=5, save_every=3
-    )
+    training: dict[str, Any] = {
+        **{"max_steps": 20, "global_batch_size": 8, "micro_batch_size": 2},
+        **{"log_every": 2, "eval_every": 5, "save_every": 3},
+    }
     data: dict[str, Any] = {
         "source": str(source),
         "split_by": "paragraph",
@@ -87,7 +89,7 @@ def tiny_recipe(arch: str, source: Path, **changes: Any) -> Any:
             model=GPTModelSettings(dropout=0.1, **shape),
             data=GPTDataSettings(**data),
             optimizer=optimizer,
-            training=training,
+            training=TrainingSettings(**training),
         )
     else:
         recipe = BertRecipe(
@@ -102,7 +104,7 @@ def tiny_recipe(arch: str, source: Path, **changes: Any) -> Any:
             ),
             data=BertDataSettings(**data),
             optimizer=optimizer,
-            training=training,
+            training=BertTrainingSettings(**training),
         )
     return replace_settings(recipe, {key.replace("__", "."): value for key, value in changes.items()})
 

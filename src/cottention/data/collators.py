@@ -20,10 +20,8 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
+from cottention.data.masking import IGNORED, TokenMasking
 from cottention.errors import SettingsError
-
-IGNORED = -100
-"""Label of a position that is no target, as in Hugging Face and torch."""
 
 
 class CausalCollator:
@@ -58,11 +56,9 @@ class CausalCollator:
 
 
 class MaskedLMCollator:
-    """Batches for masked-language modelling.
+    """Batches for masked-language modelling, by the rule of `TokenMasking`.
 
-    15 % of the tokens are targets; of these 80 % become [MASK], 10 % a random token, 10 % stay. Special tokens and
-    padding are never targets, and a random token is never special. At least one token of every row is a target. What is
-    masked follows from seed, pass over the data and the row's own tokens alone.
+    Padding is never a target. What is masked follows from seed, pass over the data and the row's own tokens alone.
 
     transformers' DataCollatorForLanguageModeling draws from one stream, so that its masks change with the order of
     rows, the number of workers and a resumed run, and its random tokens include the special ones; hence this one.
@@ -71,27 +67,26 @@ class MaskedLMCollator:
         tokenizer: tells the special tokens and the vocabulary.
         mlm_probability: share of the tokens that are targets.
         seed: of the masking.
+        whole_words: mask the pieces of a word together.
 
     Raises:
         SettingsError: the tokenizer has no mask token, the probability is not in (0, 1), or the seed is negative.
     """
 
-    def __init__(self, tokenizer: PreTrainedTokenizerBase, mlm_probability: float = 0.15, seed: int = 0) -> None:
-        if tokenizer.mask_token_id is None:
-            raise SettingsError("the tokenizer has no mask token; masked-language modelling needs BERT's tokens")
-        if not 0 < mlm_probability < 1:
-            raise SettingsError(f"mlm_probability must be between 0 and 1; got {mlm_probability}")
+    def __init__(
+        self,
+        tokenizer: PreTrainedTokenizerBase,
+        mlm_probability: float = 0.15,
+        seed: int = 0,
+        *,
+        whole_words: bool = False,
+    ) -> None:
+        self._masking = TokenMasking(tokenizer, mlm_probability, whole_words)
         if seed < 0:
             raise SettingsError(f"the seed of the masking must be 0 or more; got {seed}")
-        self.mask_token_id: int = tokenizer.mask_token_id  # pyright: ignore[reportAttributeAccessIssue]
         self.pad_token_id: int = tokenizer.pad_token_id or 0  # pyright: ignore[reportAttributeAccessIssue]
-        self.mlm_probability = mlm_probability
         self.seed = seed
         self.epoch = 0
-        ids = np.array(sorted(tokenizer.get_vocab().values()))  # may have gaps: a vocabulary that lists a token twice
-        self.is_special = np.zeros(ids[-1] + 1, dtype=bool)
-        self.is_special[tokenizer.all_special_ids] = True
-        self.ordinary_ids = ids[~self.is_special[ids]]
 
     def set_epoch(self, epoch: int) -> None:
         """Choose the masks of another pass over the data, for rows that carry no pass_number of their own."""
@@ -105,33 +100,22 @@ class MaskedLMCollator:
         for row, sequence in zip(input_ids, sequences, strict=True):
             row[: len(sequence)] = sequence
         real = _is_real(rows, longest)
+        lengths = real.sum(axis=1)
         passes = [int(row.get("pass_number", self.epoch)) for row in rows]
-        per_row = zip(input_ids, real.sum(axis=1), passes, strict=True)
-        draws = np.stack([self._draws(ids[:num_real], number, longest) for ids, num_real, number in per_row])
-        masked, labels = self._mask(input_ids, real, draws)
-        batch = {"input_ids": torch.from_numpy(masked), "labels": torch.from_numpy(labels)}
+        per_row = zip(input_ids, lengths, passes, strict=True)
+        draws = np.concatenate([self._draws(ids[:num_real], number) for ids, num_real, number in per_row], axis=1)
+        labels = np.full_like(input_ids, IGNORED)
+        # Without padding in between, how far a row is padded, which its neighbours decide, changes nothing.
+        input_ids[real], labels[real] = self._masking.apply(input_ids[real], np.cumsum(lengths) - lengths, draws)
+        batch = {"input_ids": torch.from_numpy(input_ids), "labels": torch.from_numpy(labels)}
         return batch if real.all() else {**batch, "attention_mask": torch.from_numpy(real.astype(np.int64))}
 
-    def _draws(self, tokens: np.ndarray, pass_number: int, length: int) -> np.ndarray:
-        """Three uniform numbers per position, [3, length], from a generator that belongs to this row and pass."""
+    def _draws(self, tokens: np.ndarray, pass_number: int) -> np.ndarray:
+        """Three uniform numbers per token, [3, T], from a generator that belongs to this row and pass."""
         # Tokens rather than a row number: they are known wherever the row comes from, whatever selected or shuffled it.
         digest = hashlib.blake2b(tokens.tobytes(), digest_size=8).digest()
         key = (self.seed, pass_number, int.from_bytes(digest, "little"))
-        drawn = np.random.Generator(np.random.Philox(np.random.SeedSequence(key))).random((3, len(tokens)))
-        # Padded afterwards, so that how far a row is padded, which its neighbours decide, changes nothing.
-        return np.pad(drawn, ((0, 0), (0, length - len(tokens))))
-
-    def _mask(self, input_ids: np.ndarray, real: np.ndarray, draws: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        maskable = real & ~self.is_special[input_ids]
-        choice, action, token = draws[:, 0], draws[:, 1], draws[:, 2]
-        choice = np.where(maskable, choice, np.inf)
-        least = choice.min(axis=1, keepdims=True)  # at least one target per row, so that every batch has a loss
-        is_target = maskable & (choice <= np.maximum(self.mlm_probability, least))
-        labels = np.where(is_target, input_ids, IGNORED)
-        random_ids = self.ordinary_ids[(token * len(self.ordinary_ids)).astype(np.int64)]
-        masked = np.where(is_target & (action < 0.8), self.mask_token_id, input_ids)
-        masked = np.where(is_target & (action >= 0.9), random_ids, masked)
-        return masked, labels
+        return np.random.Generator(np.random.Philox(np.random.SeedSequence(key))).random((3, len(tokens)))
 
 
 def _is_real(rows: Sequence[Mapping[str, Any]], length: int) -> np.ndarray:

@@ -9,8 +9,6 @@ queries continue a cache.
 
 from __future__ import annotations
 
-from itertools import pairwise
-
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor
@@ -49,10 +47,12 @@ def softmax_attention(
         raise ValueError(f"causal=True needs at least as many keys as queries; got {T} queries and {S} keys")
     if cu_seqlens is not None:
         _check_packing(q, k, attention_mask)
-        boundaries = cu_seqlens.tolist()
-        parts = [
-            _attend(q[:, a:b], k[:, a:b], v[:, a:b], causal, None, dropout_p) for a, b in pairwise(boundaries) if b > a
-        ]
+        lengths = [length for length in cu_seqlens.diff().tolist() if length]
+        if sum(lengths) != T:
+            raise ValueError(f"cu_seqlens must run from 0 to T={T}; got {sum(lengths)} tokens between its bounds")
+        # Split, not sliced: the gradient of a slice is as long as the whole pack, one for each sequence.
+        sequences = zip(*(x.split(lengths, dim=1) for x in (q, k, v)), strict=True)
+        parts = [_attend(*parts_of_one, causal, None, dropout_p) for parts_of_one in sequences]
         return torch.cat(parts, dim=1) if parts else v.new_zeros(1, 0, *v.shape[2:])
     if attention_mask is not None and tuple(attention_mask.shape) != (q.shape[0], S):
         raise ValueError(f"attention_mask must have shape [B, S] = {[q.shape[0], S]}; got {list(attention_mask.shape)}")

@@ -33,7 +33,9 @@ def training_arguments(recipe: Recipe, run_dir: Path) -> TrainingArguments:
         save_strategy="steps",
         save_steps=settings.save_every,
         # A next-sentence head gets no gradient from masked tokens; looking for such parameters costs time at each step.
-        ddp_find_unused_parameters=isinstance(recipe, BertRecipe) and recipe.model.next_sentence_head,
+        ddp_find_unused_parameters=isinstance(recipe, BertRecipe)
+        and recipe.model.next_sentence_head
+        and not recipe.data.next_sentence,
         logging_nan_inf_filter=False,  # hides a NaN loss behind the mean of the others, at the price of a sync per step
         remove_unused_columns=False,
         dataloader_num_workers=2 if on_gpu else 0,

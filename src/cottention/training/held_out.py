@@ -12,9 +12,16 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.nn.functional import cross_entropy
 from transformers import PreTrainedModel
 
 _NOT_A_TARGET = -100
+_SUMS = (
+    *("nats", "right", "targets"),
+    *("hidden_nats", "hidden_right", "hidden"),
+    *("kept_right", "kept"),
+    *("nsp_nats", "nsp_right", "texts"),
+)
 
 
 class HeldOut:
@@ -26,7 +33,7 @@ class HeldOut:
         """Describe the set.
 
         Args:
-            windows: dataset of windows.
+            windows: dataset of windows, or sentence pairs.
             collator: as for training, but for BERT with a masking that is the same at every measurement.
             arch: "gpt" or "bert".
             batch_size: windows per pass.
@@ -39,7 +46,12 @@ class HeldOut:
         self._targets_per_byte = targets_per_byte
 
     def measure(self, model: PreTrainedModel, autocast: Mapping[str, Any], accelerator: Any = None) -> dict[str, float]:
-        """Measure loss and perplexity per token, for GPT nats per byte, for BERT the share of right guesses.
+        """Measure the loss, and the perplexity per token.
+
+        For a GPT val_nats_per_byte. For a BERT val_mlm_loss and val_accuracy over all targets, and apart from each other
+        those that cannot be read off the input (val_mlm_accuracy, val_hidden_loss) and the tenth that is left in place,
+        where copying is right (val_kept_accuracy). For sentence pairs val_nsp_loss and val_nsp_accuracy; val_loss is
+        then the sum of both losses, as in training, and val_ppl that of the tokens.
 
         Args:
             model: left in the mode it came in.
@@ -49,7 +61,7 @@ class HeldOut:
         training = model.training
         model.eval()
         rank, world_size = (accelerator.process_index, accelerator.num_processes) if accelerator else (0, 1)
-        sums = torch.zeros(3, dtype=torch.float64)
+        sums = torch.zeros(len(_SUMS), dtype=torch.float64)
         starts = range(0, len(self._windows), self._batch_size)
         with torch.inference_mode(), torch.autocast(**autocast):
             for start in starts[rank::world_size]:
@@ -57,27 +69,73 @@ class HeldOut:
         model.train(training)
         if world_size > 1:
             sums = accelerator.reduce(sums.to(accelerator.device)).cpu()
-        nats, right, num_targets = sums.tolist()
-        loss = nats / max(1, num_targets)
-        measured = {"val_loss": loss, "val_ppl": math.exp(min(loss, 700.0))}
-        if self._targets_per_byte is not None:
-            measured["val_nats_per_byte"] = loss * self._targets_per_byte
-        if self._arch == "bert":
-            measured["val_accuracy"] = right / max(1, num_targets)
-        return measured
+        return self._figures(dict(zip(_SUMS, sums.tolist(), strict=True)))
 
     def _measure_batch(self, model: PreTrainedModel, start: int) -> Tensor:
         stop = min(start + self._batch_size, len(self._windows))
         batch = self._collator([self._windows[index] for index in range(start, stop)])
         batch = {name: value.to(model.device) if torch.is_tensor(value) else value for name, value in batch.items()}
-        num_targets = count_targets(batch, self._arch)
-        outputs = model(**batch)
-        right = torch.zeros(())
         if self._arch == "bert":
-            hidden = batch["labels"] != _NOT_A_TARGET
-            logits = outputs.prediction_logits if "prediction_logits" in outputs else outputs.logits
-            right = (logits[hidden].argmax(-1) == batch["labels"][hidden]).sum()
-        return torch.stack([outputs.loss.double() * num_targets, right.double(), num_targets.double()]).cpu()
+            found = _bert_sums(model(**batch, sparse_prediction=True), batch)
+        else:
+            num_targets = count_targets(batch, self._arch)
+            found = {"nats": model(**batch).loss.double() * num_targets, "targets": num_targets}
+        # One copy from the device for all of them.
+        return torch.stack([torch.as_tensor(found.get(name, 0.0)).double().to(model.device) for name in _SUMS]).cpu()
+
+    def _figures(self, sums: Mapping[str, float]) -> dict[str, float]:
+        loss = _share(sums, "nats", "targets")
+        measured = {"val_loss": loss, "val_ppl": math.exp(min(loss, 700.0))}
+        if self._targets_per_byte is not None:
+            measured["val_nats_per_byte"] = loss * self._targets_per_byte
+        if self._arch == "bert":
+            measured["val_accuracy"] = _share(sums, "right", "targets")
+            measured["val_mlm_loss"] = loss
+            measured["val_mlm_accuracy"] = _share(sums, "hidden_right", "hidden")
+            measured["val_hidden_loss"] = _share(sums, "hidden_nats", "hidden")
+            measured["val_kept_accuracy"] = _share(sums, "kept_right", "kept")
+        if sums["texts"]:
+            measured["val_nsp_loss"] = _share(sums, "nsp_nats", "texts")
+            measured["val_nsp_accuracy"] = _share(sums, "nsp_right", "texts")
+            measured["val_loss"] = loss + measured["val_nsp_loss"]
+        return measured
+
+
+def _share(sums: Mapping[str, float], part: str, whole: str) -> float:
+    return sums[part] / max(1.0, sums[whole])
+
+
+def _bert_sums(outputs: Any, batch: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Sums over the targets of a batch; `outputs` has the scores of those alone."""
+    is_target = batch["labels"] != _NOT_A_TARGET
+    targets, shown = batch["labels"][is_target], batch["input_ids"][is_target]
+    logits = outputs.prediction_logits if "prediction_logits" in outputs else outputs.logits
+    nats, right = _nats(logits, targets), logits.argmax(-1) == targets
+    hidden = shown != targets
+    sums = {
+        "nats": nats.sum(),
+        "right": right.sum(),
+        "targets": is_target.sum(),
+        "hidden_nats": nats[hidden].sum(),
+        "hidden_right": right[hidden].sum(),
+        "hidden": hidden.sum(),
+        "kept_right": right[~hidden].sum(),
+        "kept": (~hidden).sum(),
+    }
+    if "next_sentence_label" not in batch:
+        return sums
+    scores, answers = outputs.seq_relationship_logits, batch["next_sentence_label"]
+    return {
+        **sums,
+        "nsp_nats": _nats(scores, answers).sum(),
+        "nsp_right": (scores.argmax(-1) == answers).sum(),
+        "texts": torch.ones_like(answers).sum(),
+    }
+
+
+def _nats(logits: Tensor, targets: Tensor) -> Tensor:
+    logits = logits if logits.dtype == torch.float64 else logits.float()
+    return cross_entropy(logits, targets, reduction="none").double()
 
 
 def count_targets(batch: Mapping[str, Any], arch: str) -> Tensor:

@@ -34,7 +34,7 @@ class ProgressBar(TrainerCallback):
     """Bar on a terminal, log lines elsewhere; process 0 only."""
 
     def __init__(self, recipe: Recipe) -> None:
-        self._tokens_per_step = recipe.tokens_per_step
+        self._recipe = recipe
         self._bar: tqdm[Any] | None = None
         self._shown: dict[str, str] = {}
         self._next_line = 0.0
@@ -74,7 +74,8 @@ class ProgressBar(TrainerCallback):
             self._bar.set_postfix(self._shown, refresh=False)
         elif state.is_world_process_zero and "loss" in logs and time.monotonic() >= self._next_line:
             self._next_line = time.monotonic() + _SECONDS_BETWEEN_LINES
-            left_s = (state.max_steps - state.global_step) * self._tokens_per_step / logs["tokens_per_s"]
+            left = self._recipe.tokens_after(state.max_steps) - self._recipe.tokens_after(state.global_step)
+            left_s = left / logs["tokens_per_s"]
             values = ", ".join(f"{name} {value}" for name, value in self._shown.items())
             logger.info("step %d of %d: %s, %s left", state.global_step, state.max_steps, values, duration(left_s))
 

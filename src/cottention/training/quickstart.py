@@ -183,7 +183,7 @@ def _report_of_training(settings: QuickstartSettings, recipe: Recipe, trained: P
         model_dir=None if trained.model_dir is None else str(trained.model_dir),
         exit_code=trained.exit_code,
         num_steps=trained.step,
-        num_tokens=trained.step * recipe.tokens_per_step,
+        num_tokens=recipe.tokens_after(trained.step),
         training_s=times[-1] if times else 0.0,
     )
 

@@ -69,11 +69,13 @@ class BertModelSettings:
     max_position_embeddings: int = 512
     """Learned positions: the longest text the model can read."""
     dropout: float = 0.1
-    """Dropout on embeddings and on the output of attention and feed-forward parts."""
+    """Dropout on embeddings, on the output of attention and feed-forward parts, and on softmax attention's weights."""
     original_init: bool = False
     """Initialise the attention projections as the paper's code did (torch.nn.Linear's default)."""
     next_sentence_head: bool = False
     """Carry the pooler and the next-sentence head of BertForPreTraining."""
+    sparse_prediction: bool = True
+    """Score words at the hidden positions alone while training: the same loss for a seventh of the decoder's work."""
 
     def __post_init__(self) -> None:
         _check_positive(
@@ -142,14 +144,35 @@ class BertDataSettings(DataSettings):
     smallest_window: ClassVar[int] = 3  # [CLS], a token, [SEP]
 
     sequence_length: int = 128
-    """Tokens per window, [CLS] and [SEP] included."""
+    """Tokens per window or sentence pair, [CLS] and [SEP] included."""
+    long_sequence_length: int | None = None
+    """Tokens per window or sentence pair in the last part of the run, a multiple of sequence_length; null: no such
+    part. A pass takes as many windows fewer as they are longer."""
+    long_fraction: float = 0.1
+    """Share of the steps that this last part has, under the same schedule of the learning rate."""
+    next_sentence: bool = False
+    """Train on sentence pairs and tell whether the second follows the first; needs model.next_sentence_head."""
     mlm_probability: float = 0.15
     """Share of the tokens that are hidden and predicted."""
+    whole_word_masking: bool = False
+    """Hide all pieces of a word together; needs a WordPiece tokenizer."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
         if not 0 < self.mlm_probability < 1:
             raise SettingsError(f"data.mlm_probability must be between 0 and 1; got {self.mlm_probability}")
+        if not 0 < self.long_fraction < 1:
+            raise SettingsError(f"data.long_fraction must be between 0 and 1; got {self.long_fraction}")
+        long, short = self.long_sequence_length, self.sequence_length
+        if long is not None and (long <= short or long % short):
+            raise SettingsError(
+                f"data.long_sequence_length must be a multiple of data.sequence_length; got {long} and {short}"
+            )
+
+    @property
+    def long_ratio(self) -> int:
+        """How many times as long windows are in the last part of the run."""
+        return 1 if self.long_sequence_length is None else self.long_sequence_length // self.sequence_length
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -234,6 +257,18 @@ class TrainingSettings:
 
 
 @dataclass(frozen=True, kw_only=True)
+class BertTrainingSettings(TrainingSettings):
+    """The run: how long, in what portions, what is written when."""
+
+    global_batch_size: int = 256
+    """Windows per optimizer step, over all devices."""
+    micro_batch_size: int = 32
+    """Windows per device and pass; the rest of a step is accumulated."""
+    unpadded: bool = True
+    """Pack sentence pairs end to end, so that nothing is computed on padding; windows have none anyway."""
+
+
+@dataclass(frozen=True, kw_only=True)
 class GPTRecipe:
     """Pretrains a GPT: next-token prediction on packed windows."""
 
@@ -258,6 +293,10 @@ class GPTRecipe:
         """Tokens that one optimizer step reads."""
         return self.training.global_batch_size * self.data.sequence_length
 
+    def tokens_after(self, step: int) -> int:
+        """Tokens that so many optimizer steps read."""
+        return step * self.tokens_per_step
+
     def config_fields(self) -> dict[str, Any]:
         """The model section as `CottentionGPTConfig` takes it."""
         settings = self.model
@@ -278,7 +317,7 @@ class GPTRecipe:
 
 @dataclass(frozen=True, kw_only=True)
 class BertRecipe:
-    """Pretrains a BERT: prediction of masked tokens."""
+    """Pretrains a BERT: prediction of masked tokens and, on sentence pairs, of the next sentence."""
 
     arch: ClassVar[Literal["gpt", "bert"]] = "bert"
 
@@ -288,17 +327,31 @@ class BertRecipe:
     """Where the text comes from, how it is cut, how much of it is masked."""
     optimizer: OptimizerSettings = field(default_factory=OptimizerSettings)
     """AdamW and its schedule."""
-    training: TrainingSettings = field(
-        default_factory=lambda: TrainingSettings(global_batch_size=256, micro_batch_size=32)
-    )
+    training: BertTrainingSettings = field(default_factory=BertTrainingSettings)
     """How long, in what portions, what is written when."""
 
     def __post_init__(self) -> None:
-        if self.data.sequence_length > self.model.max_position_embeddings:
+        for name in ("sequence_length", "long_sequence_length"):
+            length = getattr(self.data, name)
+            if length is not None and length > self.model.max_position_embeddings:
+                raise SettingsError(
+                    f"data.{name} must not exceed model.max_position_embeddings; "
+                    f"got {length} and {self.model.max_position_embeddings}"
+                )
+        if self.data.next_sentence and not self.model.next_sentence_head:
+            raise SettingsError("data.next_sentence needs model.next_sentence_head: true; got false")
+        if self.training.micro_batch_size % self.data.long_ratio:
             raise SettingsError(
-                "data.sequence_length must not exceed model.max_position_embeddings; "
-                f"got {self.data.sequence_length} and {self.model.max_position_embeddings}"
+                "training.micro_batch_size must be a multiple of data.long_sequence_length / data.sequence_length = "
+                f"{self.data.long_ratio}; got {self.training.micro_batch_size}"
             )
+
+    @property
+    def num_long_steps(self) -> int:
+        """Steps at the end of the run that read long windows."""
+        if self.data.long_sequence_length is None:
+            return 0
+        return round(self.data.long_fraction * self.training.max_steps)
 
     @property
     def num_warmup_steps(self) -> int:
@@ -307,8 +360,13 @@ class BertRecipe:
 
     @property
     def tokens_per_step(self) -> int:
-        """Tokens that one optimizer step reads."""
+        """Tokens that one optimizer step reads, before windows become longer; of pairs, the most that fit."""
         return self.training.global_batch_size * self.data.sequence_length
+
+    def tokens_after(self, step: int) -> int:
+        """Tokens that so many optimizer steps read; of pairs, the most that fit."""
+        num_long = max(0, step - (self.training.max_steps - self.num_long_steps))
+        return self.tokens_per_step * (step + num_long * (self.data.long_ratio - 1))
 
     def config_fields(self) -> dict[str, Any]:
         """The model section as `CottentionBertConfig` takes it."""
@@ -322,7 +380,9 @@ class BertRecipe:
             "intermediate_size": settings.intermediate_size,
             "max_position_embeddings": settings.max_position_embeddings,
             "hidden_dropout_prob": settings.dropout,
+            "attention_probs_dropout_prob": settings.dropout,
             "original_init": settings.original_init,
+            "sparse_prediction": settings.sparse_prediction,
         }
 
 

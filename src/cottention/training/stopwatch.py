@@ -3,7 +3,7 @@
 stopwatch = Stopwatch(elapsed_s=0.0, step=0)
 with stopwatch.paused():
     evaluate()
-seconds_per_step = stopwatch.lap(step=10)
+seconds = stopwatch.lap(step=10)
 """
 
 from __future__ import annotations
@@ -43,9 +43,14 @@ class Stopwatch:
         finally:
             self._paused_s += time.perf_counter() - start
 
+    @property
+    def lap_step(self) -> int:
+        """The step at which the lap began."""
+        return self._lap_step
+
     def lap(self, step: int) -> float:
-        """Seconds per step since the lap before; starts a new lap."""
+        """Seconds since the lap before; starts a new lap."""
         elapsed_s = self.elapsed_s
-        seconds = (elapsed_s - self._lap_elapsed_s) / max(1, step - self._lap_step)
+        seconds = elapsed_s - self._lap_elapsed_s
         self._lap_step, self._lap_elapsed_s = step, elapsed_s
         return max(seconds, 1e-9)

@@ -3,17 +3,24 @@
 Every pass over the data is a new permutation, and a run is one long stream of examples, cut into micro batches. So a
 resumed run continues at its position by arithmetic, and the last batch of a pass is as full as every other.
 
+A run whose windows become longer has a stream of each length, one behind the other, under one numbering.
+
     stream = ExampleStream(windows, num_examples=steps * batch, seed=0)
     stream[1000]     # {"input_ids": ..., "pass_number": 3}
+    PhasedStream([stream, ExampleStream(long_windows, num_examples=more, seed=0)])
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable, Sequence
+from itertools import accumulate
 from typing import Any
 
 import numpy as np
 import torch
 from torch.utils.data import Dataset
+
+from cottention.data.pair_examples import PairExamples
 
 
 class ExampleStream(Dataset[dict[str, Any]]):
@@ -23,7 +30,7 @@ class ExampleStream(Dataset[dict[str, Any]]):
         """Describe the stream; nothing is read yet.
 
         Args:
-            dataset: anything with a length and integer indices; each item is a dict.
+            dataset: sentence pairs, or anything with a length and integer indices; each item is a dict.
             num_examples: length of the stream.
             seed: decides the order.
         """
@@ -37,12 +44,15 @@ class ExampleStream(Dataset[dict[str, Any]]):
         return self.num_examples
 
     def __getitem__(self, position: int) -> dict[str, Any]:
-        return {**self.dataset[self.index_at(position)], "pass_number": position // len(self.dataset)}
+        return self.__getitems__([position])[0]
 
     def __getitems__(self, positions: list[int]) -> list[dict[str, Any]]:
         """Examples of a micro batch, read together: one by one costs many times as much."""
-        columns = self.dataset[[self.index_at(position) for position in positions]]
+        indices = [self.index_at(position) for position in positions]
         passes = [position // len(self.dataset) for position in positions]
+        if isinstance(self.dataset, PairExamples):
+            return self.dataset.examples(np.array(indices), np.array(passes))
+        columns = self.dataset[indices]
         rows = zip(*columns.values(), strict=True)
         return [{**dict(zip(columns, row, strict=True)), "pass_number": n} for row, n in zip(rows, passes, strict=True)]
 
@@ -53,6 +63,48 @@ class ExampleStream(Dataset[dict[str, Any]]):
             self._pass = number
             self._order = np.random.default_rng([self.seed, number]).permutation(len(self.dataset))
         return int(self._order[offset])
+
+
+class PhasedStream(Dataset[dict[str, Any]]):
+    """Streams one behind the other; the part of a run that an example belongs to is its "phase"."""
+
+    def __init__(self, streams: Sequence[ExampleStream]) -> None:
+        self.streams = list(streams)
+        self._ends = list(accumulate(len(stream) for stream in streams))
+
+    def __len__(self) -> int:
+        return self._ends[-1]
+
+    def __getitem__(self, position: int) -> dict[str, Any]:
+        return self.__getitems__([position])[0]
+
+    def __getitems__(self, positions: list[int]) -> list[dict[str, Any]]:
+        """Examples of a micro batch, which is of one phase: a phase is a whole number of optimizer steps."""
+        phase = next(number for number, end in enumerate(self._ends) if positions[0] < end)
+        start = self._ends[phase] - len(self.streams[phase])
+        rows = self.streams[phase].__getitems__([position - start for position in positions])
+        return [{**row, "phase": phase} for row in rows]
+
+
+class PassCollator:
+    """Makes the batch of a micro batch; one of long windows becomes several passes of fewer.
+
+    Args:
+        collator: makes a batch of examples.
+        num_passes: passes of a micro batch, by phase.
+    """
+
+    def __init__(self, collator: Callable[[Sequence[dict[str, Any]]], dict[str, Any]], num_passes: Sequence[int]):
+        self._collator = collator
+        self._num_passes = num_passes
+
+    def __call__(self, rows: Sequence[dict[str, Any]]) -> dict[str, Any]:
+        """One batch, or {"passes": [batch, ...]}."""
+        num_passes = self._num_passes[rows[0]["phase"]]
+        if num_passes == 1:
+            return self._collator(rows)
+        size = len(rows) // num_passes
+        return {"passes": [self._collator(rows[start : start + size]) for start in range(0, len(rows), size)]}
 
 
 class InOrder(torch.utils.data.Sampler[int]):

@@ -1,15 +1,16 @@
-"""From a recipe's data section to windows of tokens: corpus, held-out part, tokenizer, packing, collators.
+"""From a recipe's data section to examples: corpus, held-out part, tokenizer, windows or sentence pairs, collators.
 
 All of it is memory-mapped Arrow that `cottention.data` caches by content and settings, so that a second run on the same
 text starts at once. A tokenizer trained for the run lies in its directory.
 
     text = prepare_text(recipe, run_dir)
-    text.train[0]["input_ids"], text.tokenizer, text.held_out
+    text.stream(recipe)[0], text.tokenizer, text.held_out
 """
 
 from __future__ import annotations
 
 import hashlib
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -21,17 +22,21 @@ from transformers import PreTrainedTokenizerBase
 from cottention.data.collators import CausalCollator, MaskedLMCollator
 from cottention.data.corpus import DEFAULT_CORPUS, load_corpus
 from cottention.data.packing import pack_mlm_windows, pack_windows, packing_report
+from cottention.data.pair_collator import PairCollator
+from cottention.data.pair_examples import PairExamples
+from cottention.data.sentences import sentence_documents, sentence_pairs
 from cottention.data.tokenization import tokenize_documents
 from cottention.data.tokenizer import load_tokenizer, train_tokenizer
 from cottention.errors import DataError, SettingsError
 from cottention.logging import get_logger
 from cottention.training.held_out import HeldOut
 from cottention.training.recipe import BertRecipe, DataSettings, GPTRecipe, Recipe
+from cottention.training.stream import ExampleStream, PassCollator, PhasedStream
 
 TRAINED = "train"
 """`data.tokenizer` of a recipe that trains its own."""
 
-_WINDOWS_IN_FINGERPRINT = 64
+_IN_FINGERPRINT = 64
 
 logger = get_logger(__name__)
 
@@ -42,21 +47,56 @@ class PreparedText:
 
     tokenizer: PreTrainedTokenizerBase
     """Trained for this run, or the recipe's."""
-    train: Dataset
-    """Windows to train on."""
+    train: Dataset | PairExamples
+    """Windows or sentence pairs to train on."""
+    long: Dataset | PairExamples | None
+    """Those of the last part of the run, where they are longer."""
     collator: Any
-    """Turns windows of the stream into a batch."""
+    """Turns examples of the stream into a batch."""
     validation_documents: Dataset
     """The held-out text itself, column "text"."""
     held_out: HeldOut
-    """Measures a model on windows of the held-out text, data.eval_tokens at most."""
+    """Measures a model on the held-out text, data.eval_tokens at most."""
+
+    def stream(self, recipe: Recipe) -> ExampleStream | PhasedStream:
+        """All examples of a run, in their order."""
+        training = recipe.training
+        num_examples = training.max_steps * training.global_batch_size
+        if self.long is None:
+            return ExampleStream(self.train, num_examples=num_examples, seed=training.seed)
+        assert isinstance(recipe, BertRecipe)
+        num_long = recipe.num_long_steps * training.global_batch_size
+        return PhasedStream(
+            [
+                ExampleStream(self.train, num_examples=num_examples - num_long, seed=training.seed),
+                ExampleStream(self.long, num_examples=num_long, seed=training.seed),
+            ]
+        )
+
+    def training_collator(self, recipe: Recipe) -> Any:
+        """Turns a micro batch of the stream into one batch, or into as many as its longer examples need."""
+        if self.long is None:
+            return self.collator
+        assert isinstance(recipe, BertRecipe)
+        return PassCollator(self.collator, [1, recipe.data.long_ratio])
+
+    def epochs_after(self, step: int, recipe: Recipe) -> float:
+        """How often so many steps have read the text."""
+        num_long = 0
+        if self.long is not None:
+            assert isinstance(recipe, BertRecipe)
+            num_long = max(0, step - (recipe.training.max_steps - recipe.num_long_steps))
+        epochs = (step - num_long) / len(self.train) + (num_long / len(self.long) if self.long is not None else 0)
+        return epochs * recipe.training.global_batch_size
 
     def fingerprint(self) -> str:
-        """Name the windows to train on by their number and a sample of them: a run may go on with no others."""
-        sample = _spread(self.train, _WINDOWS_IN_FINGERPRINT)
-        digest = hashlib.blake2b(str(len(self.train)).encode(), digest_size=16)
-        for row in sample:
-            digest.update(np.asarray(row["input_ids"], dtype=np.int64).tobytes())  # pyright: ignore
+        """Name the examples to train on by their number and a sample of them: a run may go on with no others."""
+        digest = hashlib.blake2b(digest_size=16)
+        for examples in (self.train, self.long):
+            if examples is not None:
+                digest.update(str(len(examples)).encode())
+                for ids in _sample(examples, _IN_FINGERPRINT):
+                    digest.update(np.asarray(ids, dtype=np.int64).tobytes())
         return digest.hexdigest()
 
 
@@ -71,41 +111,54 @@ def prepare_text(recipe: Recipe, run_dir: Path | None) -> PreparedText:
         DataError: the text cannot be used, or is too short for its windows.
         SettingsError: the tokenizer does not fit the recipe.
     """
-    train, validation = open_documents(recipe.data, seed=recipe.training.seed)
+    in_pairs = isinstance(recipe, BertRecipe) and recipe.data.next_sentence
+    train, validation = open_documents(recipe.data, seed=recipe.training.seed, least=2 if in_pairs else 1)
     tokenizer = _tokenizer(recipe, train, run_dir)
-    train_windows, _ = _windows(recipe, train, tokenizer, tail="drop")
-    held_out_windows, targets_per_byte = _windows(recipe, validation, tokenizer, tail="pad")
-    logger.info(
-        "%d windows of %d tokens to train on, %d held out",
-        len(train_windows),
-        recipe.data.sequence_length,
-        len(held_out_windows),
-    )
-    held_out = HeldOut(
-        _spread(held_out_windows, recipe.data.eval_tokens // recipe.data.sequence_length),
-        collator=_collator(recipe, tokenizer, seed=recipe.training.seed + 1),
-        arch=recipe.arch,
-        batch_size=recipe.training.micro_batch_size,
-        targets_per_byte=targets_per_byte if recipe.arch == "gpt" else None,
-    )
+    seed, length = recipe.training.seed, recipe.data.sequence_length
+    long_length = recipe.data.long_sequence_length if isinstance(recipe, BertRecipe) else None
+    long, targets_per_byte = None, None
+    if in_pairs:
+        assert isinstance(recipe, BertRecipe)
+        examples = _pairs(recipe, train, tokenizer, length, seed, "the text to train on")
+        if long_length is not None:
+            long = _pairs(recipe, train, tokenizer, long_length, seed, "the text to train on")
+        held_out = _pairs(recipe, validation, tokenizer, length, seed + 1, "the held-out text")
+    else:
+        examples, _ = _windows(recipe, train, tokenizer, length, tail="drop")
+        if long_length is not None:
+            long, _ = _windows(recipe, train, tokenizer, long_length, tail="drop")
+        held_out, per_byte = _windows(recipe, validation, tokenizer, length, tail="pad")
+        targets_per_byte = per_byte if recipe.arch == "gpt" else None
+    what = "sentence pairs" if in_pairs else "windows"
+    logger.info("%d %s of %d tokens to train on, %d held out", len(examples), what, length, len(held_out))
+    if long is not None:
+        logger.info("%d %s of %d tokens for the last part of the run", len(long), what, long_length)
     return PreparedText(
         tokenizer=tokenizer,
-        train=train_windows,
-        collator=_collator(recipe, tokenizer, seed=recipe.training.seed),
+        train=examples,
+        long=long,
+        collator=_collator(recipe, tokenizer, seed=seed),
         validation_documents=validation,
-        held_out=held_out,
+        held_out=HeldOut(
+            _spread(held_out, recipe.data.eval_tokens // length),
+            collator=_collator(recipe, tokenizer, seed=seed + 1),
+            arch=recipe.arch,
+            batch_size=recipe.training.micro_batch_size,
+            targets_per_byte=targets_per_byte,
+        ),
     )
 
 
-def open_documents(settings: DataSettings, *, seed: int) -> tuple[Dataset, Dataset]:
+def open_documents(settings: DataSettings, *, seed: int, least: int = 1) -> tuple[Dataset, Dataset]:
     """Open the text to train on and the held-out text.
 
     Args:
         settings: a recipe's section `data`.
         seed: decides which documents are held out, where the recipe gives a fraction.
+        least: documents to hold out and to keep, where the recipe gives a fraction.
 
     Raises:
-        DataError: a source cannot be read, or is one document only and no other is held out.
+        DataError: a source cannot be read, or has too few documents to hold some out.
     """
     options: dict[str, Any] = {"split_by": settings.split_by, "text_column": settings.text_column}
     limited = {**options, "max_document_chars": settings.max_document_chars}
@@ -113,20 +166,21 @@ def open_documents(settings: DataSettings, *, seed: int) -> tuple[Dataset, Datas
         if settings.source == DEFAULT_CORPUS:
             train = load_corpus(f"{DEFAULT_CORPUS}:train", **limited)
             return train, load_corpus(f"{DEFAULT_CORPUS}:validation", **options)
-        return _hold_out(load_corpus(settings.source, **limited), settings.validation, seed)
+        return _hold_out(load_corpus(settings.source, **limited), settings.validation, seed, least)
     return load_corpus(settings.source, **limited), load_corpus(settings.validation, **options)
 
 
-def _hold_out(documents: Dataset, fraction: float, seed: int) -> tuple[Dataset, Dataset]:
-    """Split at random by whole documents, at least one on each side."""
+def _hold_out(documents: Dataset, fraction: float, seed: int, least: int) -> tuple[Dataset, Dataset]:
+    """Split at random by whole documents, so many at least on each side."""
     numbers = _document_numbers(documents)
     num_documents = int(numbers[-1]) + 1
-    if num_documents < 2:
+    if num_documents < 2 * least:
+        has, none = ("one document", "nothing") if num_documents == 1 else (f"{num_documents} documents", "no two")
         raise DataError(
-            "the corpus is one document, of which nothing can be held out: set data.split_by to paragraph or line, "
+            f"the corpus is {has}, of which {none} can be held out: set data.split_by to paragraph or line, "
             "or name another text as data.validation"
         )
-    num_held_out = min(max(1, round(fraction * num_documents)), num_documents - 1)
+    num_held_out = min(max(least, round(fraction * num_documents)), num_documents - least)
     is_held_out = np.zeros(num_documents, dtype=bool)
     is_held_out[np.random.default_rng(seed).permutation(num_documents)[:num_held_out]] = True
     rows = is_held_out[numbers]
@@ -150,12 +204,18 @@ def _tokenizer(recipe: Recipe, train: Dataset, run_dir: Path | None) -> PreTrain
     return train_tokenizer(train, kind=kind, vocab_size=recipe.model.vocab_size)
 
 
+def _pairs(
+    recipe: BertRecipe, documents: Dataset, tokenizer: PreTrainedTokenizerBase, length: int, seed: int, name: str
+) -> PairExamples:
+    pairs = sentence_pairs(sentence_documents(documents), tokenizer, length, seed=recipe.training.seed)
+    return PairExamples([pairs], max_length=length, seed=seed, name=name)
+
+
 def _windows(
-    recipe: Recipe, documents: Dataset, tokenizer: PreTrainedTokenizerBase, *, tail: str
+    recipe: Recipe, documents: Dataset, tokenizer: PreTrainedTokenizerBase, length: int, *, tail: str
 ) -> tuple[Dataset, float]:
     """Windows, and how many targets there are per byte of text when each token is one once."""
     tokens = tokenize_documents(documents, tokenizer)
-    length = recipe.data.sequence_length
     special: Any = tokenizer  # its ids are made at run time, which a type checker reads as anything at all
     if isinstance(recipe, GPTRecipe):
         windows = pack_windows(tokens, length, special.eos_token_id, tail=tail)
@@ -173,11 +233,23 @@ def _windows(
     return windows, (report.num_tokens - 1) / report.num_bytes
 
 
-def _spread(windows: Dataset, most: int) -> Dataset:
-    """At most so many windows, evenly spread over all."""
-    if len(windows) <= max(1, most):
-        return windows
-    return windows.select(np.linspace(0, len(windows) - 1, max(1, most)).round().astype(int))
+def _spread(examples: Dataset | PairExamples, most: int) -> Dataset | PairExamples:
+    """At most so many examples, evenly spread over all."""
+    if len(examples) <= max(1, most):
+        return examples
+    rows = np.linspace(0, len(examples) - 1, max(1, most)).round().astype(int)
+    return examples.restricted(rows) if isinstance(examples, PairExamples) else examples.select(rows)
+
+
+def _sample(examples: Dataset | PairExamples, most: int) -> Iterator[Any]:
+    """Tokens of some examples."""
+    spread = _spread(examples, most)
+    if isinstance(spread, PairExamples):
+        for first, second in spread.raw(np.arange(len(spread))):
+            yield from (first, second)
+    else:
+        for row in spread:
+            yield row["input_ids"]  # pyright: ignore[reportCallIssue, reportArgumentType]
 
 
 def _collator(recipe: Recipe, tokenizer: PreTrainedTokenizerBase, *, seed: int) -> Any:
@@ -186,4 +258,13 @@ def _collator(recipe: Recipe, tokenizer: PreTrainedTokenizerBase, *, seed: int) 
     assert isinstance(recipe, BertRecipe)
     if tokenizer.mask_token_id is None:
         raise SettingsError(f"a BERT needs a tokenizer with a mask token; {recipe.data.tokenizer!r} has none")
-    return MaskedLMCollator(tokenizer, recipe.data.mlm_probability, seed)
+    whole_words = recipe.data.whole_word_masking
+    if recipe.data.next_sentence:
+        return PairCollator(
+            tokenizer,
+            mlm_probability=recipe.data.mlm_probability,
+            seed=seed,
+            whole_words=whole_words,
+            unpadded=recipe.training.unpadded,
+        )
+    return MaskedLMCollator(tokenizer, recipe.data.mlm_probability, seed, whole_words=whole_words)

@@ -16,7 +16,7 @@ import json
 import math
 import pickle
 from collections.abc import Iterator, Mapping
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, nullcontext
 from pathlib import Path
 from typing import Any, NoReturn, cast
 
@@ -50,9 +50,9 @@ from cottention.training.memory import keep_freed_memory
 from cottention.training.metrics import MetricsLog
 from cottention.training.optimizer import build_optimizer, build_scheduler
 from cottention.training.progress import ProgressBar, RunControl
-from cottention.training.recipe import Recipe
+from cottention.training.recipe import BertRecipe, Recipe
 from cottention.training.stopwatch import Stopwatch
-from cottention.training.stream import ExampleStream, InOrder
+from cottention.training.stream import ExampleStream, InOrder, PhasedStream
 from cottention.training.text import PreparedText
 
 _RUN_STATE = "run_state.json"
@@ -89,16 +89,12 @@ class PretrainingTrainer(Trainer):
         self.run_dir = run_dir
         self.checkpoints_dir = run_dir / "checkpoints"
         self.text = text
-        stream = ExampleStream(
-            text.train,
-            num_examples=recipe.training.max_steps * recipe.training.global_batch_size,
-            seed=recipe.training.seed,
-        )
+        stream = text.stream(recipe)
         self.run_control = RunControl()
         super().__init__(
             model=model,
             args=arguments,
-            data_collator=text.collator,
+            data_collator=text.training_collator(recipe),
             train_dataset=stream,
             eval_dataset=stream,  # the Trainer insists on one; evaluate() below does not read it
             callbacks=[self.run_control, ProgressBar(recipe)],
@@ -117,7 +113,8 @@ class PretrainingTrainer(Trainer):
         }
         self._stopwatch = Stopwatch(elapsed_s=0.0, step=0)
         self._grad_norm: Tensor | float = 0.0
-        self._window_loss = torch.zeros((), device=self.args.device)
+        self._losses = ("loss", "mlm_loss", "nsp_loss") if _has_pairs(recipe) else ("loss",)
+        self._window_losses = torch.zeros(len(self._losses), device=self.args.device)
         self._window_start = 0
         self._first_bad_step = torch.full((), -1, device=self.args.device)
 
@@ -149,9 +146,9 @@ class PretrainingTrainer(Trainer):
                     self.args.world_size,
                 )
         self._window_start = state["window_start"]
-        for rank, loss in enumerate(state["window_losses"]):
+        for rank, losses in enumerate(state["window_losses"]):
             if rank % self.args.world_size == self.args.process_index:
-                self._window_loss += loss
+                self._window_losses += torch.tensor(losses, device=self.args.device)
         self._stopwatch = Stopwatch(elapsed_s=state["elapsed_s"], step=state["step"])
         if self.is_world_process_zero():
             self.metrics_log = MetricsLog(self.run_dir / "metrics.jsonl", resume_step=state["step"])
@@ -181,30 +178,39 @@ class PretrainingTrainer(Trainer):
         return self.lr_scheduler
 
     def _get_train_sampler(self, train_dataset: Any = None) -> InOrder:
-        return InOrder(len(cast(ExampleStream, self.train_dataset)))
+        return InOrder(len(cast(ExampleStream | PhasedStream, self.train_dataset)))
 
     def _get_num_items_in_batch(self, batch_samples: list, device: torch.device) -> Tensor | None:
         # Batches are scaled by the targets of the whole step, so that accumulation does not change the gradient.
         if not batch_samples:
             return None
-        count = torch.stack([count_targets(batch, self.recipe.arch) for batch in batch_samples]).sum().to(device)
+        passes = [one for batch in batch_samples for one in batch.get("passes", [batch])]
+        count = torch.stack([count_targets(one, self.recipe.arch) for one in passes]).sum().to(device)
         return cast(Tensor, self.accelerator.reduce(count)) if self.args.world_size > 1 else count
 
     def compute_loss(
         self, model: Any, inputs: dict, return_outputs: bool = False, num_items_in_batch: Any = None
     ) -> Any:
-        """Loss over this micro batch, divided by the targets of the whole step."""
+        """Loss over this pass, divided by the targets of the whole step, and that of pairs by its pairs."""
+        # Every text has one label, so their number is known; it is that of all processes, like the other.
+        texts = {"num_sequences_in_batch": self.recipe.training.global_batch_size} if len(self._losses) > 1 else {}
         # Our own autocast instead of the Trainer's: that one also turns the logits of every batch into fp32.
         with torch.autocast(**self._autocast):
-            outputs = model(**inputs, num_items_in_batch=num_items_in_batch)
+            outputs = model(**inputs, num_items_in_batch=num_items_in_batch, **texts)
         # Every process divides by the targets of all of them, and DDP takes the mean over processes.
         loss = outputs.loss * self.args.world_size
+        self._window_losses += torch.stack([outputs[name].detach() for name in self._losses]) * self.args.world_size
         return (loss, outputs) if return_outputs else loss
 
     def training_step(self, model: Any, inputs: dict, num_items_in_batch: Any = None) -> Tensor:
-        """Forward and backward over one micro batch; watches the loss."""
-        loss = super().training_step(model, inputs, num_items_in_batch)
-        self._window_loss += loss
+        """Forward and backward over one micro batch, in passes where its windows are long; watches the loss."""
+        passes = inputs.get("passes", [inputs])
+        losses = []
+        for number, one in enumerate(passes, start=1):
+            # Gradients are exchanged once, behind the last pass, and then only if the Trainer wants it.
+            with self.accelerator.no_sync(model) if number < len(passes) else nullcontext():
+                losses.append(super().training_step(model, one, num_items_in_batch))
+        loss = torch.stack(losses).sum()
         # Kept on the device: asking for the value would make a GPU wait at every step.
         bad = ~torch.isfinite(loss) & (self._first_bad_step < 0)
         self._first_bad_step.masked_fill_(bad, self.state.global_step + 1)
@@ -250,7 +256,7 @@ class PretrainingTrainer(Trainer):
         elif "val_loss" not in logs:
             return  # the Trainer's summary at the end
         step = self.state.global_step
-        entry = {"step": step, "tokens": step * self.recipe.tokens_per_step, **logs}
+        entry = {"step": step, "tokens": self.recipe.tokens_after(step), **logs}
         if self.is_world_process_zero():
             with writing_to(self.run_dir):
                 self.metrics_log.write(entry)
@@ -259,19 +265,20 @@ class PretrainingTrainer(Trainer):
     def _training_line(self, logs: Mapping[str, float]) -> dict[str, float]:
         step = self.state.global_step
         num_steps = step - self._window_start
-        loss = self._window_loss
+        losses = self._window_losses
         if self.args.world_size > 1:
-            loss = cast(Tensor, self.accelerator.reduce(loss, "mean"))
+            losses = cast(Tensor, self.accelerator.reduce(losses, "mean"))
+        num_tokens = self.recipe.tokens_after(step) - self.recipe.tokens_after(self._stopwatch.lap_step)
         line = {
-            "epoch": round(step * self.recipe.training.global_batch_size / len(self.text.train), 4),
-            "loss": loss.item() / num_steps,
+            "epoch": round(self.text.epochs_after(step, self.recipe), 4),
+            **{name: loss / num_steps for name, loss in zip(self._losses, losses.tolist(), strict=True)},
             "learning_rate": logs["learning_rate"],
             "grad_norm": float(self._grad_norm),
-            "tokens_per_s": round(self.recipe.tokens_per_step / self._stopwatch.lap(step), 1),
+            "tokens_per_s": round(num_tokens / self._stopwatch.lap(step), 1),
             "elapsed_s": round(self._stopwatch.elapsed_s, 2),
         }
         self._window_start = step
-        self._window_loss.zero_()
+        self._window_losses.zero_()
         return line
 
     def _refuse_non_finite(self) -> None:
@@ -315,7 +322,7 @@ class PretrainingTrainer(Trainer):
         return {
             "step": self.state.global_step,
             "window_start": self._window_start,
-            "window_losses": cast(Tensor, self.accelerator.gather(self._window_loss)).flatten().tolist(),
+            "window_losses": cast(Tensor, self.accelerator.gather(self._window_losses[None])).tolist(),
             "elapsed_s": self._stopwatch.elapsed_s,
             "text": self.text.fingerprint(),
         }
@@ -350,6 +357,10 @@ def save_model(
     if training_use_cache is not None:
         model.config.use_cache = training_use_cache
     tokenizer.save_pretrained(folder)
+
+
+def _has_pairs(recipe: Recipe) -> bool:
+    return isinstance(recipe, BertRecipe) and recipe.data.next_sentence
 
 
 @contextmanager

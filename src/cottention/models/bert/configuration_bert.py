@@ -37,6 +37,8 @@ class CottentionBertConfig(CottentionConfig):
         pad_token_id: its embedding gets no lookup gradient.
         classifier_dropout: dropout before a task's head; None: hidden_dropout_prob.
         tie_word_embeddings: whether the decoder shares the word embeddings' matrix.
+        sparse_prediction: in training with labels, score the words at labelled positions alone: the same loss for a
+            seventh of the decoder's work. Logits are then `[targets, vocab_size]`.
 
     Raises:
         SettingsError: a value makes no sense, alone or beside the others.
@@ -62,6 +64,7 @@ class CottentionBertConfig(CottentionConfig):
     eos_token_id: int | list[int] | None = None
     classifier_dropout: float | None = None
     tie_word_embeddings: bool = True
+    sparse_prediction: bool = False
 
     def __post_init__(self, **kwargs: Any) -> None:
         super().__post_init__(**kwargs)
@@ -77,5 +80,7 @@ class CottentionBertConfig(CottentionConfig):
             check_number("classifier_dropout", self.classifier_dropout, minimum=0, maximum=1)
         check_number("initializer_range", self.initializer_range, minimum=0)
         check_number("layer_norm_eps", self.layer_norm_eps, minimum=0)
+        if not isinstance(self.sparse_prediction, bool):
+            raise TypeError(f"sparse_prediction must be True or False; got {self.sparse_prediction!r}")
         for name in ("pad_token_id", "bos_token_id", "eos_token_id"):
             check_token_id(name, getattr(self, name), self.vocab_size)

@@ -25,7 +25,7 @@ from cottention.models.bert.layers_bert import (
     CottentionBertPooler,
     CottentionBertPredictionHead,
 )
-from cottention.models.losses import cross_entropy, loss_settings
+from cottention.models.losses import IGNORE_INDEX, cross_entropy, loss_settings
 from cottention.models.pretrained import (
     CottentionPreTrainedModel,
     check_inputs,
@@ -147,7 +147,7 @@ class CottentionBertForPreTrainingOutput(ModelOutput):
 
     Args:
         loss: sum of the losses whose labels were given.
-        prediction_logits: `[B, T, vocab_size]`.
+        prediction_logits: `[B, T, vocab_size]`; `[targets, vocab_size]` with sparse prediction.
         seq_relationship_logits: `[B, 2]`; column 1: the second sentence is random.
         hidden_states: embedding and every layer's output, when asked for.
         mlm_loss: masked-token loss.
@@ -181,6 +181,17 @@ class _TiedHead(CottentionBertPreTrainedModel):
         self.cls.predictions.decoder = new_embeddings
         self.cls.predictions.bias = new_embeddings.bias
 
+    def _predictions(
+        self, x: Tensor, labels: Tensor | None, sparse_prediction: bool | None
+    ) -> tuple[Tensor, Tensor | None]:
+        """Words' scores, and the labels that belong to them: all `[B, T]`, or the labelled positions alone."""
+        if sparse_prediction is None:
+            sparse_prediction = self.config.sparse_prediction and self.training
+        if labels is not None and sparse_prediction:
+            is_target = labels.to(x.device) != IGNORE_INDEX
+            x, labels = x[is_target], labels[is_target]  # [targets, D], [targets]
+        return self.cls.predictions(x), labels
+
 
 class CottentionBertForPreTraining(_TiedHead):
     """BERT with the masked-token and the next-sentence head.
@@ -208,6 +219,7 @@ class CottentionBertForPreTraining(_TiedHead):
         output_hidden_states: bool | None = None,
         return_dict: bool | None = None,
         cu_seqlens: Int[Tensor, " N_plus_1"] | None = None,
+        sparse_prediction: bool | None = None,
         **loss_kwargs: Any,
     ) -> CottentionBertForPreTrainingOutput | tuple:
         """Both heads' logits, and the losses whose labels are given.
@@ -224,6 +236,8 @@ class CottentionBertForPreTraining(_TiedHead):
             output_hidden_states: see there.
             return_dict: see there.
             cu_seqlens: see there.
+            sparse_prediction: whether to score words at labelled positions alone; None: as the config says in training,
+                everywhere otherwise.
             **loss_kwargs: `num_items_in_batch`, masked tokens of the whole optimiser step, and
                 `num_sequences_in_batch`, its texts.
 
@@ -246,7 +260,7 @@ class CottentionBertForPreTraining(_TiedHead):
             return_dict=True,
             cu_seqlens=cu_seqlens,
         )
-        prediction_logits = self.cls.predictions(outputs.last_hidden_state)
+        prediction_logits, labels = self._predictions(outputs.last_hidden_state, labels, sparse_prediction)
         seq_relationship_logits = self.cls.seq_relationship(outputs.pooler_output)
         mlm_loss = nsp_loss = None
         if labels is not None:
@@ -279,7 +293,7 @@ def _nsp_loss(
     """
     if num_sequences_in_batch is not None or num_items_in_batch is None or labels is None:
         return cross_entropy(logits, next_sentence_label, num_sequences_in_batch)
-    share = (labels != -100).sum().to(logits.device) / num_items_in_batch
+    share = (labels != IGNORE_INDEX).sum().to(logits.device) / num_items_in_batch
     return cross_entropy(logits, next_sentence_label) * share
 
 
@@ -308,6 +322,7 @@ class CottentionBertForMaskedLM(_TiedHead):
         output_hidden_states: bool | None = None,
         return_dict: bool | None = None,
         cu_seqlens: Int[Tensor, " N_plus_1"] | None = None,
+        sparse_prediction: bool | None = None,
         **loss_kwargs: Any,
     ) -> MaskedLMOutput | tuple:
         """Logits of every token, and the loss when there are labels.
@@ -323,6 +338,8 @@ class CottentionBertForMaskedLM(_TiedHead):
             output_hidden_states: see there.
             return_dict: see there.
             cu_seqlens: see there.
+            sparse_prediction: whether to score words at labelled positions alone; None: as the config says in training,
+                everywhere otherwise.
             **loss_kwargs: `num_items_in_batch`, masked tokens of the whole optimiser step.
 
         Returns:
@@ -343,7 +360,7 @@ class CottentionBertForMaskedLM(_TiedHead):
             return_dict=True,
             cu_seqlens=cu_seqlens,
         )
-        logits = self.cls.predictions(outputs.last_hidden_state)
+        logits, labels = self._predictions(outputs.last_hidden_state, labels, sparse_prediction)
         loss = None if labels is None else cross_entropy(logits, labels, **settings)
         output = MaskedLMOutput(loss=loss, logits=logits, hidden_states=outputs.hidden_states)
         return output if wants_dict(self.config, return_dict) else output.to_tuple()
