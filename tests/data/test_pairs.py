@@ -1,7 +1,8 @@
-"""Sentence pairs to batches: strangers are of another document, nothing depends on who works, nothing special is hidden."""
+"""Sentence pairs to batches: strangers are of another document, and who does the work changes nothing."""
 
 from __future__ import annotations
 
+from itertools import pairwise
 from typing import Any, ClassVar
 
 import numpy as np
@@ -219,7 +220,7 @@ def test_masks_are_80_10_10_of_15_percent_and_never_special() -> None:
     assert (replaced >= NUM_SPECIAL).all()
     assert len(replaced.unique()) > 0.9 * (len(tiny.wordpiece_tokenizer()) - NUM_SPECIAL)
     bounds = batch["cu_seqlens"].tolist()
-    assert all(is_target[a:b].any() for a, b in zip(bounds, bounds[1:], strict=False)), "every pair has a target"
+    assert all(is_target[a:b].any() for a, b in pairwise(bounds)), "every pair has a target"
 
 
 def test_whole_words_are_hidden_together() -> None:
@@ -274,7 +275,7 @@ def _without_pieces() -> Any:
 
         @staticmethod
         def get_vocab() -> dict[str, int]:
-            return {name: number for number, name in enumerate("pad unk cls sep mask the people".split())}
+            return {name: number for number, name in enumerate(["pad", "unk", "cls", "sep", "mask", "the", "people"])}
 
     return Words()
 

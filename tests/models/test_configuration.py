@@ -98,7 +98,10 @@ def test_every_activation_that_is_offered_exists() -> None:
 def test_fields_carry_the_stock_names(ours: Any, stock: Any) -> None:
     decoder_only_in_bert = {"is_decoder", "add_cross_attention", "use_cache"}
     assert set(stock().to_dict()) - set(ours().to_dict()) - decoder_only_in_bert == set()
-    assert set(ours().to_dict()) - set(stock().to_dict()) == {"attention_type", "norm_const_init", "original_init"}
+    own = {"attention_type", "norm_const_init", "original_init"}
+    if ours is CottentionBertConfig:
+        own.add("sparse_prediction")
+    assert set(ours().to_dict()) - set(stock().to_dict()) == own
 
 
 def test_gpt_answers_to_the_names_that_hugging_face_uses_everywhere() -> None:

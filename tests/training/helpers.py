@@ -65,8 +65,12 @@ def tiny_recipe(arch: str, source: Path, **changes: Any) -> Any:
     """A recipe for `source`; changes as {"training.max_steps": 3}, with __ for the dot."""
     optimizer = OptimizerSettings(learning_rate=1e-2, warmup_steps=4)
     training: dict[str, Any] = {
-        **{"max_steps": 20, "global_batch_size": 8, "micro_batch_size": 2},
-        **{"log_every": 2, "eval_every": 5, "save_every": 3},
+        "max_steps": 20,
+        "global_batch_size": 8,
+        "micro_batch_size": 2,
+        "log_every": 2,
+        "eval_every": 5,
+        "save_every": 3,
     }
     data: dict[str, Any] = {
         "source": str(source),

@@ -52,7 +52,15 @@ PUBLISHED = {
             "intermediate_size": 3072,
             "max_position_embeddings": 512,
         },
-        "data": {"sequence_length": 128, "tokenizer": "bert-base-cased", "mlm_probability": 0.15},
+        "data": {
+            "sequence_length": 128,
+            "long_sequence_length": 512,
+            "long_fraction": 0.1,
+            "next_sentence": True,
+            "tokenizer": "bert-base-cased",
+            "mlm_probability": 0.15,
+            "whole_word_masking": False,
+        },
         "training": {"global_batch_size": 256, "max_steps": 1_000_000},
     },
 }
@@ -97,6 +105,11 @@ def test_published_twins_differ_in_their_attention_alone(name: str) -> None:
     changes = {"model.attention_type": "softmax", "model.original_init": False}
     assert replace_settings(cosine, changes) == softmax
     assert cosine.model.original_init
+
+
+def test_small_twins_differ_in_their_attention_alone() -> None:
+    cosine, softmax = (load_recipe(f"bert_small_{attention_type}") for attention_type in ATTENTIONS)
+    assert replace_settings(cosine, {"model.attention_type": "softmax"}) == softmax
 
 
 def test_published_gpts_have_the_published_number_of_parameters() -> None:

@@ -6,8 +6,8 @@ processes makes the same examples, and a run may stop and go on anywhere.
 
 The exchanged second is that of a row of another document, so never the true one nor a neighbour. True pairs fill their
 window, while two unrelated parts would be of any length together: a model could tell them apart by counting tokens. So
-of sixteen rows drawn, the one whose second is nearest in length to the true one is taken. Should its text be the same as
-that of the true one (a sentence that occurs twice), the pair counts as true.
+of sixteen rows drawn, the one whose second is nearest in length to the true one is taken. Should its text be the same
+as that of the true one (a sentence that occurs twice), the pair counts as true.
 
     examples = PairExamples([pairs], max_length=128, seed=0)
     examples.examples(np.array([3, 14]), np.array([0, 0]))
@@ -156,7 +156,7 @@ class PairExamples:
         return np.asarray(indices) if self._rows is None else self._rows[indices]
 
     def _elsewhere(self, rows: np.ndarray, draws: np.ndarray) -> np.ndarray:
-        """A row of another document for each, of those drawn the nearest in the length of its second. `[N]`"""
+        """A row of another document for each, of those drawn the nearest in the length of its second."""
         ends = np.append(self._starts[1:], len(self._pairs))
         document = np.searchsorted(self._starts, rows, side="right") - 1
         start, size = self._starts[document][:, None], (ends - self._starts)[document][:, None]

@@ -51,8 +51,9 @@ def softmax_attention(
         if sum(lengths) != T:
             raise ValueError(f"cu_seqlens must run from 0 to T={T}; got {sum(lengths)} tokens between its bounds")
         # Split, not sliced: the gradient of a slice is as long as the whole pack, one for each sequence.
-        sequences = zip(*(x.split(lengths, dim=1) for x in (q, k, v)), strict=True)
-        parts = [_attend(*parts_of_one, causal, None, dropout_p) for parts_of_one in sequences]
+        q_parts, k_parts, v_parts = (x.split(lengths, dim=1) for x in (q, k, v))
+        sequences = zip(q_parts, k_parts, v_parts, strict=True)
+        parts = [_attend(*sequence, causal, None, dropout_p) for sequence in sequences]
         return torch.cat(parts, dim=1) if parts else v.new_zeros(1, 0, *v.shape[2:])
     if attention_mask is not None and tuple(attention_mask.shape) != (q.shape[0], S):
         raise ValueError(f"attention_mask must have shape [B, S] = {[q.shape[0], S]}; got {list(attention_mask.shape)}")

@@ -48,10 +48,10 @@ class HeldOut:
     def measure(self, model: PreTrainedModel, autocast: Mapping[str, Any], accelerator: Any = None) -> dict[str, float]:
         """Measure the loss, and the perplexity per token.
 
-        For a GPT val_nats_per_byte. For a BERT val_mlm_loss and val_accuracy over all targets, and apart from each other
-        those that cannot be read off the input (val_mlm_accuracy, val_hidden_loss) and the tenth that is left in place,
-        where copying is right (val_kept_accuracy). For sentence pairs val_nsp_loss and val_nsp_accuracy; val_loss is
-        then the sum of both losses, as in training, and val_ppl that of the tokens.
+        For a GPT val_nats_per_byte. For a BERT val_mlm_loss and val_accuracy over all targets, and apart from each
+        other those that cannot be read off the input (val_mlm_accuracy, val_hidden_loss) and the tenth that is left in
+        place, where copying is right (val_kept_accuracy). For sentence pairs val_nsp_loss and val_nsp_accuracy;
+        val_loss is then the sum of both losses, as in training, and val_ppl that of the tokens.
 
         Args:
             model: left in the mode it came in.

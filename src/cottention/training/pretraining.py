@@ -229,7 +229,7 @@ def build_model(recipe: Recipe, tokenizer: PreTrainedTokenizerBase | None = None
     if recipe.training.compile:
         import torch._dynamo  # seconds, for those who want it
 
-        # How many tokens are hidden differs from batch to batch; without this the graph would end where they are chosen.
+        # How many tokens are hidden differs from batch to batch; the graph would end where they are chosen.
         torch._dynamo.config.capture_dynamic_output_shape_ops = True
         model.compile()
     return model
