@@ -115,8 +115,11 @@ def test_the_default_text_is_the_held_out_split(
 @pytest.mark.parametrize(
     ("words", "message"),
     [
-        ([], "say which: perplexity, harness"),
-        (["preplexity"], "score must be one of perplexity, harness; got 'preplexity'; did you mean 'perplexity'?"),
+        ([], "say which: perplexity, glue, harness"),
+        (
+            ["preplexity"],
+            "score must be one of perplexity, glue, harness; got 'preplexity'; did you mean 'perplexity'?",
+        ),
         (["perplexity"], "missing --model"),
         (["perplexity", "--model", "GPT", "--data", "TEXT", "--context", "0"], "context must be at least 1; got 0"),
         (

@@ -133,6 +133,8 @@ def test_folders_are_found_whatever_their_spelling(tmp_path: Path) -> None:
     assert task_folder(glue_task("sst2"), folder) == folder
     assert find_glue_file(glue_task("sst2"), tmp_path, "dev") is None
     assert has_split(glue_task("sst2"), tmp_path, "train")
+    assert not has_split(glue_task("sst2"), tmp_path, "dev")
+    assert not has_split(glue_task("rte"), tmp_path, "train")
     assert has_split(glue_task("sst2"), "hub", "dev")
 
 

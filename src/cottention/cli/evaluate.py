@@ -14,6 +14,7 @@ from typing import Any
 
 from jsonargparse import ArgumentParser, Namespace
 
+from cottention.cli import evaluate_glue
 from cottention.cli.main import new_parser
 
 _UNITS = {
@@ -37,6 +38,7 @@ def build_parser() -> ArgumentParser:
     parser = new_parser("evaluate", "Score a model: on held-out text, or on tasks.")
     scores = parser.add_subcommands(dest="score")
     scores.add_subcommand("perplexity", _perplexity_parser(), help="how well a GPT predicts a text")
+    scores.add_subcommand("glue", evaluate_glue.build_parser(), help="how well a BERT solves the tasks of GLUE")
     scores.add_subcommand("harness", _harness_parser(), help="tasks of lm-evaluation-harness, LAMBADA and others")
     return parser
 
@@ -194,4 +196,4 @@ def _shown(value: float | int) -> str:
     return f"{value:,.4f}" if isinstance(value, float) else f"{value:,}"
 
 
-_RUN = {"perplexity": _run_perplexity, "harness": _run_harness}
+_RUN = {"glue": evaluate_glue.run, "perplexity": _run_perplexity, "harness": _run_harness}

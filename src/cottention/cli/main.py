@@ -27,7 +27,7 @@ COMMANDS: dict[str, tuple[str, str]] = {
     "finetune": ("cottention.cli.finetune", "fine-tune a BERT on tasks of GLUE"),
     "generate": ("cottention.cli.generate", "continue a text with a GPT, at constant memory"),
     "fill-mask": ("cottention.cli.fill_mask", "fill the masked words of a text with a BERT"),
-    "evaluate": ("cottention.cli.evaluate", "score a model: perplexity, lm-evaluation-harness"),
+    "evaluate": ("cottention.cli.evaluate", "score a model: perplexity, GLUE, lm-evaluation-harness"),
     "convert": ("cottention.cli.convert", "turn a published or a stock softmax checkpoint into a model directory"),
     "bench": ("cottention.cli.bench", "measure time and memory against softmax attention"),
     "doctor": ("cottention.cli.doctor", "say what this machine can run and what is missing"),

@@ -87,14 +87,13 @@ def load_glue(task: GlueTask, source: str | os.PathLike[str], split: str, *, ski
 
 
 def has_split(task: GlueTask, source: str | os.PathLike[str], split: str) -> bool:
-    """Whether a source has this split; the Hub has all of them.
-
-    Raises:
-        DataError: the source has no folder for the task.
-    """
+    """Whether a source has this split; the Hub has all of them."""
     if not Path(source).expanduser().is_dir() and (source == HUB or _looks_like_hub(str(source))):
         return True
-    return find_glue_file(task, source, split) is not None
+    try:
+        return find_glue_file(task, source, split) is not None
+    except DataError:
+        return False
 
 
 def find_glue_file(task: GlueTask, source: str | os.PathLike[str], split: str) -> Path | None:
