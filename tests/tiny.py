@@ -40,10 +40,10 @@ def wordpiece_tokenizer() -> PreTrainedTokenizerFast:
     return train_tokenizer(Dataset.from_dict({"text": [TEXTS[0]] * 3}), kind="wordpiece", vocab_size=60)
 
 
-def gpt(attention_type: str = "cosine", dtype: torch.dtype = torch.float64, **settings: Any) -> Any:
-    """A GPT for `bpe_tokenizer`."""
+def gpt(attention_type: str = "cosine", dtype: torch.dtype = torch.float64, std: float = 0.3, **settings: Any) -> Any:
+    """A GPT for `bpe_tokenizer`; weights of a smaller `std` are less sure of the next token."""
     settings = {"vocab_size": len(bpe_tokenizer()), "eos_token_id": 0, "bos_token_id": 0, **settings}
-    return randomised(CottentionGPTForCausalLM(gpt_config(attention_type, **settings)), dtype)
+    return randomised(CottentionGPTForCausalLM(gpt_config(attention_type, **settings)), dtype, std)
 
 
 def bert(attention_type: str = "cosine", dtype: torch.dtype = torch.float64, **settings: Any) -> Any:

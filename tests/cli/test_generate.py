@@ -20,6 +20,7 @@ from cottention.generation import generate_text, load_model_and_tokenizer
 from tests import tiny
 
 PROMPT = "The people"
+AT_LEAST_ONE = "max_new_tokens must be at least 1 (0 reads only, with --save-state)"
 # A shell's background job ignores Ctrl-C, and so would its children.
 _START = """
 import signal
@@ -103,6 +104,7 @@ def test_an_interrupt_keeps_what_was_written_and_ends_in_one_line(
         (["--top-k", "2"], {"top_k": 2}),
         (["--top-p", "0.4"], {"top_p": 0.4}),
         (["--repetition-penalty", "1.5"], {"repetition_penalty": 1.5}),
+        (["--num-beams", "3"], {"num_beams": 3, "temperature": 0.0}),
         (["--prefill-chunk", "1"], {}),
         (["--device", "cpu"], {}),
     ],
@@ -111,7 +113,7 @@ def test_every_flag_reaches_the_library(
     gpt_dir: Path, expected: Any, capsys: pytest.CaptureFixture[str], flags: list[str], settings: dict[str, Any]
 ) -> None:
     out, _ = run(capsys, "--model", gpt_dir, "--prompt", PROMPT, "--max-new-tokens", 30, *flags)
-    assert out == f"{PROMPT}{expected(PROMPT, max_new_tokens=30, **settings).texts[0]}\n"
+    assert out.rstrip("\n") == f"{PROMPT}{expected(PROMPT, max_new_tokens=30, **settings).texts[0]}".rstrip("\n")
 
 
 def test_stop_strings_end_the_text(gpt_dir: Path, expected: Any, capsys: pytest.CaptureFixture[str]) -> None:
@@ -194,7 +196,31 @@ def test_an_empty_prompt_starts_a_text(gpt_dir: Path, expected: Any, capsys: pyt
             "unknown option --max_new_tokens; did you mean '--max-new-tokens'?",
         ),
         (["--model", "GPT", "--prompt", "a", "--max-new-tokens", "many"], "max_new_tokens: expected int; got 'many'"),
-        (["--model", "GPT", "--prompt", "a", "--max-new-tokens", "0"], "max_new_tokens must be at least 1; got 0"),
+        (["--model", "GPT", "--prompt", "a", "--max-new-tokens", "0"], f"{AT_LEAST_ONE}; got 0"),
+        (["--model", "GPT", "--prompt", "a", "--max-new-tokens", "-1"], "max_new_tokens must be at least 1; got -1"),
+        (["--model", "GPT", "--prompt", "a", "--num-beams", "0"], "num_beams must be at least 1; got 0"),
+        (["--model", "GPT", "--prompt", "a", "b", "--save-state", "x"], "--save-state takes one prompt; got 2"),
+        (
+            ["--model", "GPT", "--prompt", "", "--save-state", "x"],
+            "there is nothing to read: the prompt is empty",
+        ),
+        (
+            ["--model", "SOFTMAX", "--prompt", "a", "--save-state", "x"],
+            "a state to save or load needs a cosine model, whose state has one size; got softmax",
+        ),
+        (
+            ["--model", "SOFTMAX", "--prompt", "a", "--load-state", "x"],
+            "a state to save or load needs a cosine model, whose state has one size; got softmax",
+        ),
+        (
+            ["--model", "GPT", "--load-state", "no.state"],
+            "the state no.state cannot be read: No such file or directory: no.state",
+        ),
+        (["--model", "GPT", "--prompt", "a", "--json-lines"], "--json-lines needs --prompt-file"),
+        (
+            ["--model", "GPT", "--prompt-file", "-", "--json-lines", "--each-line"],
+            "--each-line and --json-lines exclude each other",
+        ),
         (["--model", "GPT", "--prompt", "a", "--temperature", "-1"], "temperature must be 0 or more; got -1.0"),
         (["--model", "GPT", "--prompt", "a", "--batch-size", "0"], "batch_size must be at least 1; got 0"),
         (["--model", "GPT", "--prompt", "a", "--prefill-chunk", "0"], "prefill_chunk must be at least 1; got 0"),
@@ -204,18 +230,75 @@ def test_an_empty_prompt_starts_a_text(gpt_dir: Path, expected: Any, capsys: pyt
     ],
 )
 def test_a_mistake_is_one_line_and_nothing_on_stdout(
-    gpt_dir: Path, capsys: pytest.CaptureFixture[str], words: list[str], message: str
+    gpt_dir: Path, softmax_gpt_dir: Path, capsys: pytest.CaptureFixture[str], words: list[str], message: str
 ) -> None:
-    assert mistake(capsys, *[str(gpt_dir) if word == "GPT" else word for word in words]) == message
+    places = {"GPT": str(gpt_dir), "SOFTMAX": str(softmax_gpt_dir)}
+    assert mistake(capsys, *[places.get(word, word) for word in words]) == message
 
 
 def test_a_binary_prompt_is_one_line(gpt_dir: Path, capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
     (tmp_path / "picture.png").write_bytes(b"ab\x89PNG\r\n\x1a\n\x00")
     flags = ["--model", gpt_dir, "--prompt-file", tmp_path / "picture.png"]
     assert mistake(capsys, *flags) == f"{tmp_path / 'picture.png'} is not UTF-8 text (byte 2)"
+    (tmp_path / "zeros.bin").write_bytes(b"ab\0\0")
+    flags = ["--model", gpt_dir, "--prompt-file", tmp_path / "zeros.bin"]
+    assert mistake(capsys, *flags) == (
+        f"{tmp_path / 'zeros.bin'} is a binary file, not text (zero byte at character 2)"
+    )
     (tmp_path / "empty.txt").write_text("\n \n")
-    flags = ["--model", gpt_dir, "--prompt-file", tmp_path / "empty.txt", "--each-line"]
-    assert mistake(capsys, *flags) == f"{tmp_path / 'empty.txt'} holds no text"
+    for flag in ("--each-line", "--json-lines"):
+        flags = ["--model", gpt_dir, "--prompt-file", tmp_path / "empty.txt", flag]
+        assert mistake(capsys, *flags) == f"{tmp_path / 'empty.txt'} holds no text"
+
+
+def test_json_lines_are_prompts(
+    gpt_dir: Path,
+    expected: Any,
+    capsys: pytest.CaptureFixture[str],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    prompts = ["The people\n of", "東京", ""]
+    lines = f'{{"prompt": {json.dumps(prompts[0])}, "id": 7}}\n\n{json.dumps(prompts[1])}\n{{"prompt": ""}}\n'
+    (tmp_path / "prompts.jsonl").write_text(lines)
+    flags = ["--model", gpt_dir, "--max-new-tokens", 9, "--json", "--prompt-file"]
+    rows = [json.loads(line) for line in run(capsys, *flags, tmp_path / "prompts.jsonl")[0].splitlines()]
+    assert [(row["prompt"], row["text"]) for row in rows] == list(zip(prompts, expected(prompts).texts, strict=True))
+    monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(lines.encode())))
+    again = [json.loads(line) for line in run(capsys, *flags, "-", "--json-lines")[0].splitlines()]
+    assert [row["text"] for row in again] == [row["text"] for row in rows]
+    for line, complaint in [
+        ("{", "not JSON"),
+        ('{"text": "a"}', "expected a string or an object with the text 'prompt'"),
+    ]:
+        (tmp_path / "bad.jsonl").write_text(f'"a"\n{line}\n')
+        message = mistake(capsys, *flags, tmp_path / "bad.jsonl")
+        assert message.startswith(f"{tmp_path / 'bad.jsonl'}, line 2: {complaint}")
+
+
+def test_a_document_is_read_once_and_asked_many_times(
+    gpt_dir: Path, expected: Any, capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    document, asked, file = "The people of the United States. " * 20, [" Who", " When is it"], tmp_path / "a.state"
+    (tmp_path / "document.txt").write_text(document)
+    flags = ["--model", gpt_dir, "--temperature", 0, "--max-new-tokens"]
+    out, err = run(capsys, *flags, 0, "--prompt-file", tmp_path / "document.txt", "--save-state", file)
+    assert out == ""
+    num_tokens = len(tiny.bpe_tokenizer()(document)["input_ids"])
+    figures = (
+        rf"read {num_tokens} tokens in .* s \(\d+ tokens/s\), saved the state after {num_tokens} tokens as {file}, "
+    )
+    assert re.search(figures, err)
+    texts = expected([document + question for question in asked], temperature=0).texts
+    out, _ = run(capsys, *flags, 9, "--load-state", file, "--prompt", *asked, "--json")
+    rows = [json.loads(line) for line in out.splitlines()]
+    assert [(row["prompt"], row["text"]) for row in rows] == list(zip(asked, texts, strict=True))
+    # On from where it stands, and from there again.
+    assert run(capsys, *flags, 9, "--load-state", file)[0] == expected(document, temperature=0).texts[0] + "\n"
+    more = tmp_path / "more.state"
+    out, _ = run(capsys, *flags, 9, "--load-state", file, "--prompt", " Who", "--save-state", more)
+    assert out == f" Who{texts[0]}\n"
+    assert run(capsys, *flags, 9, "--load-state", more)[0] == texts[0] + "\n"
 
 
 def test_a_wrong_model_is_one_line(

@@ -15,7 +15,6 @@ from transformers import PreTrainedTokenizerFast
 from cottention.benchmarks.memory import MALLOC_ENVIRONMENT
 from cottention.errors import CheckpointError, CottentionError, DataError
 from cottention.generation import GenerationResult, generate_text
-from cottention.generation.text import _left_padded
 from tests import tiny
 from tests.models.helpers import ATTENTION_TYPES
 
@@ -137,11 +136,63 @@ def test_a_repetition_penalty_makes_what_occurred_less_likely(cosine: Any) -> No
     assert expected != write(cosine, PROMPTS).texts
 
 
-def test_padding_repeats_what_a_row_has_anyway() -> None:
-    # Any other token would be made less likely by a repetition penalty, though it never occurred.
-    input_ids, attention_mask = _left_padded([[5, 6, 7], [8], [9, 8]], torch.device("cpu"))
-    assert input_ids.tolist() == [[5, 6, 7], [8, 8, 8], [9, 9, 8]]
-    assert attention_mask.tolist() == [[1, 1, 1], [0, 0, 1], [0, 1, 1]]
+@pytest.mark.parametrize("settings", [{}, {"temperature": 1.2, "repetition_penalty": 1.3}, {"stop_strings": ["e"]}])
+def test_a_text_is_the_same_however_many_calls_it_takes(
+    ending: Any, monkeypatch: pytest.MonkeyPatch, settings: dict[str, Any]
+) -> None:
+    settings = {"max_new_tokens": 60, "seed": 2, **settings}
+    expected = write(ending, PROMPTS, **settings)
+    assert len({row.num_new_tokens for row in expected.rows}) > 1
+    for tokens_a_call in (1, 7, 59, 60):
+        monkeypatch.setattr("cottention.generation.writing._TOKENS_A_CALL", tokens_a_call)
+        assert write(ending, PROMPTS, **settings).rows == expected.rows
+
+
+def likeliest_of_all(model: Any, prompt: str, num_tokens: int) -> list[int]:
+    """The likeliest continuation of exactly this length, by looking at the best 6 of every step: beams, by hand."""
+    beams = [(0.0, ids_of(prompt))]
+    for _ in range(num_tokens):
+        longer = []
+        for score, ids in beams:
+            for token, nats in enumerate((-next_logits(model, ids).log_softmax(-1)).tolist()):
+                longer.append((score + nats, [*ids, token]))
+        beams = sorted(longer)[:6]
+    return beams[0][1][len(ids_of(prompt)) :]
+
+
+@pytest.mark.parametrize("attention_type", ATTENTION_TYPES)
+def test_beams_find_what_a_search_by_hand_finds(attention_type: str) -> None:
+    model = tiny.gpt(attention_type, std=0.08)
+    with torch.no_grad():
+        model.lm_head.bias[0] = -1e3  # never ends
+    prompts = ["The people", "A", "to the people of the United States: "]
+    expected = [decoded(likeliest_of_all(model, prompt, 5)) for prompt in prompts]
+    for chunk in (3, 1000):
+        assert write(model, prompts, num_beams=6, max_new_tokens=5, prefill_chunk=chunk).texts == expected
+    assert expected != write(model, prompts, max_new_tokens=5).texts
+
+
+@pytest.mark.parametrize("attention_type", ATTENTION_TYPES)
+def test_a_batch_of_beams_is_each_prompt_alone(attention_type: str) -> None:
+    model = tiny.gpt(attention_type)
+    with torch.no_grad():
+        model.lm_head.bias[0] += 2.0
+    settings: dict[str, Any] = {"num_beams": 4, "repetition_penalty": 1.4, "max_new_tokens": 15}
+    result = write(model, PROMPTS, **settings)
+    assert result.texts == [write(model, prompt, **settings).texts[0] for prompt in PROMPTS]
+    assert {row.finish_reason for row in result.rows} == {"end", "length"}
+
+
+def test_a_stop_string_ends_a_beam(cosine: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    whole = write(cosine, num_beams=3, max_new_tokens=30)
+    stop = whole.texts[0][6:8]
+    num_steps: list[int] = []
+    hook = cosine.lm_head.register_forward_hook(lambda *_: num_steps.append(1))
+    (row,) = write(cosine, num_beams=3, max_new_tokens=30, stop_strings=[stop, "no such text"]).rows
+    hook.remove()
+    assert row.finish_reason == "stop"
+    assert stop not in row.text
+    assert len(num_steps) < 30
 
 
 @pytest.mark.parametrize("attention_type", ATTENTION_TYPES)
@@ -280,6 +331,15 @@ def test_a_softmax_model_without_positions_refuses_before_it_reads(
         ({"top_p": 0.0}, "top_p must be above 0 and at most 1; got 0.0"),
         ({"top_p": 1.1}, "top_p must be above 0 and at most 1; got 1.1"),
         ({"repetition_penalty": 0.0}, "repetition_penalty must be above 0; got 0.0"),
+        ({"num_beams": 0}, "num_beams must be at least 1; got 0"),
+        (
+            {"num_beams": 2, "temperature": 0.8},
+            "num_beams searches for the likeliest text, which needs temperature 0; got 0.8",
+        ),
+        (
+            {"num_beams": 2, "stream": print},
+            "stream needs num_beams 1, as a search ends all at once; got 2",
+        ),
         ({"seed": -1}, "seed must be from 0 to 2**63 - 1; got -1"),
         ({"seed": 2**63}, f"seed must be from 0 to 2**63 - 1; got {2**63}"),
         ({"prefill_chunk": 0}, "prefill_chunk must be at least 1; got 0"),

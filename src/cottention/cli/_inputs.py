@@ -5,6 +5,7 @@ for line in read_lines("questions.txt"): ...
 
 from __future__ import annotations
 
+import json
 import sys
 from pathlib import Path
 
@@ -25,6 +26,8 @@ def read_text(name: str) -> str:
         raise DataError(f"{shown} is not UTF-8 text (byte {error.start})") from error
     except OSError as error:
         raise DataError(f"{shown} cannot be read: {error.strerror}") from error
+    if (at := text.find("\0")) >= 0:
+        raise DataError(f"{shown} is a binary file, not text (zero byte at character {at})")
     # Editors and `echo` end a file with a newline, which nobody means as the end of a prompt.
     return text.removesuffix("\n").removesuffix("\r")
 
@@ -40,3 +43,27 @@ def read_lines(name: str) -> list[str]:
     if not kept:
         raise DataError(f"{'stdin' if name == '-' else name} holds no text")
     return kept
+
+
+def read_json_lines(name: str, field: str) -> list[str]:
+    """Read texts from the lines of a UTF-8 file, or of stdin for "-": JSON strings, or objects that have a field.
+
+    Raises:
+        DataError: see `read_lines`, or a line is neither.
+    """
+    shown = "stdin" if name == "-" else name
+    texts = []
+    for number, line in enumerate(read_text(name).split("\n"), start=1):
+        if not line.strip():
+            continue
+        try:
+            row = json.loads(line)
+        except ValueError as error:
+            raise DataError(f"{shown}, line {number}: not JSON ({error})") from error
+        text = row.get(field) if isinstance(row, dict) else row
+        if not isinstance(text, str):
+            raise DataError(f"{shown}, line {number}: expected a string or an object with the text {field!r}")
+        texts.append(text)
+    if not texts:
+        raise DataError(f"{shown} holds no text")
+    return texts

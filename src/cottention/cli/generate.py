@@ -1,13 +1,16 @@
 """cottention generate: continues a text with a saved GPT.
 
 cottention generate --model runs/quickstart-gpt/model --prompt "My fellow Americans"
+cottention generate --model MODEL --prompt-file book.txt --save-state book.state --max-new-tokens 0
+cottention generate --model MODEL --load-state book.state --prompt " Who" " When" --no-echo
 """
 
 from __future__ import annotations
 
 import json
+import time
 from dataclasses import asdict
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from jsonargparse import ArgumentParser, Namespace
 
@@ -16,7 +19,7 @@ from cottention.errors import SettingsError
 from cottention.logging import get_logger
 
 if TYPE_CHECKING:
-    from cottention.generation import GenerationResult
+    from cottention.generation import GenerationResult, ReadState
 
 _logger = get_logger(__name__)
 
@@ -33,11 +36,19 @@ def build_parser() -> ArgumentParser:
     add("--prompt", metavar="TEXT", nargs="+", help="text to continue; several are continued together; '' starts anew")
     add("--prompt-file", metavar="FILE", help="read the prompt from a file; - reads stdin")
     add("--each-line", action="store_true", help="every line of the file is a prompt of its own")
-    add("--max-new-tokens", type=int, default=128, help="tokens to write at most")
-    add("--temperature", type=float, default=0.8, help="0 takes the likeliest token, 1 samples as is")
+    add(
+        "--json-lines",
+        action="store_true",
+        help='every line of the file is JSON: a string, or an object with a "prompt"; so is a file named .jsonl',
+    )
+    add("--save-state", metavar="FILE", help="write what the model knows after the prompt, to go on from it later")
+    add("--load-state", metavar="FILE", help="go on from a saved state; without a prompt, right where it stands")
+    add("--max-new-tokens", type=int, default=128, help="tokens to write at most; 0 with --save-state: read only")
+    add("--temperature", type=float, help="0 takes the likeliest token, 1 samples as is (default: 0.8; with beams 0)")
     add("--top-k", type=int, help="sample among the k likeliest tokens")
     add("--top-p", type=float, default=0.95, help="sample among the likeliest with this probability")
     add("--repetition-penalty", type=float, default=1.0, help="above 1: repeat less")
+    add("--num-beams", type=int, default=1, help="above 1: search for the likeliest text with so many candidates")
     add("--stop", metavar="TEXT", nargs="+", default=[], help="end before any of these texts")
     add("--seed", type=int, default=0, help="decides the samples")
     add("--batch-size", type=int, default=16, help="prompts continued together")
@@ -51,13 +62,23 @@ def build_parser() -> ArgumentParser:
 def run(args: Namespace) -> None:
     """Generate, print the texts on stdout and the figures on stderr."""
     prompts = _prompts(args)
-    if args.batch_size < 1:
-        raise SettingsError(f"batch_size must be at least 1; got {args.batch_size}")
+    _check(args, prompts)
 
-    from cottention.generation import generate_text, load_model_and_tokenizer
+    from cottention.generation import generate_text, load_model_and_tokenizer, load_state
 
     model, tokenizer = load_model_and_tokenizer(args.model, "causal-lm", device=args.device)
-    streamed = _Streamed("" if args.no_echo else prompts[0]) if len(prompts) == 1 and not args.json else None
+    state = None if args.load_state is None else load_state(args.load_state, model, tokenizer)
+    shown = prompts
+    if args.save_state is not None:
+        state = _read_and_save(model, tokenizer, prompts[0], state, args)
+        prompts = [""]
+        if args.max_new_tokens == 0:
+            return
+    temperature = args.temperature
+    if temperature is None:
+        temperature = 0.0 if args.num_beams > 1 else 0.8
+    streams = len(prompts) == 1 and args.num_beams == 1 and not args.json
+    streamed = _Streamed("" if args.no_echo else shown[0]) if streams else None
     for number, start in enumerate(range(0, len(prompts), args.batch_size)):
         try:
             result = generate_text(
@@ -65,14 +86,16 @@ def run(args: Namespace) -> None:
                 tokenizer,
                 prompts[start : start + args.batch_size],
                 max_new_tokens=args.max_new_tokens,
-                temperature=args.temperature,
+                temperature=temperature,
                 top_k=args.top_k,
                 top_p=args.top_p,
                 repetition_penalty=args.repetition_penalty,
+                num_beams=args.num_beams,
                 seed=args.seed + number,
                 stop_strings=args.stop,
                 stream=streamed,
                 prefill_chunk=args.prefill_chunk,
+                state=state,
             )
         except KeyboardInterrupt:
             if streamed is not None:
@@ -81,8 +104,38 @@ def run(args: Namespace) -> None:
         if streamed is not None:
             streamed.end()
         else:
-            _print_rows(result, args)
+            _print_rows(result, shown[start : start + args.batch_size], args)
         _log_figures(result)
+
+
+def _check(args: Namespace, prompts: list[str]) -> None:
+    if args.batch_size < 1:
+        raise SettingsError(f"batch_size must be at least 1; got {args.batch_size}")
+    if args.save_state is None:
+        if args.max_new_tokens == 0:
+            raise SettingsError("max_new_tokens must be at least 1 (0 reads only, with --save-state); got 0")
+    elif len(prompts) != 1:
+        raise SettingsError(f"--save-state takes one prompt; got {len(prompts)}")
+
+
+def _read_and_save(model: Any, tokenizer: Any, prompt: str, state: ReadState | None, args: Namespace) -> ReadState:
+    from cottention.generation import read_text, save_state
+
+    started = time.perf_counter()
+    read = read_text(model, tokenizer, prompt, state=state, prefill_chunk=args.prefill_chunk)
+    read_s = time.perf_counter() - started
+    save_state(args.save_state, read, model, tokenizer)
+    num_tokens = read.num_tokens - (0 if state is None else state.num_tokens)
+    _logger.info(
+        "read %d tokens in %.2f s (%.0f tokens/s), saved the state after %d tokens as %s, state %s bytes",
+        num_tokens,
+        read_s,
+        num_tokens / max(read_s, 1e-9),
+        read.num_tokens,
+        args.save_state,
+        f"{read.cache.nbytes:,}",
+    )
+    return read
 
 
 class _Streamed:
@@ -100,24 +153,29 @@ class _Streamed:
 
 
 def _prompts(args: Namespace) -> list[str]:
-    from cottention.cli._inputs import read_lines, read_text
+    from cottention.cli._inputs import read_json_lines, read_lines, read_text
 
-    if (args.prompt is None) == (args.prompt_file is None):
+    sources = [source for source in (args.prompt, args.prompt_file) if source is not None]
+    if len(sources) > 1 or (not sources and args.load_state is None):
         raise SettingsError("give either --prompt TEXT or --prompt-file FILE (- reads stdin)")
-    if args.prompt is not None:
-        if args.each_line:
-            raise SettingsError("--each-line needs --prompt-file")
-        return args.prompt
+    if args.prompt_file is None:
+        if args.each_line or args.json_lines:
+            raise SettingsError(f"{'--each-line' if args.each_line else '--json-lines'} needs --prompt-file")
+        return [""] if args.prompt is None else args.prompt
+    if args.each_line and args.json_lines:
+        raise SettingsError("--each-line and --json-lines exclude each other")
+    if args.json_lines or (args.prompt_file.endswith(".jsonl") and not args.each_line):
+        return read_json_lines(args.prompt_file, "prompt")
     return read_lines(args.prompt_file) if args.each_line else [read_text(args.prompt_file)]
 
 
-def _print_rows(result: GenerationResult, args: Namespace) -> None:
-    for row in result.rows:
+def _print_rows(result: GenerationResult, prompts: list[str], args: Namespace) -> None:
+    for row, prompt in zip(result.rows, prompts, strict=True):
         if args.json:
             figures = {"tokens_per_s": round(result.tokens_per_s, 1), "state_bytes": result.state_bytes}
-            print(json.dumps({**asdict(row), **figures}, ensure_ascii=False), flush=True)
+            print(json.dumps({**asdict(row), "prompt": prompt, **figures}, ensure_ascii=False), flush=True)
         else:
-            print(row.text if args.no_echo else row.prompt + row.text, end="\n\n", flush=True)
+            print(row.text if args.no_echo else prompt + row.text, end="\n\n", flush=True)
 
 
 def _log_figures(result: GenerationResult) -> None:

@@ -91,6 +91,16 @@ def read_rows(path: Path, *, split_by: str, text_column: str) -> Iterator[tuple[
         raise DataError(f"cannot read {path}: {_reason(error)}") from error
 
 
+def blocks_of(text: str) -> Iterator[str]:
+    """Cut a text into blocks where no token is cut, as `read_rows` does; put together they are the text."""
+    start = 0
+    while len(text) - start > 2 * BLOCK:
+        cut = _cut(text, start)
+        yield text[start:cut]
+        start = cut
+    yield text[start:]
+
+
 def _reason(error: OSError | pa.ArrowException) -> str:
     """One line, in a reader's words where the library's own are about its insides."""
     if number := getattr(error, "errno", None):

@@ -7,6 +7,8 @@ print(generate_text(model, tokenizer, "My fellow Americans").texts[0])
 
 from cottention.generation.fill_mask import Candidate, FilledText, fill_mask
 from cottention.generation.loading import load_model_and_tokenizer
+from cottention.generation.reading import ReadState
+from cottention.generation.saved_state import load_state, read_text, save_state
 from cottention.generation.text import GeneratedText, GenerationResult, generate_text
 
 __all__ = [
@@ -14,7 +16,11 @@ __all__ = [
     "FilledText",
     "GeneratedText",
     "GenerationResult",
+    "ReadState",
     "fill_mask",
     "generate_text",
     "load_model_and_tokenizer",
+    "load_state",
+    "read_text",
+    "save_state",
 ]

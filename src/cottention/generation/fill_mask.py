@@ -159,7 +159,7 @@ def _encode(
     which = "the text" if num_texts == 1 else f"text {number}"
     if tokenizer.mask_token_id is None:
         raise SettingsError("this model's tokenizer has no mask token")
-    token_ids = encode(tokenizer, text, which)
+    token_ids = encode(tokenizer, text, which).tolist()
     if tokenizer.mask_token_id not in token_ids:
         shown = text if len(text) <= 40 else f"{text[:40]}..."
         raise SettingsError(f"{which} has no {tokenizer.mask_token} to fill; got {shown!r}")

@@ -5,12 +5,14 @@ held back until they are settled, so that the pieces, put together, are exactly 
 reads may depend on the one before it (many tokenizers write a space only between two), so the prompt's end is decoded
 with the new tokens and taken off again.
 
-    watcher = TextWatcher(tokenizer, prompt_ids=[[5, 6]], prompt_length=2, end_ids={0}, on_text=print)
+    watcher = TextWatcher(tokenizer, tails=[[5, 6]], end_ids={0}, on_text=print)
+    watcher.begin_call(num_columns=2)
     model.generate(..., stopping_criteria=StoppingCriteriaList([watcher]))
 """
 
 from __future__ import annotations
 
+from array import array
 from collections.abc import Callable, Sequence
 
 import torch
@@ -19,7 +21,9 @@ from tokenizers.decoders import DecodeStream
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase, StoppingCriteria
 
-_LONGEST_CHARACTER = 4  # bytes of UTF-8, each of which may be a token
+LONGEST_CHARACTER = 4
+"""Bytes of UTF-8, each of which may be a token."""
+_MOST_PIECES = 1024  # before they are put together: a text of a million pieces would take fifty times its size
 
 
 class TextWatcher(StoppingCriteria):
@@ -29,8 +33,7 @@ class TextWatcher(StoppingCriteria):
 
     Args:
         tokenizer: decodes the tokens.
-        prompt_ids: each row's prompt, without padding.
-        prompt_length: columns before the first generated token.
+        tails: each prompt's last tokens, as many as a character may have.
         end_ids: tokens that end a row.
         stop_strings: texts that end a row; they and what follows are cut off.
         on_text: called with (row, piece of text) as soon as a piece is settled.
@@ -40,15 +43,23 @@ class TextWatcher(StoppingCriteria):
         self,
         tokenizer: PreTrainedTokenizerBase,
         *,
-        prompt_ids: Sequence[Sequence[int]],
-        prompt_length: int,
+        tails: Sequence[Sequence[int]],
         end_ids: set[int],
         stop_strings: Sequence[str] = (),
         on_text: Callable[[int, str], None] | None = None,
     ) -> None:
-        self._rows = [RowText(tokenizer, after=ids, end_ids=end_ids, stop_strings=stop_strings) for ids in prompt_ids]
-        self._num_seen = prompt_length
+        self._rows = [RowText(tokenizer, after=ids, end_ids=end_ids, stop_strings=stop_strings) for ids in tails]
+        self._num_seen = 0
         self._on_text = on_text
+
+    @property
+    def all_finished(self) -> bool:
+        """Every row came to its end."""
+        return all(row.finished for row in self._rows)
+
+    def begin_call(self, num_columns: int) -> None:
+        """Say how many columns the next call of `generate` begins with, which are none of its tokens."""
+        self._num_seen = num_columns
 
     def __call__(self, input_ids: Tensor, scores: Tensor, **kwargs: object) -> torch.BoolTensor:
         """Take the newest token of every row; True for the rows that are finished."""
@@ -88,10 +99,8 @@ class RowText:
         stop_strings: Sequence[str] = (),
         after: Sequence[int] = (),
     ) -> None:
-        self.token_ids: list[int] = []
+        self.token_ids = array("i")
         """Generated tokens, without an end token."""
-        self.text = ""
-        """Settled text; all of it after `finish`."""
         self.reason = "length"
         """Why the row ended: "end" (an end token), "stop" (a stop string), or "length" (nothing ended it)."""
         self._backend: Tokenizer = tokenizer.backend_tokenizer  # pyright: ignore[reportAttributeAccessIssue]
@@ -100,6 +109,14 @@ class RowText:
         self._end_ids = end_ids
         self._stop_strings = [stop for stop in stop_strings if stop]
         self._held_back = ""
+        self._pieces: list[str] = []
+        self._num_unsettled = 0  # tokens since the decoder's last piece
+
+    @property
+    def text(self) -> str:
+        """Settled text; all of it after `finish`."""
+        self._pieces = ["".join(self._pieces)]
+        return self._pieces[0]
 
     @property
     def finished(self) -> bool:
@@ -115,18 +132,24 @@ class RowText:
             return ""
         self.token_ids.append(token)
         piece = self._decoder.step(self._backend, token)
-        return self._settle(piece) if piece else ""
+        if not piece:
+            self._num_unsettled += 1
+            return ""
+        self._num_unsettled = 0
+        return self._settle(piece)
 
     def finish(self) -> str:
         """Say that no token follows; return the text that was held back."""
         if self.reason == "stop":
             return ""
-        # A character that was never completed is not in the decoder's pieces; the whole text shows it as U+FFFD.
-        whole = self._backend.decode([*self._before, *self.token_ids], skip_special_tokens=True)
-        before = self._backend.decode(self._before, skip_special_tokens=True)
-        settled = self._settle(whole[len(before) + len(self.text) + len(self._held_back) :])
+        # A character that was never completed is not in the decoder's pieces; decoded at the end it shows as U+FFFD.
+        num_settled = len(self.token_ids) - self._num_unsettled
+        last = self.token_ids[max(num_settled - LONGEST_CHARACTER, 0) : num_settled]
+        before = _readable_end(self._backend, [*self._before, *last])
+        end = self._backend.decode([*before, *self.token_ids[num_settled:]], skip_special_tokens=True)
+        settled = self._settle(end[len(self._backend.decode(before, skip_special_tokens=True)) :])
         rest, self._held_back = self._held_back, ""
-        self.text += rest
+        self._keep(rest)
         return settled + rest
 
     def _settle(self, piece: str) -> str:
@@ -138,8 +161,13 @@ class RowText:
         else:
             keep = self._length_of_begun_stop(pending)
             settled, self._held_back = pending[: len(pending) - keep], pending[len(pending) - keep :]
-        self.text += settled
+        self._keep(settled)
         return settled
+
+    def _keep(self, settled: str) -> None:
+        self._pieces.append(settled)
+        if len(self._pieces) > _MOST_PIECES:
+            self._pieces = ["".join(self._pieces)]
 
     def _length_of_begun_stop(self, pending: str) -> int:
         """Length of the longest end of `pending` with which a stop string begins."""
@@ -152,7 +180,7 @@ class RowText:
 
 def _readable_end(backend: Tokenizer, ids: Sequence[int]) -> list[int]:
     """The fewest last tokens that are text by themselves, no character being cut; none where there is no such end."""
-    for length in range(1, min(_LONGEST_CHARACTER, len(ids)) + 1):
+    for length in range(1, min(LONGEST_CHARACTER, len(ids)) + 1):
         end = list(ids[-length:])
         text = backend.decode(end, skip_special_tokens=True)
         if text and "\ufffd" not in text:

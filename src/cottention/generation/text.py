@@ -1,7 +1,8 @@
-"""Continues texts with a GPT: greedy or sampled, one prompt or a batch, streamed or whole.
+"""Continues texts with a GPT: greedy, sampled or searched with beams, one prompt or a batch, streamed or whole.
 
 transformers' `generate` chooses the tokens. Around it: the prompt is read in chunks, so that a cosine model takes a
-prompt of any length in constant memory; a batch is padded on the left; and what came out is measured.
+prompt of any length in constant memory, or goes on from a state that was read before; a batch is padded on the left;
+and what came out is measured.
 
     result = generate_text(model, tokenizer, "My fellow Americans", stream=lambda piece: print(piece, end=""))
     print(result.tokens_per_s, result.state_bytes)
@@ -15,20 +16,16 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
 import torch
-from torch import Tensor
-from transformers import (
-    GenerationConfig,
-    LogitsProcessor,
-    LogitsProcessorList,
-    PreTrainedModel,
-    PreTrainedTokenizerBase,
-    StoppingCriteriaList,
-)
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from cottention.errors import CheckpointError, SettingsError
+from cottention.errors import SettingsError
 from cottention.generation.encoding import encode
+from cottention.generation.reading import ReadState, read_rows, state_bytes
+from cottention.generation.saved_state import check_state_support
 from cottention.generation.stream import RowText, TextWatcher
+from cottention.generation.writing import search_tokens, write_tokens
 from cottention.models.configuration import check_vocabulary
 
 
@@ -87,26 +84,30 @@ def generate_text(
     top_k: int | None = None,
     top_p: float = 0.95,
     repetition_penalty: float = 1.0,
+    num_beams: int = 1,
     seed: int = 0,
     stop_strings: Sequence[str] = (),
     stream: Callable[[str], None] | None = None,
     prefill_chunk: int = 2048,
+    state: ReadState | None = None,
 ) -> GenerationResult:
     """Continue one prompt or several.
 
     Args:
         model: a CottentionGPTForCausalLM.
         tokenizer: the model's own.
-        prompts: a text, or several to be continued together; an empty one starts a new text.
+        prompts: a text, or several to be continued together; an empty one starts a new text, or goes on from `state`.
         max_new_tokens: tokens to write at most, for each prompt.
         temperature: 0 always takes the likeliest token; 1 samples from the model as it is; between them, more careful.
         top_k: sample among the k likeliest tokens; None among all.
         top_p: sample among the likeliest tokens that together have this probability.
         repetition_penalty: above 1, tokens that occurred already become less likely.
+        num_beams: above 1, search for the likeliest text with so many candidates; needs temperature 0.
         seed: decides the samples; the global random state is left alone.
         stop_strings: end a text before any of these.
-        stream: called with each new piece of text at once; with a single prompt only.
+        stream: called with each new piece of text at once; with a single prompt, and not with beams.
         prefill_chunk: prompt tokens read at a time.
+        state: of a text that was read before (`read_text`, `load_state`), which every prompt goes on from.
 
     Returns:
         The texts in the order of the prompts, with speed and memory.
@@ -118,102 +119,58 @@ def generate_text(
         CheckpointError: the model computes NaN, which no token can be chosen by.
     """
     texts = [prompts] if isinstance(prompts, str) else list(prompts)
-    _check(texts, max_new_tokens, temperature, top_k, top_p, repetition_penalty, seed, stream, prefill_chunk)
-    check_vocabulary(tokenizer, model.config)
-    prompt_ids = [_prompt_ids(tokenizer, text) for text in texts]
-    _check_length(model, max(map(len, prompt_ids)), max_new_tokens)
-    input_ids, attention_mask = _left_padded(prompt_ids, model.device)
-
-    end_ids = _end_ids(model, tokenizer)
-    watcher = TextWatcher(
-        tokenizer,
-        prompt_ids=prompt_ids,
-        prompt_length=input_ids.shape[1],
-        end_ids=end_ids,
-        stop_strings=stop_strings,
-        on_text=None if stream is None else lambda _row, piece: stream(piece),
-    )
-    sampling = {"temperature": temperature, "top_k": top_k or 0, "top_p": top_p} if temperature > 0 else {}
-    config = GenerationConfig(
+    _check(
+        texts,
         max_new_tokens=max_new_tokens,
-        do_sample=temperature > 0,
+        temperature=temperature,
+        top_k=top_k,
+        top_p=top_p,
         repetition_penalty=repetition_penalty,
-        eos_token_id=sorted(end_ids) or None,
-        pad_token_id=0,  # written behind a finished row, where nobody reads it
-        return_dict_in_generate=True,
-        **sampling,
+        num_beams=num_beams,
+        seed=seed,
+        stream=stream,
+        prefill_chunk=prefill_chunk,
     )
+    check_vocabulary(tokenizer, model.config)
+    if state is not None:
+        check_state_support(model)
+    prompt_ids = [_prompt_ids(tokenizer, text, state) for text in texts]
+    _check_length(model, max(map(len, prompt_ids)), max_new_tokens)
+    stop_strings = [stop for stop in stop_strings if stop]
+    end_ids = _end_ids(model, tokenizer)
+    written: dict[str, Any] = {
+        "max_new_tokens": max_new_tokens,
+        "repetition_penalty": repetition_penalty,
+        "end_ids": end_ids,
+    }
     started = time.perf_counter()
     with torch.inference_mode(), _seeded(seed, model.device):
-        cache = prefill(model, input_ids[:, :-1], attention_mask[:, :-1], chunk=prefill_chunk)
-        read = time.perf_counter()
-        output: Any = model.generate(  # pyright: ignore[reportCallIssue]  # bound by GenerationMixin at run time
-            input_ids,
-            attention_mask=attention_mask,
-            past_key_values=cache,
-            generation_config=config,
-            logits_processor=LogitsProcessorList([_RefuseNaN()]),
-            stopping_criteria=StoppingCriteriaList([watcher]),
+        reading = read_rows(model, prompt_ids, chunk=prefill_chunk, start=state)
+        watcher = TextWatcher(
+            tokenizer,
+            tails=reading.tails,
+            end_ids=end_ids,
+            stop_strings=stop_strings,
+            on_text=None if stream is None else lambda _row, piece: stream(piece),
         )
+        read = time.perf_counter()
+        if num_beams > 1:
+            cache = search_tokens(
+                model, tokenizer, reading, watcher, num_beams=num_beams, stop_strings=stop_strings, **written
+            )
+        else:
+            sampling = {"temperature": temperature, "top_k": top_k or 0, "top_p": top_p} if temperature > 0 else {}
+            cache = write_tokens(model, reading, watcher, do_sample=temperature > 0, **sampling, **written)
         rows = watcher.finish()
     return GenerationResult(
         rows=tuple(map(_row_result, texts, prompt_ids, rows)),
         prefill_s=read - started,
         decode_s=time.perf_counter() - read,
-        state_bytes=state_bytes(output.past_key_values),
+        state_bytes=state_bytes(cache),
     )
 
 
-def prefill(model: PreTrainedModel, input_ids: Tensor, attention_mask: Tensor, *, chunk: int) -> Any:
-    """Read tokens chunk by chunk into a cache; the memory for activations is that of one chunk.
-
-    Args:
-        model: a CottentionGPTForCausalLM.
-        input_ids: [B, T]; T may be 0.
-        attention_mask: [B, T], 1 = real.
-        chunk: tokens read at a time.
-
-    Returns:
-        The cache for `generate`; None when there was nothing to read.
-    """
-    # The same positions that `generate` counts: pads have none, so a padded prompt is read as if it stood alone.
-    position_ids = (attention_mask.cumsum(-1) - 1).clamp(min=0)
-    cache = None
-    for start in range(0, input_ids.shape[1], chunk):
-        end = min(start + chunk, input_ids.shape[1])
-        output = model.base_model(  # without the head: nobody asks for these tokens' logits
-            input_ids[:, start:end],
-            attention_mask=attention_mask[:, :end],
-            position_ids=position_ids[:, start:end],
-            past_key_values=cache,
-            use_cache=True,
-        )
-        cache = output.past_key_values
-    return cache
-
-
-def state_bytes(cache: Any) -> int:
-    """Bytes of all tensors that a transformers cache holds."""
-    layers = getattr(cache, "layers", None) or ()
-    return sum(_bytes_in(value) for layer in layers for value in vars(layer).values())
-
-
-def _bytes_in(value: Any) -> int:
-    if isinstance(value, Tensor):
-        return value.numel() * value.element_size()
-    return sum(map(_bytes_in, value)) if isinstance(value, (tuple, list)) else 0
-
-
-class _RefuseNaN(LogitsProcessor):
-    """Stops at logits that are no numbers: the first of them would win, and sampling fails deep inside torch."""
-
-    def __call__(self, input_ids: Tensor, scores: Tensor) -> Any:
-        if scores.isnan().any() or scores.isposinf().any():
-            raise CheckpointError("the model's logits are not finite; its weights are damaged or its training diverged")
-        return scores
-
-
-def _row_result(prompt: str, prompt_ids: list[int], row: RowText) -> GeneratedText:
+def _row_result(prompt: str, prompt_ids: np.ndarray, row: RowText) -> GeneratedText:
     return GeneratedText(
         prompt=prompt,
         text=row.text,
@@ -223,23 +180,15 @@ def _row_result(prompt: str, prompt_ids: list[int], row: RowText) -> GeneratedTe
     )
 
 
-def _prompt_ids(tokenizer: PreTrainedTokenizerBase, text: str) -> list[int]:
-    token_ids = encode(tokenizer, text, "the prompt")
-    if token_ids:
+def _prompt_ids(tokenizer: PreTrainedTokenizerBase, text: str, state: ReadState | None) -> np.ndarray:
+    token_ids = encode(tokenizer, text, "the prompt", add_special_tokens=state is None)
+    if len(token_ids) or state is not None:
         return token_ids
     # Every training document follows an end-of-text, so that token is where a new text begins.
     start: Any = tokenizer.eos_token_id if tokenizer.bos_token_id is None else tokenizer.bos_token_id
     if start is None:
         raise SettingsError("an empty prompt needs a tokenizer with an end-of-text token; this one has none")
-    return [start]
-
-
-def _left_padded(rows: list[list[int]], device: torch.device) -> tuple[Tensor, Tensor]:
-    """Fill up on the left; each row with its own first token, which the repetition penalty has counted anyway."""
-    longest = max(map(len, rows))
-    input_ids = torch.tensor([[row[0]] * (longest - len(row)) + row for row in rows], device=device)
-    attention_mask = torch.tensor([[0] * (longest - len(row)) + [1] * len(row) for row in rows], device=device)
-    return input_ids, attention_mask
+    return np.array([start], dtype=np.int32)
 
 
 def _end_ids(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> set[int]:
@@ -274,11 +223,13 @@ def _check_length(model: PreTrainedModel, num_prompt_tokens: int, max_new_tokens
 
 def _check(
     texts: list[str],
+    *,
     max_new_tokens: int,
     temperature: float,
     top_k: int | None,
     top_p: float,
     repetition_penalty: float,
+    num_beams: int,
     seed: int,
     stream: object,
     prefill_chunk: int,
@@ -290,9 +241,15 @@ def _check(
         (top_k is None or top_k >= 1, f"top_k must be at least 1; got {top_k}"),
         (0 < top_p <= 1, f"top_p must be above 0 and at most 1; got {top_p}"),
         (0 < repetition_penalty < float("inf"), f"repetition_penalty must be above 0; got {repetition_penalty}"),
+        (num_beams >= 1, f"num_beams must be at least 1; got {num_beams}"),
+        (
+            num_beams <= 1 or temperature == 0,
+            f"num_beams searches for the likeliest text, which needs temperature 0; got {temperature}",
+        ),
         (0 <= seed < 2**63, f"seed must be from 0 to 2**63 - 1; got {seed}"),
         (prefill_chunk >= 1, f"prefill_chunk must be at least 1; got {prefill_chunk}"),
         (stream is None or len(texts) == 1, f"stream takes one prompt; got {len(texts)}"),
+        (stream is None or num_beams == 1, f"stream needs num_beams 1, as a search ends all at once; got {num_beams}"),
     )
     for holds, complaint in rules:
         if not holds:

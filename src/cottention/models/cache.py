@@ -129,6 +129,15 @@ class CosineCache(Cache):
         """Bytes held, whatever the length of the text."""
         return sum(state.nbytes for state in self.states if state is not None)
 
+    def restart_columns(self) -> None:
+        """Count columns from 0 again; states and positions stay.
+
+        `generate` then takes its input for all there is, and neither keeps nor masks the tokens of a text that was read
+        before, which may be a million.
+        """
+        for layer in self.layers:
+            layer.num_tokens = 0
+
     def positions(
         self, num_tokens: int, device: torch.device, cu_seqlens: Int[Tensor, " N_plus_1"] | None = None
     ) -> Int[Tensor, "B T"]:

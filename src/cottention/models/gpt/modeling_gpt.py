@@ -450,7 +450,7 @@ class CottentionGPTForCausalLM(CottentionGPTPreTrainedModel, GenerationMixin):
         )
         # What `generate` takes for stop_strings, it hands on to the model.
         inputs.pop("tokenizer", None)
-        if isinstance(past_key_values, CosineCache) and past_key_values.get_seq_length() > 0:
+        if isinstance(past_key_values, CosineCache) and past_key_values.next_position is not None:
             # The cache knows where its rows stand, filled by generate or by a plain forward (which counts padding).
             inputs.pop("position_ids", None)
         return inputs
