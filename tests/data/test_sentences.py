@@ -10,7 +10,8 @@ import pytest
 from datasets import Dataset
 
 from cottention.data import load_corpus, load_tokenizer, sentence_documents, sentence_pairs, train_tokenizer
-from cottention.data.pairing import PAIRS, Pairing, pair_rows, plain_tokenizer
+from cottention.data.encoding import plain_tokenizer
+from cottention.data.pairing import PAIRS, Pairing, pair_rows
 from cottention.data.sentences import described_tokenizer
 from cottention.errors import CottentionError
 from tests import tiny

@@ -23,6 +23,7 @@ from cottention.logging import setup_cli_logging
 
 COMMANDS: dict[str, tuple[str, str]] = {
     "quickstart": ("cottention.cli.quickstart", "train a small model on real text in minutes, score it, let it write"),
+    "data": ("cottention.cli.data", "turn text into corpora of sentences, pairs or tokens"),
     "pretrain": ("cottention.cli.pretrain", "pretrain a GPT or a BERT from a recipe"),
     "finetune": ("cottention.cli.finetune", "fine-tune a BERT on tasks of GLUE"),
     "generate": ("cottention.cli.generate", "continue a text with a GPT, at constant memory"),

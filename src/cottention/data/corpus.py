@@ -79,7 +79,7 @@ def load_corpus(
         return _load_default_split(source.partition(":")[2], split_by, max_document_chars)
     sources = [source] if isinstance(source, (str, os.PathLike)) else list(source)
     named: dict[tuple[str, int, int], Path] = {}
-    for file in (file for one in sources for file in _files_of(one)):
+    for file in (file for one in sources for file in files_of(one)):
         named.setdefault(_state_of(file), file)  # under several names it is still one file, and read once
     if not named:
         raise DataError("no files were named as the corpus")
@@ -162,7 +162,12 @@ def _speech_tables(files: list[Path], split_by: str, max_document_chars: int | N
         )
 
 
-def _files_of(source: Source) -> list[Path]:
+def files_of(source: Source) -> list[Path]:
+    """Find the files of a source: itself, all below a folder, or all that match a pattern.
+
+    Raises:
+        DataError: there is none.
+    """
     if not os.fspath(source):
         raise DataError("no files were named as the corpus: a name is empty")
     try:

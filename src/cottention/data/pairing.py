@@ -20,15 +20,30 @@ from dataclasses import dataclass
 
 import numpy as np
 import pyarrow as pa
+import pyarrow.compute as pc
 from tokenizers import Tokenizer
+
+from cottention.data.encoding import encoded, list_array, plain_tokenizer
 
 PAIRS = pa.schema([("first", pa.list_(pa.int32())), ("second", pa.list_(pa.int32())), ("document", pa.int64())])
 
 SPECIAL_TOKENS = 3
 """[CLS] first [SEP] second [SEP]."""
 
+_COUNTS = (
+    "bytes",
+    "rows",
+    "sentences",
+    "sentences_cut",
+    "sentences_dropped_no_partner",
+    "pairs",
+    "pairs_trimmed",
+    "tokens",
+    "tokens_kept",
+    "tokens_dropped_trimmed",
+    "tokens_dropped_no_partner",
+)
 _SHORTER = 0.1  # share of the pairs that aim at a shorter length, as BERT's did
-_GROUP_CHARACTERS = 1 << 18  # while it works, a tokenizer holds a hundred bytes and more per token
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -66,13 +81,6 @@ class PairTask:
         return pair_rows(rows, self.tokenizer, first_row=first_row, pairing=self.pairing)
 
 
-def plain_tokenizer(described: str) -> Tokenizer:
-    """Open a tokenizer.json given as text; text that spells a special token stays text."""
-    tokenizer = Tokenizer.from_str(described)
-    tokenizer.encode_special_tokens = True
-    return tokenizer
-
-
 def pair_rows(
     rows: pa.Table, tokenizer: Tokenizer, *, first_row: int, pairing: Pairing
 ) -> tuple[pa.Table, Counter[str]]:
@@ -87,8 +95,8 @@ def pair_rows(
     Returns:
         Columns first, second, document; and what was kept, cut and dropped.
     """
-    counts: Counter[str] = Counter()
-    firsts, seconds, documents = _Lists(), _Lists(), []
+    counts = Counter(dict.fromkeys(_COUNTS, 0))
+    firsts, seconds, documents = [], [], []
     for number, (document, sentences) in enumerate(_tokenised(rows, tokenizer), start=first_row):
         tokens = np.concatenate([np.empty(0, dtype=np.int32), *sentences])
         bounds = _bounds([len(sentence) for sentence in sentences], pairing, counts)
@@ -99,31 +107,19 @@ def pair_rows(
         documents += [document] * len(spans)
         kept = sum(end - start for start, _, end in spans)
         counts.update(rows=1, sentences=len(sentences), tokens=len(tokens), tokens_kept=kept)
-    counts["pairs"] = len(documents)
-    return pa.table([firsts.array(), seconds.array(), pa.array(documents, pa.int64())], schema=PAIRS), counts
+    counts.update(pairs=len(documents), bytes=_num_bytes(rows))
+    return pa.table([list_array(firsts), list_array(seconds), pa.array(documents, pa.int64())], schema=PAIRS), counts
+
+
+def _num_bytes(rows: pa.Table) -> int:
+    flat = pc.list_flatten(rows["sentences"])  # pyright: ignore[reportAttributeAccessIssue]
+    return pc.sum(pc.binary_length(flat)).as_py() or 0  # pyright: ignore[reportAttributeAccessIssue]
 
 
 def _tokenised(rows: pa.Table, tokenizer: Tokenizer) -> Iterator[tuple[int, list[np.ndarray]]]:
     """Yield each row's document and the ids of its sentences."""
     for document, sentences in zip(rows["document"].to_pylist(), rows["sentences"], strict=True):
-        yield document, [ids for group in _groups(sentences.as_py()) for ids in _encoded(group, tokenizer)]
-
-
-def _encoded(texts: list[str], tokenizer: Tokenizer) -> list[np.ndarray]:
-    encodings = tokenizer.encode_batch_fast(texts, add_special_tokens=False)
-    return [np.asarray(encoding.ids, dtype=np.int32) for encoding in encodings]
-
-
-def _groups(texts: list[str]) -> Iterator[list[str]]:
-    group: list[str] = []
-    num_characters = 0
-    for text in texts:
-        group.append(text)
-        num_characters += len(text)
-        if num_characters > _GROUP_CHARACTERS:
-            yield group
-            group, num_characters = [], 0
-    yield group
+        yield document, encoded(sentences.as_py(), tokenizer)
 
 
 def _bounds(lengths: list[int], pairing: Pairing, counts: Counter[str]) -> list[int]:
@@ -181,19 +177,3 @@ def _trimmed(start: int, middle: int, end: int, room: int, counts: Counter[str])
     counts["pairs_trimmed"] += dropped > 0
     counts["tokens_dropped_trimmed"] += dropped
     return middle - before, middle, middle + behind
-
-
-class _Lists:
-    """Arrays of ids, gathered to a column of lists."""
-
-    def __init__(self) -> None:
-        self.values: list[np.ndarray] = []
-
-    def append(self, ids: np.ndarray) -> None:
-        self.values.append(ids)
-
-    def array(self) -> pa.ListArray:
-        offsets = np.zeros(len(self.values) + 1, dtype=np.int32)
-        np.cumsum([len(ids) for ids in self.values], out=offsets[1:])
-        flat = np.concatenate([np.empty(0, dtype=np.int32), *self.values])
-        return pa.ListArray.from_arrays(offsets, pa.array(flat, pa.int32()))

@@ -16,13 +16,15 @@ lines around them. What cannot be read ends in one DataError line that names the
 from __future__ import annotations
 
 import codecs
+import contextlib
 import io
 import itertools
 import json
 import os
 import re
-from collections.abc import Generator, Iterable, Iterator
+from collections.abc import Callable, Generator, Iterable, Iterator
 from pathlib import Path
+from typing import Any
 
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -59,34 +61,76 @@ def format_of(path: Path) -> tuple[str, str | None] | None:
     return (kind, compression) if kind and not (kind == "parquet" and compression) else None
 
 
-def read_rows(path: Path, *, split_by: str, text_column: str) -> Iterator[tuple[str, bool]]:
+def read_rows(
+    path: Path, *, split_by: str, text_column: str, on_empty: Callable[[], None] | None = None
+) -> Iterator[tuple[str, bool]]:
     """Yield the text of one file, row by row, with a flag on the last row of each document.
 
     Args:
         path: a file whose name `format_of` knows.
         split_by: what one document is: the whole "document" (file, or row of .jsonl and .parquet), "paragraph", "line".
         text_column: which field of .jsonl and .parquet holds the text.
+        on_empty: called for each file, or row of .jsonl and .parquet, that is white space or null and so left out.
 
     Raises:
         DataError: the file is missing, unreadable, damaged, binary, not UTF-8, or lacks the column.
     """
+    kind, compression = _known_format(path)
+    with _reading(path):
+        if kind == "text":
+            yield from split_text(_decoded(path, compression), split_by, on_empty)
+        else:
+            for text, _ in _records(path, text_column, None):
+                yield from split_text([text or ""], split_by, on_empty)
+
+
+def read_records(path: Path, *, text_column: str, key_column: str | None = None) -> Iterator[tuple[str | None, Any]]:
+    """Yield the rows of a file one by one: the text, and what another column says.
+
+    Args:
+        path: a file whose name `format_of` knows; the rows of a text file are its lines, blank ones included.
+        text_column: which field of .jsonl and .parquet holds the text; null gives None.
+        key_column: the other field.
+
+    Raises:
+        DataError: as for `read_rows`, or text files have no columns.
+    """
+    kind, compression = _known_format(path)
+    if kind == "text" and key_column is not None:
+        raise DataError(f"{path} is a text file and has no column {key_column!r}")
+    with _reading(path):
+        if kind == "text":
+            yield from ((line.removesuffix("\n"), None) for line in _decoded_lines(path, compression))
+        else:
+            yield from _records(path, text_column, key_column)
+
+
+def split_text(
+    chunks: Iterable[str], split_by: str, on_empty: Callable[[], None] | None = None
+) -> Iterator[tuple[str, bool]]:
+    """Cut streamed text into documents, and these into blocks, as `read_rows` does."""
+    is_empty = True
+    for row in _split(chunks, SEPARATORS[split_by]):
+        is_empty = False
+        yield row
+    if is_empty and on_empty is not None:
+        on_empty()
+
+
+def _known_format(path: Path) -> tuple[str, str | None]:
     found = format_of(path)
     if found is None:
         known = ", ".join(sorted(FORMATS))
         raise DataError(
             f"cannot tell the format of {path} from its name; known are {known}, text also with .gz or .zst"
         )
-    kind, compression = found
-    separator = SEPARATORS[split_by]
+    return found
+
+
+@contextlib.contextmanager
+def _reading(path: Path) -> Iterator[None]:
     try:
-        if kind == "text":
-            yield from _split(_decoded(path, compression), separator)
-        elif kind == "json":
-            for text in _json_texts(path, compression, text_column):
-                yield from _split([text], separator)
-        else:
-            for text in _parquet_texts(path, text_column):
-                yield from _split([text], separator)
+        yield
     except (OSError, pa.ArrowException) as error:
         raise DataError(f"cannot read {path}: {_reason(error)}") from error
 
@@ -99,6 +143,13 @@ def blocks_of(text: str) -> Iterator[str]:
         yield text[start:cut]
         start = cut
     yield text[start:]
+
+
+def _records(path: Path, text_column: str, key_column: str | None) -> Iterator[tuple[str | None, Any]]:
+    kind, compression = _known_format(path)
+    if kind == "json":
+        return _json_records(path, compression, text_column, key_column)
+    return _parquet_records(path, text_column, key_column)
 
 
 def _reason(error: OSError | pa.ArrowException) -> str:
@@ -225,13 +276,25 @@ def _refuse_binary(path: Path, chunk: bytes, at: int) -> None:
         raise DataError(f"{path} is a binary file, not text: zero byte at offset {at + offset}")
 
 
-def _json_texts(path: Path, compression: str | None, column: str) -> Iterator[str]:
+def _json_records(
+    path: Path, compression: str | None, column: str, key_column: str | None
+) -> Iterator[tuple[str | None, Any]]:
     for number, line in enumerate(_lines(path, compression), start=1):
         if number == 1:
             line = line.removeprefix(codecs.BOM_UTF8)
-        text = _json_text(line, f"{path}, line {number}", column) if line.strip() else None
-        if text is not None:
-            yield text
+        if line.strip():
+            where = f"{path}, line {number}"
+            row = _json_row(line, where, [name for name in (column, key_column) if name is not None])
+            yield _json_text(row[column], where, column), row.get(key_column)
+
+
+def _decoded_lines(path: Path, compression: str | None) -> Iterator[str]:
+    held = ""
+    for chunk in _decoded(path, compression):
+        *complete, held = (held + chunk).split("\n")
+        yield from complete
+    if held:
+        yield held
 
 
 def _lines(path: Path, compression: str | None) -> Iterator[bytes]:
@@ -252,7 +315,7 @@ def _lines(path: Path, compression: str | None) -> Iterator[bytes]:
     yield b"".join(held)
 
 
-def _json_text(line: bytes, where: str, column: str) -> str | None:
+def _json_row(line: bytes, where: str, columns: list[str]) -> dict[str | None, Any]:
     try:
         row = json.loads(line.decode("utf-8"))
     except UnicodeDecodeError as error:
@@ -265,14 +328,18 @@ def _json_text(line: bytes, where: str, column: str) -> str | None:
         raise DataError(f"{where}: not JSON that can be read ({str(error).partition(';')[0]})") from None
     if not isinstance(row, dict):
         raise DataError(f"{where}: one JSON object per line expected; got {_json_kind(row)}")
-    if column not in row:
-        raise DataError(f"{where}: {_no_column(column, list(row))}")
-    text = row[column]
+    for column in columns:
+        if column not in row:
+            raise DataError(f"{where}: {no_column(column, list(row))}")
+    return row
+
+
+def _json_text(text: object, where: str, column: str) -> str | None:
     if text is None:
         return None
     if not isinstance(text, str):
         raise DataError(f"{where}: the column {column!r} must hold text; got {_json_kind(text)}")
-    return _newlines(_mend_surrogates(text))
+    return normalised_newlines(_mend_surrogates(text))
 
 
 def _json_kind(value: object) -> str:
@@ -289,28 +356,35 @@ def _mend_surrogates(text: str) -> str:
     return text
 
 
-def _newlines(text: str) -> str:
+def normalised_newlines(text: str) -> str:
+    """Make every end of line a single line feed."""
     return text.replace("\r\n", "\n").replace("\r", "\n") if "\r" in text else text
 
 
-def _parquet_texts(path: Path, column: str) -> Iterator[str]:
+def _parquet_records(path: Path, column: str, key_column: str | None) -> Iterator[tuple[str | None, Any]]:
     # Buffered page by page: by default a whole row group is fetched ahead, which may be the whole file.
     with _open(path) as source, pq.ParquetFile(source, buffer_size=_CHUNK, pre_buffer=False) as file:
-        names = file.schema_arrow.names
-        if names.count(column) != 1:
-            what = f"more than one column {column!r}" if column in names else _no_column(column, names)
-            raise DataError(f"{path}: {what}")
-        kind = file.schema_arrow.field(column).type
-        if pa.types.is_dictionary(kind):
-            kind = kind.value_type
-        if not (pa.types.is_string(kind) or pa.types.is_large_string(kind) or pa.types.is_string_view(kind)):
-            raise DataError(f"{path}: the column {column!r} must hold text; got {kind}")
+        columns = [column] if key_column in (None, column) else [column, key_column]
+        _check_columns(path, file.schema_arrow, columns)
         num_read = 0
-        for batch in file.iter_batches(batch_size=_parquet_batch(file.metadata), columns=[column]):
-            for number, text in enumerate(batch.column(0), start=num_read + 1):
-                if text.is_valid:
-                    yield _newlines(_parquet_text(text, f"{path}, row {number}"))
+        for batch in file.iter_batches(batch_size=_parquet_batch(file.metadata), columns=columns):
+            keys = [None] * len(batch) if key_column is None else batch.column(key_column).to_pylist()
+            for number, (text, key) in enumerate(zip(batch.column(column), keys, strict=True), start=num_read + 1):
+                where = f"{path}, row {number}"
+                yield (normalised_newlines(_parquet_text(text, where)) if text.is_valid else None), key
             num_read += len(batch)
+
+
+def _check_columns(path: Path, schema: pa.Schema, columns: list[str]) -> None:
+    for column in columns:
+        if schema.names.count(column) != 1:
+            what = f"more than one column {column!r}" if column in schema.names else no_column(column, schema.names)
+            raise DataError(f"{path}: {what}")
+    kind = schema.field(columns[0]).type
+    if pa.types.is_dictionary(kind):
+        kind = kind.value_type
+    if not (pa.types.is_string(kind) or pa.types.is_large_string(kind) or pa.types.is_string_view(kind)):
+        raise DataError(f"{path}: the column {columns[0]!r} must hold text; got {kind}")
 
 
 def _parquet_batch(metadata: pq.FileMetaData) -> int:
@@ -326,5 +400,6 @@ def _parquet_text(text: pa.Scalar, where: str) -> str:
         raise DataError(f"{where}: not UTF-8 (byte 0x{error.object[error.start]:02x})") from None
 
 
-def _no_column(column: str, names: list[str]) -> str:
+def no_column(column: str, names: list[str]) -> str:
+    """Say that a column is missing, which there are, and which may be meant."""
     return f"no column {column!r}; it has {', '.join(map(repr, names)) or 'none'}{did_you_mean(column, names)}"

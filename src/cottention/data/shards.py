@@ -176,6 +176,11 @@ class CorpusWriter:
         """Rows in finished shards."""
         return sum(shard["rows"] for shard in self.shards)
 
+    @property
+    def tokenizer_path(self) -> Path:
+        """Where the tokenizer of the rows is to be saved."""
+        return self.directory / _TOKENIZER
+
     def add(self, table: pa.Table, counts: Mapping[str, int]) -> None:
         """Append the rows of one task."""
         self._tasks_added += 1

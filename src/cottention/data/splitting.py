@@ -29,6 +29,19 @@ MIN_SENTENCES = 2
 
 SENTENCES = pa.schema([("document", pa.int64()), ("sentences", pa.list_(pa.string()))])
 
+_COUNTS = (
+    "bytes",
+    "documents",
+    "documents_kept",
+    "documents_dropped_empty",
+    "documents_dropped_no_sentence",
+    "documents_dropped_too_short",
+    "paragraphs_dropped_heading",
+    "paragraphs_dropped_list",
+    "sentences_kept",
+    "sentences_dropped_no_letter",
+    "sentences_dropped_too_short_document",
+)
 _WRAPPED_WIDTH = 120  # characters: longer lines were not broken to fit a page
 _HEADING_WORDS = 10
 _LONG_QUOTATION = 200  # characters
@@ -81,7 +94,7 @@ class SplitTask:
 
     def __call__(self, pieces: Iterable[Piece]) -> tuple[pa.Table, Counter[str]]:
         """Return the rows (columns document, sentences), and what was kept and dropped."""
-        counts: Counter[str] = Counter()
+        counts = Counter(dict.fromkeys(_COUNTS, 0))
         documents: list[int] = []
         found: list[list[str]] = []
         for piece in pieces:

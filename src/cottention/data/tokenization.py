@@ -27,7 +27,7 @@ from cottention.data.arrow_cache import fingerprint_of, using_cache
 from cottention.errors import DataError, did_you_mean
 
 _VERSION = 2  # part of the cache key: raise it when the same input shall give another output
-_TOKENS = Features(
+TOKEN_FEATURES = Features(
     {
         "input_ids": List(Value("int32")),
         "num_bytes": Value("int64"),
@@ -64,7 +64,7 @@ def tokenize_documents(dataset: Dataset, tokenizer: PreTrainedTokenizerBase, num
             writer_batch_size=batch_size,
             num_proc=num_proc,
             remove_columns=dataset.column_names,
-            features=_TOKENS,
+            features=TOKEN_FEATURES,
             new_fingerprint=Hasher.hash(["tokens", _VERSION, fingerprint_of(dataset), _description_of(tokenizer)]),
             desc="Tokenising",
         )
