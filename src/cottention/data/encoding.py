@@ -54,7 +54,7 @@ class TokenTask:
             pa.array([len(text.split()) for text in texts], pa.int64()),
             pa.array([ends for _, _, ends in rows], pa.bool_()),
         ]
-        counts = Counter(tokens=sum(map(len, ids)))
+        counts: Counter[str] = Counter(tokens=sum(map(len, ids)))
         return pa.table(columns, schema=TOKENS), counts
 
 

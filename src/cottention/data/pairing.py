@@ -30,7 +30,7 @@ PAIRS = pa.schema([("first", pa.list_(pa.int32())), ("second", pa.list_(pa.int32
 SPECIAL_TOKENS = 3
 """[CLS] first [SEP] second [SEP]."""
 
-_COUNTS = (
+_COUNTS: tuple[str, ...] = (
     "bytes",
     "rows",
     "sentences",

@@ -29,7 +29,7 @@ MIN_SENTENCES = 2
 
 SENTENCES = pa.schema([("document", pa.int64()), ("sentences", pa.list_(pa.string()))])
 
-_COUNTS = (
+_COUNTS: tuple[str, ...] = (
     "bytes",
     "documents",
     "documents_kept",
