@@ -12,16 +12,24 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
 from cottention.ops.native.binding import run, run_step
 
-# The step is too short for the checks around a custom_op: its operators are defined by hand, without gradients.
+# Defined by hand: at short lengths the checks around a custom_op would take longer than the arithmetic.
 _operators = torch.library.Library("cottention", "FRAGMENT")
 _INPUTS = "Tensor q, Tensor k, Tensor v, Tensor? norm_const, Tensor? mask, Tensor? cu_seqlens"
 
 
-def _define(name: str, schema: str) -> Callable[[Callable[..., Any]], Any]:
-    return torch.library.custom_op(f"cottention::{name}", mutates_args=(), schema=schema)
+def _define(name: str, schema: str) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
+    """Declare an operator; what is decorated computes it."""
+    _operators.define(name + schema)
+    return torch.library.impl(_operators, name, "CPU")
+
+
+def _shapes_of(name: str) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
+    """What is decorated makes empty results, for tracing."""
+    return torch.library.register_fake(f"cottention::{name}")
 
 
 def _num_sequences(q: Tensor, cu_seqlens: Tensor | None) -> int:
@@ -57,7 +65,7 @@ def _causal_like(q, v, cu_seqlens, output_final_state):
     return o, _state_like(q, v, cu_seqlens), final_seen
 
 
-@_causal.register_fake
+@_shapes_of("native_causal")
 def _(q, k, v, norm_const, mask, cu_seqlens, kv, seen, output_final_state, chunk_size):
     return _causal_like(q, v, cu_seqlens, output_final_state)
 
@@ -87,7 +95,7 @@ def _causal_backward(grad, grad_final, q, k, v, norm_const, mask, cu_seqlens, kv
     return dq, dk, dv, dm if norm_const is None else dm.to(norm_const.dtype), dkv
 
 
-@_causal_backward.register_fake
+@_shapes_of("native_causal_backward")
 def _(grad, grad_final, q, k, v, norm_const, mask, cu_seqlens, kv, seen, chunk_size):
     dkv = q.new_empty(0 if kv is None else kv.shape, dtype=torch.float32)
     return *_gradients_like(q, k, v), _fake_dm(q, norm_const), dkv
@@ -108,7 +116,7 @@ def _bidirectional(q, k, v, norm_const, mask, cu_seqlens, chunk_size):
     return o, kv
 
 
-@_bidirectional.register_fake
+@_shapes_of("native_bidirectional")
 def _(q, k, v, norm_const, mask, cu_seqlens, chunk_size):
     return q.new_empty((*q.shape[:3], v.shape[3])), _state_like(q, v, cu_seqlens)
 
@@ -127,52 +135,73 @@ def _bidirectional_backward(grad, q, k, v, norm_const, mask, cu_seqlens, kv, chu
     return dq, dk, dv, dm if norm_const is None else dm.to(norm_const.dtype)
 
 
-@_bidirectional_backward.register_fake
+@_shapes_of("native_bidirectional_backward")
 def _(grad, q, k, v, norm_const, mask, cu_seqlens, kv, chunk_size):
     return *_gradients_like(q, k, v), _fake_dm(q, norm_const)
 
 
-def _save_causal(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-    *tensors, ctx.output_final_state, ctx.chunk_size = inputs
-    ctx.save_for_backward(*tensors)
+class _Causal(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, *inputs: Any) -> tuple[Tensor, ...]:
+        *tensors, ctx.output_final_state, ctx.chunk_size = inputs
+        ctx.save_for_backward(*tensors)
+        return _below_autograd(torch.ops.cottention.native_causal.default, inputs)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor, grad_kv: Tensor, grad_seen: Any) -> tuple[Any, ...]:
+        tensors = ctx.saved_tensors
+        norm_const, kv = tensors[3], tensors[6]
+        dq, dk, dv, dm, dkv = torch.ops.cottention.native_causal_backward.default(
+            grad, grad_kv if ctx.output_final_state else None, *tensors, ctx.chunk_size
+        )
+        dm = None if norm_const is None else dm
+        return dq, dk, dv, dm, None, None, None if kv is None else dkv, None, None, None
 
 
-def _causal_gradient(ctx: Any, grad: Tensor, grad_kv: Tensor, grad_seen: Any) -> tuple[Any, ...]:
-    tensors = ctx.saved_tensors
-    norm_const, kv = tensors[3], tensors[6]
-    dq, dk, dv, dm, dkv = torch.ops.cottention.native_causal_backward(
-        grad, grad_kv if ctx.output_final_state else None, *tensors, ctx.chunk_size
-    )
-    dm = None if norm_const is None else dm
-    return dq, dk, dv, dm, None, None, None if kv is None else dkv, None, None, None
+class _Bidirectional(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, *inputs: Any) -> tuple[Tensor, ...]:
+        *tensors, ctx.chunk_size = inputs
+        o, kv = _below_autograd(torch.ops.cottention.native_bidirectional.default, inputs)
+        ctx.save_for_backward(*tensors, kv)
+        return o, kv
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor, grad_kv: Any) -> tuple[Any, ...]:
+        *tensors, kv = ctx.saved_tensors
+        dq, dk, dv, dm = torch.ops.cottention.native_bidirectional_backward.default(grad, *tensors, kv, ctx.chunk_size)
+        return dq, dk, dv, None if tensors[3] is None else dm, None, None, None
 
 
-def _save_bidirectional(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-    *tensors, ctx.chunk_size = inputs
-    ctx.save_for_backward(*tensors, output[1])
+def _below_autograd(operator: Callable[..., Any], inputs: tuple[Any, ...]) -> Any:
+    """What torch.library's own register_autograd does, at a third of its cost."""
+    with torch._C._AutoDispatchBelowAutograd():
+        return operator(*inputs)
 
 
-def _bidirectional_gradient(ctx: Any, grad: Tensor, grad_kv: Any) -> tuple[Any, ...]:
-    *tensors, kv = ctx.saved_tensors
-    dq, dk, dv, dm = torch.ops.cottention.native_bidirectional_backward(grad, *tensors, kv, ctx.chunk_size)
-    return dq, dk, dv, None if tensors[3] is None else dm, None, None, None
+def _differentiate(name: str, function: type[torch.autograd.Function]) -> None:
+    """Let an operator have the gradients of a function whose forward calls it."""
+    operator = getattr(torch.ops.cottention, name).default
+
+    def call(*inputs: Any) -> Any:
+        if torch.is_grad_enabled() and any(isinstance(x, Tensor) and x.requires_grad for x in inputs):
+            return function.apply(*inputs)
+        return _below_autograd(operator, inputs)
+
+    _operators.impl(name, call, "Autograd")
 
 
-_causal.register_autograd(_causal_gradient, setup_context=_save_causal)
-_bidirectional.register_autograd(_bidirectional_gradient, setup_context=_save_bidirectional)
+_differentiate("native_causal", _Causal)
+_differentiate("native_bidirectional", _Bidirectional)
 
 
-_operators.define(
-    "native_step(Tensor q, Tensor k, Tensor v, Tensor? norm_const, Tensor? mask, Tensor? kv, Tensor? seen)"
-    " -> (Tensor, Tensor, Tensor)"
+@_define(
+    "native_step",
+    "(Tensor q, Tensor k, Tensor v, Tensor? norm_const, Tensor? mask, Tensor? kv, Tensor? seen)"
+    " -> (Tensor, Tensor, Tensor)",
 )
-_operators.define(
-    "native_step_(Tensor q, Tensor k, Tensor v, Tensor? norm_const, Tensor? mask, Tensor(a!) kv, Tensor(b!) seen)"
-    " -> Tensor"
-)
-
-
-@torch.library.impl(_operators, "native_step", "CPU")
 def _step(q, k, v, norm_const, mask, kv, seen):
     """o, kv and seen after one token, `[B, H, K or V]` or `[B, 1, H, K or V]`."""
     if kv is None or seen is None:
@@ -190,12 +219,15 @@ def _step_like(v, K):
     return torch.empty_like(v, memory_format=torch.contiguous_format), final_kv, final_seen
 
 
-@torch.library.register_fake("cottention::native_step")
+@_shapes_of("native_step")
 def _(q, k, v, norm_const, mask, kv, seen):
     return _step_like(v, q.shape[-1])
 
 
-@torch.library.impl(_operators, "native_step_", "CPU")
+@_define(
+    "native_step_",
+    "(Tensor q, Tensor k, Tensor v, Tensor? norm_const, Tensor? mask, Tensor(a!) kv, Tensor(b!) seen) -> Tensor",
+)
 def _step_in_place(q, k, v, norm_const, mask, kv, seen):
     """o; kv and seen, which must be contiguous, are written over."""
     o = torch.empty_like(v, memory_format=torch.contiguous_format)
@@ -203,6 +235,6 @@ def _step_in_place(q, k, v, norm_const, mask, kv, seen):
     return o
 
 
-@torch.library.register_fake("cottention::native_step_")
+@_shapes_of("native_step_")
 def _(q, k, v, norm_const, mask, kv, seen):
     return torch.empty_like(v, memory_format=torch.contiguous_format)

@@ -29,23 +29,31 @@ class Scratch {
 struct State {
     float* data;
     int64_t K, V, ld;
+    bool is_zero = true;  // products with it need no work: all that a short sequence has
 
     State(Scratch& scratch, int64_t K, int64_t V) : K(K), V(V), ld(round_up(V, kWidth)) {
         data = scratch.take(round_up(K, kWidth) * ld);
     }
     void load(const float* kv) {
         clear(data, round_up(K, kWidth) * ld);
-        if (kv == nullptr) return;
+        is_zero = kv == nullptr;
+        if (is_zero) return;
         for (int64_t i = 0; i < K; i++) load_row(data + i * ld, kv + i * V, V);
     }
     void store(float* kv) const {
         if (kv == nullptr) return;
         for (int64_t i = 0; i < K; i++) store_row(kv + i * V, data + i * ld, V);
     }
-    void transpose_to(const State& other) const { transpose_rows(other.data, other.ld, data, ld, K); }
+    void transpose_to(State& other) const {
+        transpose_rows(other.data, other.ld, data, ld, K);
+        other.is_zero = is_zero;
+    }
+    // How far a sum over `depth` numbers of the state has to go.
+    int64_t depth_of(int64_t depth) const { return is_zero ? 0 : depth; }
     // += x^T y for n tokens of x [n, K] and y [n, V].
     void add(const Block& x, const Block& y, int64_t n, Ahead& ahead) {
         multiply(K, ld, {x.data, 1, x.ld, y.data, y.ld, n}, data, ld, true, ahead);
+        is_zero = false;
     }
 };
 

@@ -22,7 +22,7 @@ int64_t scratch_size(int64_t K, int64_t V, int64_t chunk) {
 }
 
 inline Product times(const Block& x, const State& state, int64_t depth) {
-    return {x.data, x.ld, 1, state.data, state.ld, depth};
+    return {x.data, x.ld, 1, state.data, state.ld, state.depth_of(depth)};
 }
 
 // The second product's left side is a lower triangle, or its transpose.

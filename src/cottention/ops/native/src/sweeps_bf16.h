@@ -14,8 +14,9 @@ namespace {
 inline bool suits_pairs(const Range& range) { return range.dtype == 1 && range.tokens >= 16; }
 
 // S += x^T y for n tokens, both interleaved.
-inline void add_to(const State& state, const Words& x, const Words& y, int64_t n, Ahead& ahead) {
+inline void add_to(State& state, const Words& x, const Words& y, int64_t n, Ahead& ahead) {
     multiply<DotPairs>(state.K, state.ld, product(x.left_transposed(pairs(n)), y), state.data, state.ld, true, ahead);
+    state.is_zero = false;
 }
 
 // The second product's left side is a lower triangle in pairs, or its transpose.
@@ -114,13 +115,13 @@ void causal_forward(const Range& range, float* memory) {
         ask(ahead, range, range.q, t + C, K, false);
         ask(ahead, range, range.k, t + C, K, false);
         ask(ahead, range, range.v, t + C, V, false);
-        interleave(state_pairs, state.data, state.ld, K);
+        if (!state.is_zero) interleave(state_pairs, state.data, state.ld, K);
         transpose_words(k_transposed, k_rows, n);
         interleave(k_pairs, k_rows, n);
         interleave(v_pairs, v_rows, n);
         multiply_lower<DotPairs>(n, product(q_rows.left(pairs(K)), k_transposed), scores, C, ahead);
         round_lower(score_rows, scores, C, n);
-        const Product products[] = {product(q_rows.left(pairs(K)), state_pairs),
+        const Product products[] = {product(q_rows.left(state.depth_of(pairs(K))), state_pairs),
                                     product(score_rows.left(pairs(n)), v_pairs)};
         multiply<DotPairs>(n, o.ld, products, 2, o.data, o.ld, false, ahead, keep_lower_pairs);
         store_tokens(of_queries(range, range.o, t, n, V), o, q_scale.factor);
@@ -161,13 +162,13 @@ void causal_backward_q(const Range& range, float* memory) {
         ask(ahead, range, range.v, t + C, V, false);
         ask(ahead, range, range.grad, t + C, V, false);
         ask(ahead, range, range.q, t + C, K, false);
-        interleave(state_pairs, state.data, state.ld, V);
+        if (!state.is_zero) interleave(state_pairs, state.data, state.ld, V);
         transpose_words(v_transposed, v_rows, n);
         interleave(k_pairs, k_rows, n);
         interleave(v_pairs, v_rows, n);
         multiply_lower<DotPairs>(n, product(g_rows.left(pairs(V)), v_transposed), dscores, C, ahead);
         round_lower(dscore_rows, dscores, C, n);
-        const Product products[] = {product(g_rows.left(pairs(V)), state_pairs),
+        const Product products[] = {product(g_rows.left(state.depth_of(pairs(V))), state_pairs),
                                     product(dscore_rows.left(pairs(n)), k_pairs)};
         multiply<DotPairs>(n, dq.ld, products, 2, dq.data, dq.ld, false, ahead, keep_lower_pairs);
         find_unit_scale(q, nullptr, q_scale);
@@ -213,9 +214,11 @@ void causal_backward_kv(const Range& range, float* memory) {
         ask(ahead, range, range.k, t - C, K, false);
         ask(ahead, range, range.v, t - C, V, false);
         ask(ahead, range, range.grad, t - C, V, false);
-        interleave(after_pairs, after.data, after.ld, K);
-        round_rows(after_rows, after.data, after.ld, round_up(K, kWidth));
-        transpose_words(after_transposed, after_rows, K);
+        if (!after.is_zero) {
+            interleave(after_pairs, after.data, after.ld, K);
+            round_rows(after_rows, after.data, after.ld, round_up(K, kWidth));
+            transpose_words(after_transposed, after_rows, K);
+        }
         transpose_words(k_transposed, k_rows, n);
         transpose_words(v_transposed, v_rows, n);
         interleave(q_pairs, q_rows, n);
@@ -224,9 +227,9 @@ void causal_backward_kv(const Range& range, float* memory) {
         interleave_lower(score_pairs, scores, C, n);
         multiply_lower<DotPairs>(n, product(g_rows.left(pairs(V)), v_transposed), scores, C, ahead);
         interleave_lower(dscore_pairs, scores, C, n);
-        const Product for_k[] = {product(v_rows.left(pairs(V)), after_transposed),
+        const Product for_k[] = {product(v_rows.left(after.depth_of(pairs(V))), after_transposed),
                                  product(dscore_pairs.left_transposed(pairs(n)), q_pairs)};
-        const Product for_v[] = {product(k_rows.left(pairs(K)), after_pairs),
+        const Product for_v[] = {product(k_rows.left(after.depth_of(pairs(K))), after_pairs),
                                  product(score_pairs.left_transposed(pairs(n)), g_pairs)};
         multiply<DotPairs>(n, dk.ld, for_k, 2, dk.data, dk.ld, false, ahead, keep_upper_pairs);
         multiply<DotPairs>(n, dv.ld, for_v, 2, dv.data, dv.ld, false, ahead, keep_upper_pairs);
