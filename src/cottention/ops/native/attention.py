@@ -36,7 +36,9 @@ def native_cosine_attention(
     check_native(q)
     chunk_size = chunk_size or 0
     if not causal:
-        o, _ = torch.ops.cottention.native_bidirectional.default(q, k, v, norm_const, attention_mask, cu_seqlens, chunk_size)
+        o, _ = torch.ops.cottention.native_bidirectional.default(
+            q, k, v, norm_const, attention_mask, cu_seqlens, chunk_size
+        )
         return o, None
     kv, seen = (None, None) if initial_state is None else initial_state
     o, final_kv, final_seen = torch.ops.cottention.native_causal.default(
