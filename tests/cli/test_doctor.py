@@ -51,7 +51,7 @@ def test_a_missing_native_library_is_named_with_its_reason_and_is_no_problem():
     ran = run_python("""
         from cottention.ops.native import binding
         binding._library, binding._reason = None, "there was no compiler; install one"
-        binding._checked_library.cache_clear()
+        binding.loaded_library.cache_clear()
         from cottention.cli.main import main
         sys.exit(main(["doctor", "--json"]))
     """)

@@ -10,7 +10,7 @@ import torch
 
 from cottention.ops import CosineState, cosine_attention, cosine_attention_step
 from cottention.ops.native import binding
-from cottention.ops.state import _step
+from cottention.ops.state import plain_step
 from tests.ops.helpers import make_case
 
 _needs_library = pytest.mark.skipif(not binding.is_available(), reason="the native kernels were not built")
@@ -34,6 +34,16 @@ def test_bidirectional_operator_passes_opcheck() -> None:
     case = make_case(T=20, K=3, V=2, causal=False, mask="holes").to(torch.float32)
     q, k, v, m = (x.requires_grad_() for x in (case.q, case.k, case.v, case.norm_const) if x is not None)
     torch.library.opcheck(torch.ops.cottention.native_bidirectional.default, (q, k, v, m, case.attention_mask, None, 0))
+
+
+@_needs_library
+@pytest.mark.parametrize("causal", [False, True])
+def test_a_second_derivative_raises(causal: bool) -> None:
+    q, k, v = (torch.randn(1, 5, 2, 4, requires_grad=True) for _ in range(3))
+    o, _ = cosine_attention(q, k, v, None, causal=causal, implementation="native")
+    (dq,) = torch.autograd.grad(o.square().sum(), q, create_graph=True)
+    with pytest.raises(RuntimeError, match="differentiate twice"):
+        dq.sum().backward()
 
 
 @_needs_library
@@ -167,7 +177,7 @@ def test_step_equals_the_equations(dtype: torch.dtype, K: int, V: int) -> None:
                 for mask in (None, torch.tensor([1, 0, 1])):
                     q, k, v = (x[:, 0] for x in (case.q, case.k, case.v))
                     found, new = cosine_attention_step(q, k, v, norm_const, state, attention_mask=mask)
-                    expected, truth = _step(q, k, v, norm_const, state, mask)
+                    expected, truth = plain_step(q, k, v, norm_const, state, mask)
                     assert found.dtype == dtype
                     torch.testing.assert_close(found, expected, rtol=tolerance, atol=tolerance)
                     torch.testing.assert_close(new.kv, truth.kv, rtol=1e-5, atol=1e-5)

@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch._subclasses import FakeTensorMode
 
-from cottention.ops import CosineState, _choose, cosine_attention, cosine_attention_step
+from cottention.ops import CosineState, choose_implementation, cosine_attention, cosine_attention_step
 from tests.ops.helpers import make_case
 from tests.ops.triton_process import run_interpreted
 from tests.subprocesses import run_python
@@ -71,9 +71,9 @@ def test_auto_takes_it_on_a_gpu_where_it_can_run() -> None:
             ("cuda", torch.bfloat16, 512, "chunk"),
         ):
             x = torch.empty(2, 8, 3, K, device=device, dtype=dtype)
-            assert _choose("auto", x, x) == name
-            assert _choose("triton", x, x) == "triton"
-    assert _choose("auto", torch.empty(2, 8, 3, 64), torch.empty(2, 8, 3, 64)) != "triton"
+            assert choose_implementation("auto", x, x) == name
+            assert choose_implementation("triton", x, x) == "triton"
+    assert choose_implementation("auto", torch.empty(2, 8, 3, 64), torch.empty(2, 8, 3, 64)) != "triton"
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])

@@ -57,7 +57,7 @@ def _native() -> dict[str, str] | None:
     """Which build of the native library, and how it runs; None when there is none."""
     if not binding.is_available():
         return None
-    digest = hashlib.sha256(Path(binding._checked_library()._name).read_bytes()).hexdigest()[:12]
+    digest = hashlib.sha256(Path(binding.loaded_library()._name).read_bytes()).hexdigest()[:12]
     return {"instruction_set": binding.instruction_set(), "sha256": digest}
 
 

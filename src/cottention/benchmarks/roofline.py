@@ -91,10 +91,12 @@ def _arithmetic_meters() -> dict[str, Meter]:
     """A loop on registers alone, which only native code can run: what the arithmetic units do and nothing else."""
     if not binding.is_available():
         return {}
-    peak = binding._checked_library().ct_fma_peak
+    peak = binding.loaded_library().ct_fma_peak
     peak.argtypes, peak.restype = [ctypes.c_int, ctypes.c_double, ctypes.c_char_p], ctypes.c_double
     meters = {}
-    for dtype, isa in (("float32", binding.instruction_set()), ("bfloat16", "avx512bf16")):
+    # float32 runs in AVX-512 where bfloat16 has instructions of its own
+    isa_of_float32 = binding.instruction_set().removesuffix("bf16")
+    for dtype, isa in (("float32", isa_of_float32), ("bfloat16", "avx512bf16")):
 
         def read(isa: str = isa) -> float:
             return peak(torch.get_num_threads(), _FMA_S, isa.encode()) / 1e9

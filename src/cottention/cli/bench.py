@@ -78,7 +78,7 @@ def _show(given: Namespace, data: dict[str, object], text: str, paths: list[Path
 def _attention_parser() -> ArgumentParser:
     parser = new_parser("bench attention", _DESCRIPTION)
     parser.add_argument("--device", choices=DEVICES, default=_DEFAULTS.device, help="where to run")
-    parser.add_argument("--full", action="store_true", help="T 128 to 65536, all sizes, dtypes and directions")
+    parser.add_argument("--full", action="store_true", help="T 128 to 65536, all sizes and dtypes; causal unless told")
     parser.add_argument("--lengths", metavar="T,T", help="tokens of a sequence (default: 128,512,2048,8192)")
     parser.add_argument("--head-dims", metavar="K,K", help="K = V, numbers per head (default: 64)")
     parser.add_argument("--batch-heads", metavar="H,BxH", help="heads, or batch size x heads: 8,8x12 (default: 8)")
@@ -89,11 +89,11 @@ def _attention_parser() -> ArgumentParser:
     parser.add_argument("--backward", action="store_true", help="forward and backward together alone (default: both)")
     parser.add_argument("--implementations", metavar="N,N", help="of this package: names, or none (default: all)")
     parser.add_argument("--peers", metavar="N,N", help="names, or none (default: all that are installed)")
-    parser.add_argument("--repeats", type=int, help=f"samples; 0: memory alone (default: {_DEFAULTS.repeats}; full: 5)")
+    parser.add_argument("--repeats", type=int, help=f"samples; 0: memory alone (default: {_DEFAULTS.repeats}; full: 3)")
     parser.add_argument(
         "--time-limit-s",
         type=float,
-        help=f"seconds for each point; longer is skipped (default: {_DEFAULTS.time_limit_s:g}; full: 1)",
+        help=f"seconds for each point; longer is skipped (default: {_DEFAULTS.time_limit_s:g}; full: 0.5)",
     )
     parser.add_argument(
         "--memory-limit-gib", type=float, help="for one call and its inputs (default: half of the free)"

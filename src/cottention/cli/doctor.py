@@ -158,12 +158,12 @@ def _chosen(device: str) -> str:
     """What "auto" takes for each float type on this device."""
     import torch
 
-    from cottention.ops import _choose
+    from cottention.ops import choose_implementation
 
     dtypes: dict[str, list[str]] = {}
     for dtype in (torch.float32, torch.bfloat16, torch.float16, torch.float64):
         token = torch.empty(1, 1, 1, 16, dtype=dtype, device=device)
-        name = _choose("auto", token, token)
+        name = choose_implementation("auto", token, token)
         dtypes.setdefault(name, []).append(str(dtype).removeprefix("torch."))
     if len(dtypes) == 1:
         return f"{next(iter(dtypes))} for every float type"

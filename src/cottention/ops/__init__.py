@@ -96,7 +96,7 @@ def cosine_attention(
         output_final_state=output_final_state,
         chunk_size=chunk_size,
     )
-    name = _choose(implementation, q, v)
+    name = choose_implementation(implementation, q, v)
     options = {} if name == "naive" else {"chunk_size": chunk_size}
     return IMPLEMENTATIONS[name](
         q,
@@ -112,8 +112,12 @@ def cosine_attention(
     )
 
 
-def _choose(implementation: str, q: Tensor, v: Tensor) -> str:
-    """The implementation that runs. One that was asked for by name is never replaced by another."""
+def choose_implementation(implementation: str, q: Tensor, v: Tensor) -> str:
+    """The name of the implementation that runs for such tensors; one that was asked for by name is never replaced.
+
+    Raises:
+        ValueError: there is no implementation of that name.
+    """
     if implementation == "auto":
         if q.is_cuda:
             name = "triton" if why_not_triton(q.device, q.dtype, q.shape[3], v.shape[3]) is None else "chunk"

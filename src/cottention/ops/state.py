@@ -107,7 +107,7 @@ def cosine_attention_step(
         found = "state=None" if state is None else "inputs that require a gradient"
         raise ValueError(f"in_place needs a state to write over and no gradient; got {found}")
     fused = None if wants_gradient else _fused_step(q, k, v, norm_const, state, attention_mask, in_place)
-    o, new = fused or _step(q, k, v, norm_const, state, attention_mask)
+    o, new = fused or plain_step(q, k, v, norm_const, state, attention_mask)
     if in_place and state is not None and new is not state:
         state.kv.copy_(new.kv)
         state.seen.copy_(new.seen)
@@ -166,7 +166,7 @@ def _triton_step(
 
 
 @without_autocast
-def _step(
+def plain_step(
     q: Tensor,
     k: Tensor,
     v: Tensor,
@@ -174,6 +174,7 @@ def _step(
     state: CosineState | None,
     attention_mask: Tensor | None,
 ) -> tuple[Tensor, CosineState]:
+    """The step in plain torch operators, for checked arguments: differentiable, on any device and in any dtype."""
     q1, k1, v1 = (x.squeeze(1) if x.dim() == 4 else x for x in (q, k, v))  # [B, H, K or V]
     B, H, K = q1.shape
     dtype = accumulation_dtype(q.dtype)

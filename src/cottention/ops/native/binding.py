@@ -85,7 +85,12 @@ _library, _reason = _load()
 
 
 @cache
-def _checked_library() -> ctypes.CDLL:
+def loaded_library() -> ctypes.CDLL:
+    """The library itself, for what is not wrapped here.
+
+    Raises:
+        RuntimeError: it is missing; the message says why.
+    """
     _check_loaded()
     assert _library is not None
     return _library
@@ -108,12 +113,12 @@ def suits_native(q: Tensor) -> bool:
 
 def instruction_sets() -> list[str]:
     """Those that this CPU runs, plainest first."""
-    return _names(_checked_library())
+    return _names(loaded_library())
 
 
 def instruction_set() -> str:
     """The one that calls run with."""
-    return _checked_library().cottention_instruction_set(-1).decode()
+    return loaded_library().cottention_instruction_set(-1).decode()
 
 
 def use_instruction_set(name: str) -> None:
@@ -122,7 +127,7 @@ def use_instruction_set(name: str) -> None:
     Raises:
         ValueError: this CPU, or this build, has none of that name.
     """
-    library = _checked_library()
+    library = loaded_library()
     if library.cottention_use_instruction_set(name.encode()) != 0:
         raise ValueError(f"name must be one of {', '.join(_names(library))} on this machine; got {name!r}")
 
@@ -135,7 +140,7 @@ def check_native(q: Tensor) -> None:
         ValueError: q is not on the CPU.
         TypeError: q's dtype has no kernels.
     """
-    _check_loaded()  # not _checked_library: torch.compile traces this
+    _check_loaded()  # not loaded_library: torch.compile traces this
     if q.device.type != "cpu":
         raise ValueError(f"implementation='native' needs tensors on the CPU; got {q.device}")
     if q.dtype not in _NATIVE_DTYPES:
@@ -228,7 +233,7 @@ def run(
         _address(grad_final),
         _address(dkv),
     )
-    status = getattr(_checked_library(), f"cottention_{function}")(call)
+    status = getattr(loaded_library(), f"cottention_{function}")(call)
     if status == _BAD_BOUNDARIES and cu_seqlens is not None:
         check_boundaries(cu_seqlens.tolist(), T)
     _check_status(status)
@@ -271,7 +276,7 @@ def run_step(
         *(o.data_ptr(), H * V, 0, V),
         *_NO_GRADIENTS,
     )
-    _check_status(_checked_library().cottention_step(call))
+    _check_status(loaded_library().cottention_step(call))
 
 
 def _check_status(status: int) -> None:
