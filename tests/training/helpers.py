@@ -27,9 +27,9 @@ from cottention.training.recipe import (
     GPTDataSettings,
     GPTModelSettings,
     GPTRecipe,
+    GPTTrainingSettings,
     OptimizerSettings,
     Recipe,
-    TrainingSettings,
 )
 from cottention.training.recipe_files import replace_settings
 
@@ -93,7 +93,7 @@ def tiny_recipe(arch: str, source: Path, **changes: Any) -> Any:
             model=GPTModelSettings(dropout=0.1, **shape),
             data=GPTDataSettings(**data),
             optimizer=optimizer,
-            training=TrainingSettings(**training),
+            training=GPTTrainingSettings(**training),
         )
     else:
         recipe = BertRecipe(

@@ -32,15 +32,21 @@ from cottention.training.recipe_files import (
     replace_settings,
 )
 
+PILE = {
+    "mode": "document",
+    "sequence_length": 1024,
+    "tokenizer": "EleutherAI/gpt-j-6b",
+    "max_document_chars": 500_000,
+}
 PUBLISHED = {
     "gpt_300m": {
         "model": {"vocab_size": 50400, "n_embd": 1024, "n_layer": 20, "n_head": 16, "n_inner": 3072, "rotary_dim": 64},
-        "data": {"sequence_length": 1024, "tokenizer": "EleutherAI/gpt-j-6b", "max_document_chars": 500_000},
+        "data": PILE,
         "training": {"global_batch_size": 128, "max_steps": 1_000_000},
     },
     "gpt_1_2b": {
         "model": {"vocab_size": 50400, "n_embd": 2048, "n_layer": 20, "n_head": 16, "n_inner": 8192, "rotary_dim": 64},
-        "data": {"sequence_length": 1024, "tokenizer": "EleutherAI/gpt-j-6b", "max_document_chars": 500_000},
+        "data": PILE,
         "training": {},
     },
     "bert_base": {

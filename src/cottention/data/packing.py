@@ -155,8 +155,8 @@ def packing_report(tokens: Dataset, windows: Dataset) -> PackingReport:
     num_tokens = num_bytes = num_documents = 0
     begins = True
     for table in arrow_batches(tokens):
-        ends = _ends_of(table)
-        num_tokens += int(_lengths_of(table).sum())
+        ends = ends_of(table)
+        num_tokens += int(lengths_of(table).sum())
         num_bytes += int(table["num_bytes"].to_numpy().sum())
         num_documents += int(begins) + int(ends[:-1].sum())  # beginnings: the last document may lack its end
         begins = ends[-1]
@@ -182,11 +182,13 @@ def _check_cutting(window: int, smallest: int, tail: str) -> None:
         raise SettingsError(f"tail must be drop or pad; got {tail!r}")
 
 
-def _lengths_of(table: pa.Table) -> np.ndarray:
+def lengths_of(table: pa.Table) -> np.ndarray:
+    """Tokens of each row."""
     return pc.list_value_length(table["input_ids"]).to_numpy()  # pyright: ignore[reportAttributeAccessIssue]
 
 
-def _ends_of(table: pa.Table) -> np.ndarray:
+def ends_of(table: pa.Table) -> np.ndarray:
+    """Whether each row is the last of its document."""
     if "ends_document" not in table.column_names:
         return np.ones(len(table), dtype=bool)
     return table["ends_document"].to_numpy()
@@ -207,9 +209,9 @@ def join_documents(tokens: Dataset, separator: int, *, outer: bool) -> Iterator[
     begins_next, is_first = True, True
     with tqdm(total=len(tokens), unit="row", desc="Packing", delay=3, leave=False) as bar:
         for table in arrow_batches(tokens):
-            lengths = _lengths_of(table)
+            lengths = lengths_of(table)
             flat = pc.list_flatten(table["input_ids"]).to_numpy()  # pyright: ignore[reportAttributeAccessIssue]
-            ends = _ends_of(table)
+            ends = ends_of(table)
             begins = np.concatenate([[begins_next], ends[:-1]])
             separated = begins.copy()
             if is_first and not outer:
@@ -283,6 +285,6 @@ def _windows(tables: Iterator[pa.Table], window: int, key: list, tokens: Dataset
     )
     dataset = cached_dataset(tables, features, key=key)
     if not len(dataset):
-        num_tokens = sum(int(_lengths_of(table).sum()) for table in arrow_batches(tokens))
+        num_tokens = sum(int(lengths_of(table).sum()) for table in arrow_batches(tokens))
         raise DataError(f"the corpus has {num_tokens:,} tokens, too few for one window of {window}; shorten the window")
     return dataset.with_format("numpy")

@@ -218,6 +218,7 @@ def build_model(recipe: Recipe, tokenizer: PreTrainedTokenizerBase | None = None
         fields |= {name: getattr(tokenizer, name) for name in names if getattr(tokenizer, name) is not None}
     if isinstance(recipe, GPTRecipe):
         model = CottentionGPTForCausalLM(CottentionGPTConfig(**fields))
+        model.fused_loss = recipe.training.fused_loss
     else:
         assert isinstance(recipe, BertRecipe)
         model_class = CottentionBertForPreTraining if recipe.model.next_sentence_head else CottentionBertForMaskedLM

@@ -3,7 +3,7 @@
 A recipe has four sections: model, data, optimizer, training. The defaults are those of the published runs of GPT 300M
 and BERT base; `recipes/*.yaml` and flags change them (`training/recipe_files.py`). No torch here: `--help` is quick.
 
-    recipe = GPTRecipe(training=TrainingSettings(max_steps=200, global_batch_size=8, micro_batch_size=8))
+    recipe = GPTRecipe(training=GPTTrainingSettings(max_steps=200, global_batch_size=8, micro_batch_size=8))
 """
 
 from __future__ import annotations
@@ -133,8 +133,22 @@ class DataSettings:
 class GPTDataSettings(DataSettings):
     """The text: where it comes from, how it is cut."""
 
+    mode: Literal["packed", "document"] = "packed"
+    """packed: full windows of the joined text; document: in every pass another random window of each document."""
     reset_at_documents: bool = False
-    """Keep the documents of a window apart: no attention across their boundary."""
+    """Keep the documents of a packed window apart: state and positions start anew where one begins."""
+    carry_state: bool = False
+    """Go on from the state of the window before, within a document (truncated back-propagation; packed, cosine)."""
+    carry_tokens: int | None = None
+    """Start a document's carried state anew after so many tokens, at the next window; null never does."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        _check_positive(self, "data", "carry_tokens")
+        if self.carry_state and self.mode != "packed":
+            raise SettingsError(f"data.carry_state needs data.mode: packed; got {self.mode}")
+        if self.carry_tokens is not None and not self.carry_state:
+            raise SettingsError("data.carry_tokens needs data.carry_state: true; got false")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -257,6 +271,14 @@ class TrainingSettings:
 
 
 @dataclass(frozen=True, kw_only=True)
+class GPTTrainingSettings(TrainingSettings):
+    """The run: how long, in what portions, what is written when."""
+
+    fused_loss: bool = True
+    """Compute the loss a few hundred tokens at a time: the logits of a batch never exist at once."""
+
+
+@dataclass(frozen=True, kw_only=True)
 class BertTrainingSettings(TrainingSettings):
     """The run: how long, in what portions, what is written when."""
 
@@ -270,7 +292,7 @@ class BertTrainingSettings(TrainingSettings):
 
 @dataclass(frozen=True, kw_only=True)
 class GPTRecipe:
-    """Pretrains a GPT: next-token prediction on packed windows."""
+    """Pretrains a GPT: next-token prediction on packed windows, or on windows of documents."""
 
     arch: ClassVar[Literal["gpt", "bert"]] = "gpt"
 
@@ -280,8 +302,19 @@ class GPTRecipe:
     """Where the text comes from, how it is cut."""
     optimizer: OptimizerSettings = field(default_factory=OptimizerSettings)
     """AdamW and its schedule."""
-    training: TrainingSettings = field(default_factory=TrainingSettings)
+    training: GPTTrainingSettings = field(default_factory=GPTTrainingSettings)
     """How long, in what portions, what is written when."""
+
+    def __post_init__(self) -> None:
+        if not self.data.carry_state:
+            return
+        if self.model.attention_type != "cosine":
+            raise SettingsError(
+                "data.carry_state needs model.attention_type: cosine, whose state has a constant size; "
+                f"got {self.model.attention_type}"
+            )
+        if self.training.gradient_checkpointing:
+            raise SettingsError("data.carry_state excludes training.gradient_checkpointing; got both")
 
     @property
     def num_warmup_steps(self) -> int:
@@ -290,11 +323,11 @@ class GPTRecipe:
 
     @property
     def tokens_per_step(self) -> int:
-        """Tokens that one optimizer step reads."""
+        """Tokens that one optimizer step reads; in documents, the most that fit."""
         return self.training.global_batch_size * self.data.sequence_length
 
     def tokens_after(self, step: int) -> int:
-        """Tokens that so many optimizer steps read."""
+        """Tokens that so many optimizer steps read; in documents, the most that fit."""
         return step * self.tokens_per_step
 
     def config_fields(self) -> dict[str, Any]:

@@ -20,6 +20,7 @@ import numpy as np
 import torch
 from torch.utils.data import Dataset
 
+from cottention.data.documents import DocumentWindows
 from cottention.data.pair_examples import PairExamples
 
 
@@ -30,7 +31,7 @@ class ExampleStream(Dataset[dict[str, Any]]):
         """Describe the stream; nothing is read yet.
 
         Args:
-            dataset: sentence pairs, or anything with a length and integer indices; each item is a dict.
+            dataset: sentence pairs, documents, or anything with a length and integer indices; each item is a dict.
             num_examples: length of the stream.
             seed: decides the order.
         """
@@ -50,7 +51,7 @@ class ExampleStream(Dataset[dict[str, Any]]):
         """Examples of a micro batch, read together: one by one costs many times as much."""
         indices = [self.index_at(position) for position in positions]
         passes = [position // len(self.dataset) for position in positions]
-        if isinstance(self.dataset, PairExamples):
+        if isinstance(self.dataset, (PairExamples, DocumentWindows)):
             return self.dataset.examples(np.array(indices), np.array(passes))
         columns = self.dataset[indices]
         rows = zip(*columns.values(), strict=True)

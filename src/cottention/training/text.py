@@ -19,9 +19,10 @@ import numpy as np
 from datasets import Dataset
 from transformers import PreTrainedTokenizerBase
 
-from cottention.data.collators import CausalCollator, MaskedLMCollator
+from cottention.data.collators import MaskedLMCollator
 from cottention.data.corpus import DEFAULT_CORPUS, load_corpus
-from cottention.data.packing import pack_mlm_windows, pack_windows, packing_report
+from cottention.data.documents import DocumentWindows
+from cottention.data.packing import pack_mlm_windows
 from cottention.data.pair_collator import PairCollator
 from cottention.data.pair_examples import PairExamples
 from cottention.data.sentences import sentence_documents, sentence_pairs
@@ -29,7 +30,10 @@ from cottention.data.tokenization import tokenize_documents
 from cottention.data.tokenizer import load_tokenizer, train_tokenizer
 from cottention.errors import DataError, SettingsError
 from cottention.logging import get_logger
+from cottention.training.gpt_text import gpt_examples, gpt_stream, spread
 from cottention.training.held_out import HeldOut
+from cottention.training.held_out_carried import CarriedHeldOut
+from cottention.training.lanes import LaneStream
 from cottention.training.recipe import BertRecipe, DataSettings, GPTRecipe, Recipe
 from cottention.training.stream import ExampleStream, PassCollator, PhasedStream
 
@@ -47,19 +51,22 @@ class PreparedText:
 
     tokenizer: PreTrainedTokenizerBase
     """Trained for this run, or the recipe's."""
-    train: Dataset | PairExamples
-    """Windows or sentence pairs to train on."""
+    train: Dataset | PairExamples | DocumentWindows
+    """Windows, sentence pairs or documents to train on."""
     long: Dataset | PairExamples | None
     """Those of the last part of the run, where they are longer."""
     collator: Any
     """Turns examples of the stream into a batch."""
     validation_documents: Dataset
     """The held-out text itself, column "text"."""
-    held_out: HeldOut
+    held_out: HeldOut | CarriedHeldOut
     """Measures a model on the held-out text, data.eval_tokens at most."""
 
-    def stream(self, recipe: Recipe) -> ExampleStream | PhasedStream:
+    def stream(self, recipe: Recipe) -> ExampleStream | PhasedStream | LaneStream:
         """All examples of a run, in their order."""
+        if isinstance(recipe, GPTRecipe):
+            assert not isinstance(self.train, PairExamples)
+            return gpt_stream(recipe, self.train)
         training = recipe.training
         num_examples = training.max_steps * training.global_batch_size
         if self.long is None:
@@ -111,25 +118,49 @@ def prepare_text(recipe: Recipe, run_dir: Path | None) -> PreparedText:
         DataError: the text cannot be used, or is too short for its windows.
         SettingsError: the tokenizer does not fit the recipe.
     """
-    in_pairs = isinstance(recipe, BertRecipe) and recipe.data.next_sentence
-    train, validation = open_documents(recipe.data, seed=recipe.training.seed, least=2 if in_pairs else 1)
+    least = 2 if isinstance(recipe, BertRecipe) and recipe.data.next_sentence else 1
+    train, validation = open_documents(recipe.data, seed=recipe.training.seed, least=least)
     tokenizer = _tokenizer(recipe, train, run_dir)
+    if isinstance(recipe, GPTRecipe):
+        return _prepare_gpt(recipe, train, validation, tokenizer)
+    assert isinstance(recipe, BertRecipe)
+    return _prepare_bert(recipe, train, validation, tokenizer)
+
+
+def _prepare_gpt(
+    recipe: GPTRecipe, train: Dataset, validation: Dataset, tokenizer: PreTrainedTokenizerBase
+) -> PreparedText:
+    tokens, held_out_tokens = (tokenize_documents(documents, tokenizer) for documents in (train, validation))
+    examples = gpt_examples(recipe, tokens, held_out_tokens, tokenizer)
+    what = "documents, at most" if recipe.data.mode == "document" else "windows of"
+    length = recipe.data.sequence_length
+    logger.info("%d %s %d tokens to train on, %d held out", len(examples.train), what, length, examples.num_held_out)
+    return PreparedText(
+        tokenizer=tokenizer,
+        train=examples.train,
+        long=None,
+        collator=examples.collator,
+        validation_documents=validation,
+        held_out=examples.held_out,
+    )
+
+
+def _prepare_bert(
+    recipe: BertRecipe, train: Dataset, validation: Dataset, tokenizer: PreTrainedTokenizerBase
+) -> PreparedText:
     seed, length = recipe.training.seed, recipe.data.sequence_length
-    long_length = recipe.data.long_sequence_length if isinstance(recipe, BertRecipe) else None
-    long, targets_per_byte = None, None
-    if in_pairs:
-        assert isinstance(recipe, BertRecipe)
+    long_length, long = recipe.data.long_sequence_length, None
+    if recipe.data.next_sentence:
         examples = _pairs(recipe, train, tokenizer, length, seed, "the text to train on")
         if long_length is not None:
             long = _pairs(recipe, train, tokenizer, long_length, seed, "the text to train on")
         held_out = _pairs(recipe, validation, tokenizer, length, seed + 1, "the held-out text")
     else:
-        examples, _ = _windows(recipe, train, tokenizer, length, tail="drop")
+        examples = _windows(train, tokenizer, length, tail="drop")
         if long_length is not None:
-            long, _ = _windows(recipe, train, tokenizer, long_length, tail="drop")
-        held_out, per_byte = _windows(recipe, validation, tokenizer, length, tail="pad")
-        targets_per_byte = per_byte if recipe.arch == "gpt" else None
-    what = "sentence pairs" if in_pairs else "windows"
+            long = _windows(train, tokenizer, long_length, tail="drop")
+        held_out = _windows(validation, tokenizer, length, tail="pad")
+    what = "sentence pairs" if recipe.data.next_sentence else "windows"
     logger.info("%d %s of %d tokens to train on, %d held out", len(examples), what, length, len(held_out))
     if long is not None:
         logger.info("%d %s of %d tokens for the last part of the run", len(long), what, long_length)
@@ -140,11 +171,11 @@ def prepare_text(recipe: Recipe, run_dir: Path | None) -> PreparedText:
         collator=_collator(recipe, tokenizer, seed=seed),
         validation_documents=validation,
         held_out=HeldOut(
-            _spread(held_out, recipe.data.eval_tokens // length),
+            spread(held_out, recipe.data.eval_tokens // length),
             collator=_collator(recipe, tokenizer, seed=seed + 1),
             arch=recipe.arch,
             batch_size=recipe.training.micro_batch_size,
-            targets_per_byte=targets_per_byte,
+            targets_per_byte=None,
         ),
     )
 
@@ -211,51 +242,30 @@ def _pairs(
     return PairExamples([pairs], max_length=length, seed=seed, name=name)
 
 
-def _windows(
-    recipe: Recipe, documents: Dataset, tokenizer: PreTrainedTokenizerBase, length: int, *, tail: str
-) -> tuple[Dataset, float]:
-    """Windows, and how many targets there are per byte of text when each token is one once."""
-    tokens = tokenize_documents(documents, tokenizer)
+def _windows(documents: Dataset, tokenizer: PreTrainedTokenizerBase, length: int, *, tail: str) -> Dataset:
     special: Any = tokenizer  # its ids are made at run time, which a type checker reads as anything at all
-    if isinstance(recipe, GPTRecipe):
-        windows = pack_windows(tokens, length, special.eos_token_id, tail=tail)
-    else:
-        windows = pack_mlm_windows(
-            tokens,
-            length,
-            cls_token_id=special.cls_token_id,
-            sep_token_id=special.sep_token_id,
-            pad_token_id=special.pad_token_id,
-            tail=tail,
-        )
-    report = packing_report(tokens, windows)
-    # The very first token, an end-of-text, has nothing before it. Each document's own is a target, but no byte.
-    return windows, (report.num_tokens - 1) / report.num_bytes
+    return pack_mlm_windows(
+        tokenize_documents(documents, tokenizer),
+        length,
+        cls_token_id=special.cls_token_id,
+        sep_token_id=special.sep_token_id,
+        pad_token_id=special.pad_token_id,
+        tail=tail,
+    )
 
 
-def _spread(examples: Dataset | PairExamples, most: int) -> Dataset | PairExamples:
-    """At most so many examples, evenly spread over all."""
-    if len(examples) <= max(1, most):
-        return examples
-    rows = np.linspace(0, len(examples) - 1, max(1, most)).round().astype(int)
-    return examples.restricted(rows) if isinstance(examples, PairExamples) else examples.select(rows)
-
-
-def _sample(examples: Dataset | PairExamples, most: int) -> Iterator[Any]:
+def _sample(examples: Dataset | PairExamples | DocumentWindows, most: int) -> Iterator[Any]:
     """Tokens of some examples."""
-    spread = _spread(examples, most)
-    if isinstance(spread, PairExamples):
-        for first, second in spread.raw(np.arange(len(spread))):
+    some = spread(examples, most)
+    if isinstance(some, PairExamples):
+        for first, second in some.raw(np.arange(len(some))):
             yield from (first, second)
     else:
-        for row in spread:
-            yield row["input_ids"]  # pyright: ignore[reportCallIssue, reportArgumentType]
+        for index in range(len(some)):
+            yield some[index]["input_ids"]
 
 
-def _collator(recipe: Recipe, tokenizer: PreTrainedTokenizerBase, *, seed: int) -> Any:
-    if isinstance(recipe, GPTRecipe):
-        return CausalCollator(reset_at_documents=recipe.data.reset_at_documents)
-    assert isinstance(recipe, BertRecipe)
+def _collator(recipe: BertRecipe, tokenizer: PreTrainedTokenizerBase, *, seed: int) -> Any:
     if tokenizer.mask_token_id is None:
         raise SettingsError(f"a BERT needs a tokenizer with a mask token; {recipe.data.tokenizer!r} has none")
     whole_words = recipe.data.whole_word_masking

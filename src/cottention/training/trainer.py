@@ -21,6 +21,7 @@ from pathlib import Path
 from typing import Any, NoReturn, cast
 
 import torch
+from safetensors.torch import save_file
 from torch import Tensor
 from transformers import (
     PreTrainedModel,
@@ -35,6 +36,7 @@ from transformers.utils import logging as transformers_logging
 from cottention.errors import CheckpointError, CottentionError, DataError
 from cottention.logging import get_logger
 from cottention.training.arguments import compute_type
+from cottention.training.carried import CarriedStates
 from cottention.training.checkpoints import (
     atomic_directory,
     checkpoint_name,
@@ -46,16 +48,18 @@ from cottention.training.checkpoints import (
     writing_to,
 )
 from cottention.training.held_out import count_targets
+from cottention.training.lanes import LaneStream, own_lanes
 from cottention.training.memory import keep_freed_memory
 from cottention.training.metrics import MetricsLog
 from cottention.training.optimizer import build_optimizer, build_scheduler
 from cottention.training.progress import ProgressBar, RunControl
-from cottention.training.recipe import BertRecipe, Recipe
+from cottention.training.recipe import BertRecipe, GPTRecipe, Recipe
 from cottention.training.stopwatch import Stopwatch
 from cottention.training.stream import ExampleStream, InOrder, PhasedStream
 from cottention.training.text import PreparedText
 
 _RUN_STATE = "run_state.json"
+_CARRIED = "carried_states.safetensors"
 
 logger = get_logger(__name__)
 
@@ -117,6 +121,7 @@ class PretrainingTrainer(Trainer):
         self._window_losses = torch.zeros(len(self._losses), device=self.args.device)
         self._window_start = 0
         self._first_bad_step = torch.full((), -1, device=self.args.device)
+        self._carried = self._carried_states()
 
     def fit(self, resume_from: Path | None) -> None:
         """Train to the end of the recipe, or until a signal asks to stop.
@@ -145,6 +150,8 @@ class PretrainingTrainer(Trainer):
                     num_processes,
                     self.args.world_size,
                 )
+            if self._carried is not None:
+                self._carried.load(resume_from / _CARRIED)
         self._window_start = state["window_start"]
         for rank, losses in enumerate(state["window_losses"]):
             if rank % self.args.world_size == self.args.process_index:
@@ -178,7 +185,7 @@ class PretrainingTrainer(Trainer):
         return self.lr_scheduler
 
     def _get_train_sampler(self, train_dataset: Any = None) -> InOrder:
-        return InOrder(len(cast(ExampleStream | PhasedStream, self.train_dataset)))
+        return InOrder(len(cast(ExampleStream | PhasedStream | LaneStream, self.train_dataset)))
 
     def _get_num_items_in_batch(self, batch_samples: list, device: torch.device) -> Tensor | None:
         # Batches are scaled by the targets of the whole step, so that accumulation does not change the gradient.
@@ -196,11 +203,20 @@ class PretrainingTrainer(Trainer):
         texts = {"num_sequences_in_batch": self.recipe.training.global_batch_size} if len(self._losses) > 1 else {}
         # Our own autocast instead of the Trainer's: that one also turns the logits of every batch into fp32.
         with torch.autocast(**self._autocast):
-            outputs = model(**inputs, num_items_in_batch=num_items_in_batch, **texts)
+            outputs = self._outputs(model, inputs, num_items_in_batch=num_items_in_batch, **texts)
         # Every process divides by the targets of all of them, and DDP takes the mean over processes.
         loss = outputs.loss * self.args.world_size
         self._window_losses += torch.stack([outputs[name].detach() for name in self._losses]) * self.args.world_size
         return (loss, outputs) if return_outputs else loss
+
+    def _outputs(self, model: Any, inputs: dict, **options: Any) -> Any:
+        """What the model makes of a batch; where states are carried, from those of its lanes on."""
+        if self._carried is None:
+            return model(**inputs, **options)
+        own, cache = self._carried.open(inputs)
+        outputs = model(**own, past_key_values=cache, use_cache=True, **options)
+        self._carried.close(inputs, cache)
+        return outputs
 
     def training_step(self, model: Any, inputs: dict, num_items_in_batch: Any = None) -> Tensor:
         """Forward and backward over one micro batch, in passes where its windows are long; watches the loss."""
@@ -305,18 +321,37 @@ class PretrainingTrainer(Trainer):
         folder = self.checkpoints_dir
         writes = self.is_world_process_zero()
         run_state = self._run_state()
+        carried = None if self._carried is None else self._carried.to_tensors(self.accelerator)
         with self._stopwatch.paused(), writing_to(folder):
             with ExitStack() as until_all_have_written:
                 if writes:
                     target = folder / checkpoint_name(self.state.global_step)
                     staging = until_all_have_written.enter_context(atomic_directory(target, sealed=True))
                     write_atomically(staging / _RUN_STATE, json.dumps(run_state))
+                    if carried is not None:
+                        save_file(carried, staging / _CARRIED)
                 self.accelerator.wait_for_everyone()
                 super()._save_checkpoint(model, trial)
                 self.accelerator.wait_for_everyone()
             if writes:
                 rotate(folder, self.recipe.training.save_total_limit)
             self.accelerator.wait_for_everyone()
+
+    def _carried_states(self) -> CarriedStates | None:
+        """Zero states of the lanes that this process reads, where the recipe carries them."""
+        recipe = self.recipe
+        if not (isinstance(recipe, GPTRecipe) and recipe.data.carry_state):
+            return None
+        training = recipe.training
+        lanes = own_lanes(
+            training.global_batch_size, training.micro_batch_size, self.args.process_index, max(1, self.args.world_size)
+        )
+        states = CarriedStates(
+            cast(Any, self.model).config, lanes=lanes, limit=recipe.data.carry_tokens, device=self.args.device
+        )
+        if self.is_world_process_zero():
+            logger.info("carrying the states of %d lanes on each device: %.1f MB", len(lanes), states.nbytes / 1e6)
+        return states
 
     def _run_state(self) -> dict[str, Any]:
         return {

@@ -1,0 +1,121 @@
+"""States that go from window to window: truncated back-propagation through documents of any length.
+
+Each lane of a step (`training/lanes.py`) keeps one recurrent state per layer. A window that goes on with a document
+starts from its lane's states, cut off from the graph, and from the position where they stand; a document that begins
+starts from zero. Softmax attention has nothing of constant size that it could carry.
+
+    states = CarriedStates(model.config, lanes=range(8))
+    inputs, cache = states.open(batch)                  # batch: of `collate_lanes`
+    loss = model(**inputs, past_key_values=cache, use_cache=True).loss
+    states.close(batch, cache)
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any, cast
+
+import torch
+from safetensors.torch import load_file
+from torch import Tensor
+
+from cottention.errors import CheckpointError
+from cottention.models import CosineCache, CottentionGPTConfig
+from cottention.ops import CosineState
+
+
+class CarriedStates:
+    """The states of some lanes after the windows read so far; zero before the first.
+
+    Args:
+        config: of the model.
+        lanes: numbers of the lanes that are kept here, on this process.
+        limit: tokens of a document after which its state starts anew, at the next window; None: never.
+        device: where the model is.
+        dtype: of the states: float32, for a model in float64 the same.
+    """
+
+    def __init__(
+        self,
+        config: CottentionGPTConfig,
+        *,
+        lanes: Sequence[int],
+        limit: int | None = None,
+        device: torch.device | str = "cpu",
+        dtype: torch.dtype = torch.float32,
+    ) -> None:
+        head_dim = config.n_embd // config.n_head
+        shape = (len(lanes), config.n_head, head_dim, head_dim)
+        self.limit = limit
+        self._lanes = torch.tensor(list(lanes), dtype=torch.int64, device=device)
+        self._kv = [torch.zeros(shape, dtype=dtype, device=device) for _ in range(config.n_layer)]
+        # Nothing is padded, so the tokens that a state has seen are also the position of the next one.
+        self._seen = torch.zeros(len(lanes), dtype=torch.int64, device=device)
+        self._index = torch.zeros(max(lanes, default=0) + 1, dtype=torch.int64, device=device)
+        self._index[self._lanes] = torch.arange(len(lanes), device=device)
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes held, whatever the length of the documents."""
+        return sum(kv.nbytes for kv in self._kv) + self._seen.nbytes
+
+    def open(self, batch: Mapping[str, Tensor]) -> tuple[dict[str, Tensor], CosineCache]:
+        """What the model takes for a batch, and a cache with a row for each of its pieces, at the start of the batch.
+
+        Args:
+            batch: of `collate_lanes`, of lanes that are kept here.
+        """
+        own, first = self._index[batch["lanes"]], batch["first_pieces"]
+        num_pieces = len(batch["cu_seqlens"]) - 1
+        goes_on = batch["continues"]
+        if self.limit is not None:
+            goes_on = goes_on & (self._seen[own] < self.limit)
+        seen = self._seen.new_zeros(num_pieces)
+        seen[first] = self._seen[own].masked_fill(~goes_on, 0)
+        cache = CosineCache(len(self._kv))
+        for layer, kept in zip(cache.layers, self._kv, strict=True):
+            kv = kept.new_zeros(num_pieces, *kept.shape[1:])
+            kv[first] = kept[own].masked_fill(~goes_on[:, None, None, None], 0)
+            layer.advance(CosineState(kv, seen), 0)
+        cache.next_position = seen
+        return {name: batch[name] for name in ("input_ids", "shift_labels", "cu_seqlens")}, cache
+
+    def close(self, batch: Mapping[str, Tensor], cache: CosineCache) -> None:
+        """Take up each lane's state at the end of a batch that has gone through the model."""
+        own = self._index[batch["lanes"]]
+        num_pieces = batch["first_pieces"].new_tensor([len(batch["cu_seqlens"]) - 1])
+        last = torch.cat([batch["first_pieces"][1:], num_pieces]) - 1
+        for kept, state in zip(self._kv, cache.states, strict=True):
+            assert state is not None
+            kept[own] = state.kv[last]
+        assert cache.next_position is not None
+        self._seen[own] = cache.next_position[last]
+
+    def to_tensors(self, accelerator: Any = None) -> dict[str, Tensor]:
+        """The states of all processes' lanes, in the lanes' order and on the CPU, to save with safetensors.
+
+        Args:
+            accelerator: where several processes each keep their own lanes; all of them must call this.
+        """
+        gather = accelerator.gather if accelerator is not None and accelerator.num_processes > 1 else lambda x: x
+        order = cast(Tensor, gather(self._lanes)).argsort()
+        tensors = {f"layers.{i}.kv": cast(Tensor, gather(kv))[order].cpu() for i, kv in enumerate(self._kv)}
+        return {**tensors, "seen": cast(Tensor, gather(self._seen))[order].cpu()}
+
+    def load(self, path: Path) -> None:
+        """Take up the states that `to_tensors` gave, of the lanes that are kept here.
+
+        Raises:
+            CheckpointError: they are not there, or those of another model.
+        """
+        if not path.is_file():
+            raise CheckpointError(f"{path.parent} has no {path.name}: it cannot go on with carried states")
+        tensors = load_file(path)
+        wanted = {f"layers.{i}.kv": kv for i, kv in enumerate(self._kv)} | {"seen": self._seen}
+        lanes = self._lanes.cpu()
+        for name, kept in wanted.items():
+            found = tensors.get(name)
+            if found is None or found.shape[1:] != kept.shape[1:] or len(found) <= int(lanes.max()):
+                raise CheckpointError(f"{path} holds the states of another model; {name} does not fit")
+            kept.copy_(found[lanes])

@@ -1,0 +1,138 @@
+"""Reading a corpus in lanes: each row of a step goes on where it stopped in the step before.
+
+A step of G windows has G lanes. One pass cuts the windows of the corpus, joined to a ring and turned by a random
+number, into G stretches of equal length, and each lane reads one of them, window after window. So the state of a
+document can go from a window to the next (`training/carried.py`). What stands at a position of the stream follows from
+seed, pass and position alone, and a lane always has the same place in its step: with it, the same process.
+
+    stream = LaneStream(windows, num_lanes=8, num_steps=1000, seed=0)
+    batch = collate_lanes(stream.__getitems__([0, 1, 2, 3]))    # the first window of lanes 0 to 3, packed
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.utils.data import Dataset
+
+from cottention.errors import DataError
+from cottention.models.losses import IGNORE_INDEX
+
+
+class Place(NamedTuple):
+    """What stands at a position of a stream of lanes."""
+
+    row: int
+    """Window of the corpus."""
+    lane: int
+    """Who reads it."""
+    pass_number: int
+    """Passes that were completed before."""
+    continues: bool
+    """Whether the lane read the window before it just before."""
+
+
+class LaneStream(Dataset[dict[str, Any]]):
+    """`num_steps` windows for each of `num_lanes` lanes; position = step * num_lanes + lane.
+
+    Args:
+        windows: rows of `pack_windows`.
+        num_lanes: windows per step.
+        num_steps: length of the stream.
+        seed: decides where each pass begins.
+
+    Raises:
+        DataError: there are fewer windows than lanes.
+    """
+
+    def __init__(self, windows: Any, *, num_lanes: int, num_steps: int, seed: int) -> None:
+        self.steps_per_pass = len(windows) // num_lanes
+        if not self.steps_per_pass:
+            raise DataError(
+                f"the text fills {len(windows)} windows, too few for the {num_lanes} lanes of data.carry_state; "
+                "lower training.global_batch_size or data.sequence_length"
+            )
+        self.windows = windows
+        self.num_lanes = num_lanes
+        self.num_steps = num_steps
+        self.seed = seed
+
+    def __len__(self) -> int:
+        return self.num_steps * self.num_lanes
+
+    def __getitem__(self, position: int) -> dict[str, Any]:
+        return self.__getitems__([position])[0]
+
+    def __getitems__(self, positions: Sequence[int]) -> list[dict[str, Any]]:
+        """Windows of a micro batch, read together."""
+        places = [self.place(position) for position in positions]
+        examples = read_windows(self.windows, [place.row for place in places])
+        about = [{"lane": p.lane, "continues": p.continues, "pass_number": p.pass_number} for p in places]
+        return [{**example, **more} for example, more in zip(examples, about, strict=True)]
+
+    def place(self, position: int) -> Place:
+        """What stands at a position."""
+        step, lane = divmod(position, self.num_lanes)
+        number, offset = divmod(step, self.steps_per_pass)
+        turn = int(np.random.default_rng([self.seed, number]).integers(len(self.windows)))
+        row = (turn + lane * self.steps_per_pass + offset) % len(self.windows)
+        return Place(row, lane, number, continues=offset > 0)
+
+
+def own_lanes(num_lanes: int, micro_batch_size: int, process_index: int, num_processes: int) -> list[int]:
+    """Lanes of a process: micro batches go round the processes."""
+    return [lane for lane in range(num_lanes) if lane // micro_batch_size % num_processes == process_index]
+
+
+def read_windows(windows: Any, rows: Sequence[int]) -> list[dict[str, Any]]:
+    """Windows with the token that follows each one in the corpus, `next_id`; -100 behind the last.
+
+    Args:
+        windows: rows of `pack_windows`.
+        rows: which.
+    """
+    following = [row + 1 for row in rows if row + 1 < len(windows)]
+    wanted = np.unique([*rows, *following])
+    columns = windows[wanted.tolist()]
+    found = {int(row): {name: column[i] for name, column in columns.items()} for i, row in enumerate(wanted)}
+    examples = []
+    for row in rows:
+        follows = found.get(row + 1)
+        examples.append({**found[row], "next_id": IGNORE_INDEX if follows is None else int(follows["input_ids"][0])})
+    return examples
+
+
+def collate_lanes(rows: Sequence[Mapping[str, Any]]) -> dict[str, Tensor]:
+    """Pack windows of several lanes end to end, without their padding, cut at the documents' starts.
+
+    Returns:
+        input_ids, shift_labels `[1, T]`; cu_seqlens, int32; lanes `[B]`; first_pieces `[B]`, the piece that each lane's
+        window begins with; continues `[B]`, whether that piece goes on with the document before.
+    """
+    ids: list[np.ndarray] = []
+    targets: list[np.ndarray] = []
+    starts: list[np.ndarray] = []
+    continues = []
+    length = 0
+    for row in rows:
+        tokens = np.asarray(row["input_ids"])[: int(row["num_tokens"])].astype(np.int64)
+        is_whole = len(tokens) == len(row["input_ids"])
+        begins = np.asarray(row["document_starts"], dtype=np.int64)
+        ids.append(tokens)
+        targets.append(np.append(tokens[1:], row["next_id"] if is_whole else IGNORE_INDEX))
+        starts.append(np.unique(np.append(begins, 0)) + length)
+        continues.append(bool(row["continues"]) and 0 not in begins)
+        length += len(tokens)
+    num_pieces = np.cumsum([len(each) for each in starts])
+    return {
+        "input_ids": torch.from_numpy(np.concatenate(ids)[None]),
+        "shift_labels": torch.from_numpy(np.concatenate(targets)[None]),
+        "cu_seqlens": torch.from_numpy(np.append(np.concatenate(starts), length).astype(np.int32)),
+        "lanes": torch.tensor([int(row["lane"]) for row in rows]),
+        "first_pieces": torch.from_numpy(np.append(0, num_pieces[:-1])),
+        "continues": torch.tensor(continues),
+    }
