@@ -12,8 +12,8 @@ from jsonargparse import Namespace
 from cottention.cli.evaluate_glue import _max_length
 from cottention.cli.main import main
 from cottention.data.glue_tasks import GLUE_TASKS
-from cottention.training.finetune import finetune
 from cottention.training.finetune_settings import FinetuneSettings
+from cottention.training.finetuning import finetune
 from tests.glue_files import write_glue
 
 SETTINGS = FinetuneSettings(max_length=32, epochs=1, batch_size=8)

@@ -11,7 +11,7 @@ from tests.subprocesses import run_python
 
 
 def test_every_public_name_is_there():
-    assert len(cottention.data.__all__) == 16
+    assert len(cottention.data.__all__) == 18
     for name in cottention.data.__all__:
         assert getattr(cottention.data, name).__name__ == name
 

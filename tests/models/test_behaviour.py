@@ -173,12 +173,6 @@ def test_texts_too_long_are_refused_in_one_line() -> None:
 
 
 @pytest.mark.parametrize(("kind", "make"), ALL)
-def test_attention_weights_are_not_available(kind: Any, make: Any) -> None:
-    with pytest.raises(ValueError, match="output_attentions must be left out"):
-        kind(make())(TOKENS, output_attentions=True)
-
-
-@pytest.mark.parametrize(("kind", "make"), ALL)
 def test_a_mask_of_another_shape_is_named(kind: Any, make: Any) -> None:
     with pytest.raises(ValueError, match=r"attention_mask must have shape \[B, T\] = \[2, 11\]; got \[2, 9\]"):
         kind(make())(TOKENS, attention_mask=torch.ones(2, 9, dtype=torch.int64))

@@ -19,7 +19,7 @@ from cottention.errors import SettingsError, check_known_keys
 from cottention.training.finetune_settings import FinetuneSettings
 
 if TYPE_CHECKING:
-    from cottention.training.finetune import FinetuneResult
+    from cottention.training.finetuning import FinetuneResult
 
 _DESCRIPTION = """Fine-tune a pretrained BERT on tasks of GLUE.
 
@@ -84,7 +84,7 @@ def run(args: jsonargparse.Namespace) -> int:
     from cottention.data.glue_tasks import GLUE_TASKS, glue_task
 
     tasks = list(GLUE_TASKS) if args.task == "all" else [glue_task(name.strip()).name for name in args.task.split(",")]
-    from cottention.training.finetune import finetune  # seconds of torch, after the settings have been checked
+    from cottention.training.finetuning import finetune  # seconds of torch, after the settings have been checked
 
     results = []
     for task in tasks:

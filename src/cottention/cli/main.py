@@ -28,6 +28,8 @@ COMMANDS: dict[str, tuple[str, str]] = {
     "finetune": ("cottention.cli.finetune", "fine-tune a BERT on tasks of GLUE"),
     "generate": ("cottention.cli.generate", "continue a text with a GPT, at constant memory"),
     "fill-mask": ("cottention.cli.fill_mask", "fill the masked words of a text with a BERT"),
+    "next-sentence": ("cottention.cli.next_sentence", "say how likely one sentence follows another, with a BERT"),
+    "embed": ("cottention.cli.embed", "turn sentences into vectors with a BERT"),
     "evaluate": ("cottention.cli.evaluate", "score a model: perplexity, GLUE, lm-evaluation-harness"),
     "convert": ("cottention.cli.convert", "turn a published or a stock softmax checkpoint into a model directory"),
     "bench": ("cottention.cli.bench", "measure time and memory against softmax attention"),

@@ -21,6 +21,8 @@ if TYPE_CHECKING:
     from cottention.data.collators import MaskedLMCollator as MaskedLMCollator
     from cottention.data.corpus import load_corpus as load_corpus
     from cottention.data.corpus import load_default_corpus as load_default_corpus
+    from cottention.data.glue import load_glue as load_glue
+    from cottention.data.glue_tasks import glue_task as glue_task
     from cottention.data.packing import PackingReport as PackingReport
     from cottention.data.packing import pack_mlm_windows as pack_mlm_windows
     from cottention.data.packing import pack_windows as pack_windows
@@ -40,8 +42,10 @@ _HOME_OF = {
     "MaskedLMCollator": "collators",
     "PackingReport": "packing",
     "is_corpus": "shards",
+    "glue_task": "glue_tasks",
     "load_corpus": "corpus",
     "load_default_corpus": "corpus",
+    "load_glue": "glue",
     "load_tokenizer": "tokenizer",
     "open_corpus": "shards",
     "pack_mlm_windows": "packing",
@@ -58,9 +62,11 @@ __all__ = [
     "Corpus",
     "MaskedLMCollator",
     "PackingReport",
+    "glue_task",
     "is_corpus",
     "load_corpus",
     "load_default_corpus",
+    "load_glue",
     "load_tokenizer",
     "open_corpus",
     "pack_mlm_windows",

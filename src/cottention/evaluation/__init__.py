@@ -4,6 +4,8 @@ lm-evaluation-harness, and what counting alone achieves.
 score = evaluate_perplexity(model, tokenizer, load_corpus("held_out.txt"), context=1024)
 """
 
+from cottention.evaluation.glue import GlueScores as GlueScores
+from cottention.evaluation.glue import glue_scores as glue_scores
 from cottention.evaluation.harness import HarnessResult as HarnessResult
 from cottention.evaluation.harness import HarnessScore as HarnessScore
 from cottention.evaluation.harness import evaluate_harness as evaluate_harness

@@ -4,6 +4,7 @@ from cottention.layers import CosineAttention
 """
 
 from cottention.layers.attention import CosineAttention, KeyValueState, SoftmaxAttention
+from cottention.layers.maps import cosine_map, softmax_map
 from cottention.layers.rotary import RotaryTable, apply_rotary, packed_positions, rotary_table
 from cottention.layers.softmax import softmax_attention
 
@@ -13,7 +14,9 @@ __all__ = [
     "RotaryTable",
     "SoftmaxAttention",
     "apply_rotary",
+    "cosine_map",
     "packed_positions",
     "rotary_table",
     "softmax_attention",
+    "softmax_map",
 ]

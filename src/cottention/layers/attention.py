@@ -14,8 +14,9 @@ from typing import Any, NamedTuple
 import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
-from torch.nn.functional import pad
+from torch.nn.functional import dropout, pad
 
+from cottention.layers.maps import cosine_map, softmax_map
 from cottention.layers.rotary import RotaryTable, apply_rotary, packed_positions, rotary_table, sequence_of_each_token
 from cottention.layers.softmax import softmax_attention
 from cottention.ops import CosineState, cosine_attention, cosine_attention_step
@@ -176,6 +177,7 @@ class CosineAttention(_ProjectedAttention):
         rotary: RotaryTable | None = None,
         initial_state: CosineState | None = None,
         output_final_state: bool = False,
+        maps: list[Tensor] | None = None,
     ) -> tuple[Float[Tensor, "B T D"], CosineState | None]:
         """Attend.
 
@@ -188,6 +190,7 @@ class CosineAttention(_ProjectedAttention):
             rotary: the finished table instead of position_ids, when several layers share it.
             initial_state: what came before (causal only).
             output_final_state: whether to return the state after the last token.
+            maps: a list that takes up the attention map `[B, H, T, S]`; costs T x S memory.
 
         Returns:
             The output, and the state when asked for, else None.
@@ -200,6 +203,16 @@ class CosineAttention(_ProjectedAttention):
             seen = None if initial_state is None else initial_state.seen
             rotary = self._rotary_table(hidden_states, position_ids, attention_mask, cu_seqlens, seen)
         q, k, v = self.project(hidden_states, key_value_states, rotary)
+        if maps is not None:
+            if initial_state is not None:
+                raise ValueError("maps need every key, of which a state of cosine attention keeps none; got both")
+            _check_maps(cu_seqlens)
+            of_itself = key_value_states is None
+            maps.append(
+                cosine_map(
+                    q, k, self.norm_const, causal=self.causal, attention_mask=attention_mask, masks_queries=of_itself
+                )
+            )
         if self._is_one_step(q, initial_state, cu_seqlens):
             o, state = cosine_attention_step(q, k, v, self.norm_const, initial_state, attention_mask=attention_mask)
             return self.merge(o), state if output_final_state else None
@@ -270,6 +283,7 @@ class SoftmaxAttention(_ProjectedAttention):
         rotary: RotaryTable | None = None,
         initial_state: KeyValueState | None = None,
         output_final_state: bool = False,
+        maps: list[Tensor] | None = None,
     ) -> tuple[Float[Tensor, "B T D"], KeyValueState | None]:
         """Attend; the arguments are those of `CosineAttention.forward`, the state holds every key and value.
 
@@ -290,7 +304,7 @@ class SoftmaxAttention(_ProjectedAttention):
         if wants_state:
             state = _extended(initial_state, k, v, attention_mask)
             k, v, attention_mask = state
-        o = self.attend(q, k, v, attention_mask=attention_mask, cu_seqlens=cu_seqlens)
+        o = self.attend(q, k, v, attention_mask=attention_mask, cu_seqlens=cu_seqlens, maps=maps)
         return self.merge(o), state if output_final_state else None
 
     def attend(
@@ -301,8 +315,14 @@ class SoftmaxAttention(_ProjectedAttention):
         *,
         attention_mask: Tensor | None = None,
         cu_seqlens: Tensor | None = None,
+        maps: list[Tensor] | None = None,
     ) -> Tensor:
         """Attention between projected tokens `[B, T or S, H, K]`; S may exceed T, when keys come from a cache."""
+        if maps is not None:
+            _check_maps(cu_seqlens)
+            weights = softmax_map(q, k, causal=self.causal, attention_mask=attention_mask)
+            maps.append(dropout(weights, self.dropout, self.training))  # what is dropped is missing from the map too
+            return torch.einsum("bhts,bshv->bthv", maps[-1], v)
         return softmax_attention(
             q,
             k,
@@ -312,6 +332,11 @@ class SoftmaxAttention(_ProjectedAttention):
             cu_seqlens=cu_seqlens,
             dropout_p=self.dropout if self.training else 0.0,
         )
+
+
+def _check_maps(cu_seqlens: Tensor | None) -> None:
+    if cu_seqlens is not None:
+        raise ValueError("maps and cu_seqlens exclude each other: a map across packed texts is empty; got both")
 
 
 def _extended(state: KeyValueState | None, k: Tensor, v: Tensor, attention_mask: Tensor | None) -> KeyValueState:

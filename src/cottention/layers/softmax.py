@@ -64,13 +64,13 @@ def _attend(q: Tensor, k: Tensor, v: Tensor, causal: bool, attention_mask: Tenso
     T, S = q.shape[1], k.shape[1]
     needs_triangle = causal and T > 1
     is_causal = needs_triangle and T == S and attention_mask is None
-    mask = None if is_causal else _visible(T, S, attention_mask, needs_triangle, q.device)
+    mask = None if is_causal else visible_keys(T, S, attention_mask, needs_triangle, q.device)
     heads_first = (x.transpose(1, 2) for x in (q, k, v))
     o = scaled_dot_product_attention(*heads_first, attn_mask=mask, dropout_p=dropout_p, is_causal=is_causal)
     return o.transpose(1, 2)  # [B, T, H, V]
 
 
-def _visible(
+def visible_keys(
     T: int, S: int, attention_mask: Tensor | None, needs_triangle: bool, device: torch.device
 ) -> Tensor | None:
     """Which keys each query sees, broadcastable to `[B, H, T, S]`; None for all of them."""

@@ -40,7 +40,13 @@ class CottentionConfig(PreTrainedConfig):
             projections, BERT's q, k and v. For comparison with its curves.
     """
 
-    keys_to_ignore_at_inference: ClassVar[list[str]] = ["past_key_values", "hidden_states", "mlm_loss", "nsp_loss"]
+    keys_to_ignore_at_inference: ClassVar[list[str]] = [
+        "past_key_values",
+        "hidden_states",
+        "attentions",
+        "mlm_loss",
+        "nsp_loss",
+    ]
 
     attention_type: str = "cosine"
     norm_const_init: float = 0.5

@@ -107,14 +107,19 @@ def activation(name: str) -> nn.Module:
     return nn.GELU(approximate="tanh") if name == "gelu_new" else ACT2FN[name]
 
 
-def refuse_attentions(output_attentions: bool | None) -> None:
-    """Refuse to return attention weights.
+def attention_maps(
+    config: PreTrainedConfig, output_attentions: bool | None, cu_seqlens: Tensor | None
+) -> list[Tensor] | None:
+    """An empty list for the layers' maps when they are asked for, by argument or config; else None.
 
     Raises:
-        ValueError: they were asked for.
+        ValueError: the texts are packed.
     """
-    if output_attentions:
-        raise ValueError("output_attentions must be left out: no attention type here builds a T x T matrix; got True")
+    if not (config.output_attentions if output_attentions is None else output_attentions):
+        return None
+    if cu_seqlens is not None:
+        raise ValueError("output_attentions and cu_seqlens exclude each other: give texts as padded rows; got both")
+    return []
 
 
 def check_inputs(

@@ -14,6 +14,8 @@ from importlib import import_module
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
+    from cottention.training.finetune_settings import FinetuneSettings
+    from cottention.training.finetuning import FinetuneResult, finetune
     from cottention.training.pretraining import PretrainResult, pretrain
     from cottention.training.quickstart import run_quickstart
     from cottention.training.recipe import BertRecipe, GPTRecipe
@@ -22,7 +24,10 @@ if TYPE_CHECKING:
 _HOMES = {
     "BertRecipe": "cottention.training.recipe",
     "GPTRecipe": "cottention.training.recipe",
+    "FinetuneResult": "cottention.training.finetuning",
+    "FinetuneSettings": "cottention.training.finetune_settings",
     "PretrainResult": "cottention.training.pretraining",
+    "finetune": "cottention.training.finetuning",
     "load_recipe": "cottention.training.recipe_files",
     "packaged_recipes": "cottention.training.recipe_files",
     "pretrain": "cottention.training.pretraining",
@@ -31,8 +36,11 @@ _HOMES = {
 
 __all__ = [
     "BertRecipe",
+    "FinetuneResult",
+    "FinetuneSettings",
     "GPTRecipe",
     "PretrainResult",
+    "finetune",
     "load_recipe",
     "packaged_recipes",
     "pretrain",

@@ -11,7 +11,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 
-from cottention.layers import softmax_attention
+from cottention.layers import cosine_map, softmax_attention, softmax_map
 from cottention.models.bert.configuration_bert import CottentionBertConfig
 from cottention.models.pretrained import activation
 from cottention.ops import cosine_attention
@@ -72,13 +72,17 @@ class CottentionBertSelfAttention(nn.Module):
         x: Float[Tensor, "B T D"],
         attention_mask: Int[Tensor, "B T"] | None,
         cu_seqlens: Int[Tensor, " N_plus_1"] | None,
+        maps: list[Tensor] | None,
     ) -> Float[Tensor, "B T D"]:
-        """Every token asks all real tokens of its text."""
+        """Every token asks all real tokens of its text; `maps` takes up who looked at whom."""
         q, k, v = (
             projection(x).unflatten(-1, (self.num_attention_heads, -1))
             for projection in (self.query, self.key, self.value)
         )
+        dropout_p = self.dropout if self.training else 0.0
         if self.is_cosine:
+            if maps is not None:
+                maps.append(cosine_map(q, k, self.norm_const, causal=False, attention_mask=attention_mask))
             o, _ = cosine_attention(
                 q,
                 k,
@@ -89,8 +93,11 @@ class CottentionBertSelfAttention(nn.Module):
                 cu_seqlens=cu_seqlens,
                 implementation=self.implementation,
             )
+        elif maps is not None:
+            weights = softmax_map(q, k, causal=False, attention_mask=attention_mask)
+            maps.append(nn.functional.dropout(weights, dropout_p))  # what is dropped is missing from the map too
+            o = torch.einsum("bhts,bshv->bthv", maps[-1], v)
         else:
-            dropout_p = self.dropout if self.training else 0.0
             o = softmax_attention(
                 q, k, v, causal=False, attention_mask=attention_mask, cu_seqlens=cu_seqlens, dropout_p=dropout_p
             )
@@ -119,9 +126,11 @@ class CottentionBertAttention(nn.Module):
         self.self = CottentionBertSelfAttention(config)
         self.output = CottentionBertResidual(config, config.hidden_size)
 
-    def forward(self, x: Tensor, attention_mask: Tensor | None, cu_seqlens: Tensor | None) -> Tensor:
+    def forward(
+        self, x: Tensor, attention_mask: Tensor | None, cu_seqlens: Tensor | None, maps: list[Tensor] | None
+    ) -> Tensor:
         """Attend and add."""
-        return self.output(self.self(x, attention_mask, cu_seqlens), x)
+        return self.output(self.self(x, attention_mask, cu_seqlens, maps), x)
 
 
 class CottentionBertIntermediate(nn.Module):
@@ -146,9 +155,15 @@ class CottentionBertLayer(nn.Module):
         self.intermediate = CottentionBertIntermediate(config)
         self.output = CottentionBertResidual(config, config.intermediate_size)
 
-    def forward(self, x: Tensor, attention_mask: Tensor | None, cu_seqlens: Tensor | None) -> Tensor:
-        """One layer."""
-        x = self.attention(x, attention_mask, cu_seqlens)
+    def forward(
+        self,
+        x: Tensor,
+        attention_mask: Tensor | None,
+        cu_seqlens: Tensor | None,
+        maps: list[Tensor] | None = None,
+    ) -> Tensor:
+        """One layer; `maps` takes up its attention map."""
+        x = self.attention(x, attention_mask, cu_seqlens, maps)
         return self.output(self.intermediate(x), x)
 
 

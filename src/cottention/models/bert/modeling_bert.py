@@ -28,11 +28,11 @@ from cottention.models.bert.layers_bert import (
 from cottention.models.losses import IGNORE_INDEX, cross_entropy, loss_settings
 from cottention.models.pretrained import (
     CottentionPreTrainedModel,
+    attention_maps,
     check_inputs,
     check_length,
     default_positions,
     longest_text,
-    refuse_attentions,
     wants_dict,
 )
 
@@ -103,20 +103,21 @@ class CottentionBertModel(CottentionBertPreTrainedModel):
             token_type_ids: 1 after the first [SEP]; None: all 0.
             position_ids: None: 0 .. T-1 with padding counted, restarting per packed text.
             inputs_embeds: word embeddings.
-            output_attentions: not available.
+            output_attentions: whether to return every layer's map `[B, H, T, T]`, by which map @ v is its context; the
+                config's when None. Quadratic in T; not with cu_seqlens.
             output_hidden_states: whether to return the normalised embedding and every layer's output.
             return_dict: whether to return an object rather than a tuple.
             cu_seqlens: boundaries of packed texts; needs B == 1.
 
         Returns:
-            last_hidden_state, pooler_output (one row per text), hidden_states.
+            last_hidden_state, pooler_output (one row per text), hidden_states, attentions.
 
         Raises:
             ValueError: arguments contradict each other.
             CottentionError: the text is longer than the learned positions.
         """
-        refuse_attentions(output_attentions)
         check_inputs(input_ids, inputs_embeds, attention_mask, cu_seqlens)
+        maps = attention_maps(self.config, output_attentions, cu_seqlens)
         words = self.embeddings.word_embeddings(input_ids) if inputs_embeds is None else inputs_embeds
         T = words.shape[1]
         limit = self.config.max_position_embeddings
@@ -128,15 +129,16 @@ class CottentionBertModel(CottentionBertPreTrainedModel):
         hidden_states = (x,)
         for layer in self.encoder.layer:
             if self.gradient_checkpointing and self.training:
-                x = self._gradient_checkpointing_func(layer.__call__, x, attention_mask, cu_seqlens)
+                x = self._gradient_checkpointing_func(layer.__call__, x, attention_mask, cu_seqlens, maps)
             else:
-                x = layer(x, attention_mask, cu_seqlens)
+                x = layer(x, attention_mask, cu_seqlens, maps)
             if keep:
                 hidden_states += (x,)
         output = BaseModelOutputWithPooling(
             last_hidden_state=x,
             pooler_output=None if self.pooler is None else self.pooler(x, cu_seqlens),
             hidden_states=hidden_states if keep else None,
+            attentions=None if maps is None else tuple(maps),
         )
         return output if wants_dict(self.config, return_dict) else output.to_tuple()
 
@@ -150,6 +152,7 @@ class CottentionBertForPreTrainingOutput(ModelOutput):
         prediction_logits: `[B, T, vocab_size]`; `[targets, vocab_size]` with sparse prediction.
         seq_relationship_logits: `[B, 2]`; column 1: the second sentence is random.
         hidden_states: embedding and every layer's output, when asked for.
+        attentions: every layer's map `[B, H, T, T]`, when asked for.
         mlm_loss: masked-token loss.
         nsp_loss: next-sentence loss.
     """
@@ -158,6 +161,7 @@ class CottentionBertForPreTrainingOutput(ModelOutput):
     prediction_logits: Tensor | None = None
     seq_relationship_logits: Tensor | None = None
     hidden_states: tuple[Tensor, ...] | None = None
+    attentions: tuple[Tensor, ...] | None = None
     mlm_loss: Tensor | None = None
     nsp_loss: Tensor | None = None
 
@@ -232,7 +236,7 @@ class CottentionBertForPreTraining(_TiedHead):
             inputs_embeds: see there.
             labels: the original tokens at masked positions, -100 elsewhere.
             next_sentence_label: 0: the second sentence follows the first; 1: it is random.
-            output_attentions: not available.
+            output_attentions: see there.
             output_hidden_states: see there.
             return_dict: see there.
             cu_seqlens: see there.
@@ -242,7 +246,7 @@ class CottentionBertForPreTraining(_TiedHead):
                 `num_sequences_in_batch`, its texts.
 
         Returns:
-            loss, prediction_logits, seq_relationship_logits, hidden_states, mlm_loss, nsp_loss.
+            loss, prediction_logits, seq_relationship_logits, hidden_states, attentions, mlm_loss, nsp_loss.
 
         Raises:
             TypeError: an argument is not known.
@@ -273,6 +277,7 @@ class CottentionBertForPreTraining(_TiedHead):
             prediction_logits=prediction_logits,
             seq_relationship_logits=seq_relationship_logits,
             hidden_states=outputs.hidden_states,
+            attentions=outputs.attentions,
             mlm_loss=mlm_loss,
             nsp_loss=nsp_loss,
         )
@@ -334,7 +339,7 @@ class CottentionBertForMaskedLM(_TiedHead):
             position_ids: see there.
             inputs_embeds: see there.
             labels: the original tokens at masked positions, -100 elsewhere.
-            output_attentions: not available.
+            output_attentions: see there.
             output_hidden_states: see there.
             return_dict: see there.
             cu_seqlens: see there.
@@ -343,7 +348,7 @@ class CottentionBertForMaskedLM(_TiedHead):
             **loss_kwargs: `num_items_in_batch`, masked tokens of the whole optimiser step.
 
         Returns:
-            loss, logits, hidden_states.
+            loss, logits, hidden_states, attentions.
 
         Raises:
             TypeError: an argument is not known.
@@ -362,5 +367,7 @@ class CottentionBertForMaskedLM(_TiedHead):
         )
         logits, labels = self._predictions(outputs.last_hidden_state, labels, sparse_prediction)
         loss = None if labels is None else cross_entropy(logits, labels, **settings)
-        output = MaskedLMOutput(loss=loss, logits=logits, hidden_states=outputs.hidden_states)
+        output = MaskedLMOutput(
+            loss=loss, logits=logits, hidden_states=outputs.hidden_states, attentions=outputs.attentions
+        )
         return output if wants_dict(self.config, return_dict) else output.to_tuple()

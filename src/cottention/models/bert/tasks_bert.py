@@ -66,14 +66,14 @@ class CottentionBertForSequenceClassification(CottentionBertPreTrainedModel):
             position_ids: see there.
             inputs_embeds: see there.
             labels: see `classification_loss`.
-            output_attentions: not available.
+            output_attentions: see there.
             output_hidden_states: see there.
             return_dict: see there.
             cu_seqlens: see there.
             **loss_kwargs: `num_items_in_batch`, texts of the whole optimiser step.
 
         Returns:
-            loss, logits, hidden_states.
+            loss, logits, hidden_states, attentions.
 
         Raises:
             TypeError: an argument is not known.
@@ -94,7 +94,9 @@ class CottentionBertForSequenceClassification(CottentionBertPreTrainedModel):
         loss = None
         if labels is not None:
             loss = classification_loss(logits, labels, self.config.problem_type, **settings)
-        output = SequenceClassifierOutput(loss=loss, logits=logits, hidden_states=outputs.hidden_states)
+        output = SequenceClassifierOutput(
+            loss=loss, logits=logits, hidden_states=outputs.hidden_states, attentions=outputs.attentions
+        )
         return output if wants_dict(self.config, return_dict) else output.to_tuple()
 
 
@@ -138,14 +140,14 @@ class CottentionBertForTokenClassification(CottentionBertPreTrainedModel):
             position_ids: see there.
             inputs_embeds: see there.
             labels: a class per token, -100 where there is none.
-            output_attentions: not available.
+            output_attentions: see there.
             output_hidden_states: see there.
             return_dict: see there.
             cu_seqlens: see there.
             **loss_kwargs: `num_items_in_batch`, labelled tokens of the whole optimiser step.
 
         Returns:
-            loss, logits, hidden_states.
+            loss, logits, hidden_states, attentions.
 
         Raises:
             TypeError: an argument is not known.
@@ -164,7 +166,9 @@ class CottentionBertForTokenClassification(CottentionBertPreTrainedModel):
         )
         logits = self.classifier(self.dropout(outputs.last_hidden_state))
         loss = None if labels is None else cross_entropy(logits, labels, **settings)
-        output = TokenClassifierOutput(loss=loss, logits=logits, hidden_states=outputs.hidden_states)
+        output = TokenClassifierOutput(
+            loss=loss, logits=logits, hidden_states=outputs.hidden_states, attentions=outputs.attentions
+        )
         return output if wants_dict(self.config, return_dict) else output.to_tuple()
 
 
@@ -204,12 +208,12 @@ class CottentionBertForQuestionAnswering(CottentionBertPreTrainedModel):
             inputs_embeds: see there.
             start_positions: column of each answer's first token; one outside the text is ignored.
             end_positions: column of its last token.
-            output_attentions: not available.
+            output_attentions: see there.
             output_hidden_states: see there.
             return_dict: see there.
 
         Returns:
-            loss (mean of both ends'), start_logits, end_logits, hidden_states.
+            loss (mean of both ends'), start_logits, end_logits, hidden_states, attentions.
         """
         outputs = self.bert(
             input_ids,
@@ -231,6 +235,7 @@ class CottentionBertForQuestionAnswering(CottentionBertPreTrainedModel):
             start_logits=start_logits,
             end_logits=end_logits,
             hidden_states=outputs.hidden_states,
+            attentions=outputs.attentions,
         )
         return output if wants_dict(self.config, return_dict) else output.to_tuple()
 

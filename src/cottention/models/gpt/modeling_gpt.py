@@ -26,11 +26,11 @@ from cottention.models.losses import causal_lm_loss, loss_settings, next_tokens
 from cottention.models.pretrained import (
     CottentionPreTrainedModel,
     activation,
+    attention_maps,
     check_inputs,
     check_length,
     default_positions,
     longest_text,
-    refuse_attentions,
     wants_dict,
 )
 
@@ -69,10 +69,11 @@ class CottentionGPTBlock(nn.Module):
         cu_seqlens: Int[Tensor, " N_plus_1"] | None,
         rotary: RotaryTable,
         cache: Cache | None,
+        maps: list[Tensor] | None = None,
     ) -> Float[Tensor, "B T D"]:
-        """The block's tokens; `cache` takes up what later tokens need."""
+        """The block's tokens; `cache` takes up what later tokens need, `maps` the attention map."""
         normed = self.ln_1(x)
-        attended = self._attend(normed, attention_mask, cu_seqlens, rotary, cache)
+        attended = self._attend(normed, attention_mask, cu_seqlens, rotary, cache, maps)
         return self.dropout(attended) + self.mlp(normed) + x
 
     def _attend(
@@ -82,10 +83,11 @@ class CottentionGPTBlock(nn.Module):
         cu_seqlens: Tensor | None,
         rotary: RotaryTable,
         cache: Cache | None,
+        maps: list[Tensor] | None,
     ) -> Tensor:
         attn = self.attn
         if cache is None:
-            return attn(x, attention_mask=attention_mask, cu_seqlens=cu_seqlens, rotary=rotary)[0]
+            return attn(x, attention_mask=attention_mask, cu_seqlens=cu_seqlens, rotary=rotary, maps=maps)[0]
         if isinstance(attn, CosineAttention):
             assert isinstance(cache, CosineCache)
             layer = cache.layers[self.layer_idx]
@@ -96,12 +98,15 @@ class CottentionGPTBlock(nn.Module):
                 rotary=rotary,
                 initial_state=layer.state,
                 output_final_state=True,
+                maps=maps,
             )
             layer.advance(state, x.shape[1])
             return o
         q, k, v = attn.project(x, rotary=rotary)
         k, v = cache.update(k.transpose(1, 2), v.transpose(1, 2), self.layer_idx)  # [B, H, S, K]
-        return attn.merge(attn.attend(q, k.transpose(1, 2), v.transpose(1, 2), attention_mask=attention_mask))
+        return attn.merge(
+            attn.attend(q, k.transpose(1, 2), v.transpose(1, 2), attention_mask=attention_mask, maps=maps)
+        )
 
 
 def _attention(config: CottentionGPTConfig) -> CosineAttention | SoftmaxAttention:
@@ -185,24 +190,27 @@ class CottentionGPTModel(CottentionGPTPreTrainedModel):
                 `CosineCache` with a row for each packed text.
             inputs_embeds: embedded tokens.
             use_cache: whether to return a cache; None: the config's, but not in training or for packed texts.
-            output_attentions: not available.
+            output_attentions: whether to return every block's map `[B, H, T, S]`, by which map @ v is its context; the
+                config's when None. Quadratic; not with cu_seqlens, nor with a filled CosineCache.
             output_hidden_states: whether to return the embedding, every block's output but the last's, and the
                 final LayerNorm's output.
             return_dict: whether to return an object rather than a tuple.
             cu_seqlens: boundaries of packed texts; needs B == 1.
 
         Returns:
-            last_hidden_state, past_key_values, hidden_states.
+            last_hidden_state, past_key_values, hidden_states, attentions.
 
         Raises:
             ValueError: arguments contradict each other.
             CottentionError: the text is too long for a softmax model.
         """
-        refuse_attentions(output_attentions)
         self._check_cache(past_key_values)
         past_length = 0 if past_key_values is None else past_key_values.get_seq_length()
         is_cosine = self.config.attention_type == "cosine"
         check_inputs(input_ids, inputs_embeds, attention_mask, cu_seqlens, past_length, packs_past=is_cosine)
+        maps = attention_maps(self.config, output_attentions, cu_seqlens)
+        if maps is not None and is_cosine and past_length:
+            raise ValueError("output_attentions needs every key, of which a CosineCache keeps none; got a filled one")
         x = self.wte(input_ids) if inputs_embeds is None else inputs_embeds
         T = x.shape[1]
         if not is_cosine:
@@ -219,9 +227,9 @@ class CottentionGPTModel(CottentionGPTPreTrainedModel):
             if keep:
                 hidden_states += (x,)
             if self.gradient_checkpointing and self.training:
-                x = self._gradient_checkpointing_func(block.__call__, x, attention_mask, cu_seqlens, rotary, None)
+                x = self._gradient_checkpointing_func(block.__call__, x, attention_mask, cu_seqlens, rotary, None, maps)
             else:
-                x = block(x, attention_mask, cu_seqlens, rotary, cache)
+                x = block(x, attention_mask, cu_seqlens, rotary, cache, maps)
         x = self.ln_f(x)
         if isinstance(cache, CosineCache):
             if cu_seqlens is None:
@@ -232,6 +240,7 @@ class CottentionGPTModel(CottentionGPTPreTrainedModel):
             last_hidden_state=x,
             past_key_values=cache,
             hidden_states=(*hidden_states, x) if keep else None,
+            attentions=None if maps is None else tuple(maps),
         )
         return output if wants_dict(self.config, return_dict) else output.to_tuple()
 
@@ -356,7 +365,7 @@ class CottentionGPTForCausalLM(CottentionGPTPreTrainedModel, GenerationMixin):
             inputs_embeds: see there.
             labels: the tokens themselves, -100 where there is no target; shifted here.
             use_cache: see there; without a cache when there are labels, unless asked for.
-            output_attentions: not available.
+            output_attentions: see there.
             output_hidden_states: see there.
             return_dict: see there.
             cu_seqlens: see there.
@@ -365,7 +374,7 @@ class CottentionGPTForCausalLM(CottentionGPTPreTrainedModel, GenerationMixin):
                 shifted, instead of labels.
 
         Returns:
-            loss, logits (None with a loss under `fused_loss`), past_key_values, hidden_states.
+            loss, logits (None with a loss under `fused_loss`), past_key_values, hidden_states, attentions.
 
         Raises:
             TypeError: an argument is not known.
@@ -402,6 +411,7 @@ class CottentionGPTForCausalLM(CottentionGPTPreTrainedModel, GenerationMixin):
             logits=logits,
             past_key_values=outputs.past_key_values,
             hidden_states=outputs.hidden_states,
+            attentions=outputs.attentions,
         )
         return output if wants_dict(self.config, return_dict) else output.to_tuple()
 

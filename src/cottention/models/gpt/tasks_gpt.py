@@ -55,14 +55,14 @@ class CottentionGPTForSequenceClassification(CottentionGPTPreTrainedModel):
             position_ids: see there.
             inputs_embeds: see there.
             labels: see `classification_loss`.
-            output_attentions: not available.
+            output_attentions: see there.
             output_hidden_states: see there.
             return_dict: see there.
             cu_seqlens: see there.
             **loss_kwargs: `num_items_in_batch`, texts of the whole optimiser step.
 
         Returns:
-            loss, logits, hidden_states.
+            loss, logits, hidden_states, attentions.
 
         Raises:
             TypeError: an argument is not known.
@@ -84,7 +84,9 @@ class CottentionGPTForSequenceClassification(CottentionGPTPreTrainedModel):
         loss = None
         if labels is not None:
             loss = classification_loss(logits, labels, self.config.problem_type, **settings)
-        output = SequenceClassifierOutputWithPast(loss=loss, logits=logits, hidden_states=outputs.hidden_states)
+        output = SequenceClassifierOutputWithPast(
+            loss=loss, logits=logits, hidden_states=outputs.hidden_states, attentions=outputs.attentions
+        )
         return output if wants_dict(self.config, return_dict) else output.to_tuple()
 
     def _last_tokens(

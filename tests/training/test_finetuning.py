@@ -21,9 +21,9 @@ from cottention.errors import CheckpointError, CottentionError, DataError, Setti
 from cottention.evaluation.glue import glue_logits, glue_scores, predictions_of
 from cottention.generation import load_model_and_tokenizer
 from cottention.models import CottentionBertForPreTraining
-from cottention.training.finetune import FinetuneResult, build_classifier, finetune
 from cottention.training.finetune_settings import FinetuneSettings
 from cottention.training.finetune_trainer import FinetuneTrainer
+from cottention.training.finetuning import FinetuneResult, build_classifier, finetune
 from cottention.training.trainer import NonFiniteLossError
 from tests import tiny
 from tests.glue_files import FOLDERS, write_glue, write_split

@@ -87,7 +87,7 @@ def finetune(
 
     Args:
         model: a directory with a pretrained BERT of ours, or its name on the Hub.
-        task: a name in `cottention.data.GLUE_TASKS`.
+        task: one of GLUE's, e.g. "cola".
         data: GLUE's folder, the task's own, or "hub".
         output_dir: the run goes to output_dir/task.
         settings: None: the published ones.

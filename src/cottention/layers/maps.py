@@ -1,0 +1,83 @@
+"""Attention maps of both kinds, [B, H, T, S], for looking at: `map @ v` is the attention's output.
+
+The fast forms never build them. A cosine map is no distribution: its entries are from -1 to 1, divided by the length.
+
+    weights = cosine_map(q, k, norm_const, causal=True)
+"""
+
+from __future__ import annotations
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor
+
+from cottention.layers.softmax import visible_keys
+from cottention.ops.autocast import without_autocast
+from cottention.ops.state import MIN_NORM, accumulation_dtype
+
+
+@without_autocast
+def cosine_map(
+    q: Float[Tensor, "B T H K"],
+    k: Float[Tensor, "B S H K"],
+    norm_const: Tensor | None,
+    *,
+    causal: bool,
+    attention_mask: Int[Tensor, "B S"] | None = None,
+    masks_queries: bool = True,
+) -> Float[Tensor, "B H T S"]:
+    """q_hat_t . k_hat_j / max(c_j ** sigmoid(m), 1), 0 where t does not see j. Quadratic.
+
+    Args:
+        q: queries.
+        k: keys; with causal=True as many as queries.
+        norm_const: as in `cosine_attention`.
+        causal: divides by the real tokens up to each key, rather than by all of them.
+        attention_mask: 1 = real.
+        masks_queries: whether the mask speaks of the queries too, which it does not in cross-attention.
+
+    Returns:
+        The map in q's dtype.
+    """
+    dtype = accumulation_dtype(q.dtype)
+    B, S = k.shape[:2]
+    real = torch.ones(B, S, dtype=torch.bool, device=k.device) if attention_mask is None else attention_mask.bool()
+    q_hat, k_hat = (
+        x / torch.linalg.vector_norm(x, dim=-1, keepdim=True).clamp(min=MIN_NORM) for x in (q.to(dtype), k.to(dtype))
+    )
+    k_hat = k_hat * real[..., None, None]
+    if masks_queries:
+        q_hat = q_hat * real[..., None, None]
+    weights = torch.einsum("bthk,bshk->bhts", q_hat, k_hat)
+    if norm_const is not None:
+        count = real.cumsum(-1) if causal else real.sum(-1, keepdim=True).expand(B, S)  # [B, S]
+        p = torch.sigmoid(norm_const.to(dtype)).reshape(1, -1, 1, 1)
+        weights = weights / count.clamp(min=1).to(dtype)[:, None, None, :] ** p  # [B, H, 1, S]
+    return (weights.tril() if causal else weights).to(q.dtype)
+
+
+@without_autocast
+def softmax_map(
+    q: Float[Tensor, "B T H K"],
+    k: Float[Tensor, "B S H K"],
+    *,
+    causal: bool,
+    attention_mask: Int[Tensor, "B S"] | None = None,
+) -> Float[Tensor, "B H T S"]:
+    """softmax(q k^T / sqrt(K)) over the keys that each query sees.
+
+    Args:
+        q: queries; with causal=True they are the last T of the S positions.
+        k: keys.
+        causal: whether a query sees only keys at or before its own position.
+        attention_mask: 1 = real key.
+
+    Returns:
+        The map in q's dtype.
+    """
+    T, S, dtype = q.shape[1], k.shape[1], accumulation_dtype(q.dtype)
+    scores = torch.einsum("bthk,bshk->bhts", q.to(dtype), k.to(dtype)) / q.shape[-1] ** 0.5
+    visible = visible_keys(T, S, attention_mask, causal and T > 1, q.device)
+    if visible is not None:
+        scores = scores.masked_fill(~visible, float("-inf"))
+    return scores.softmax(-1).to(q.dtype)
