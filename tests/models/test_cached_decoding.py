@@ -1,4 +1,4 @@
-"""Cached decoding equals the full forward at every position: padding, chunks of any size, reordering, saving, in float32."""
+"""Cached decoding equals the full forward at every position: padding, any chunks, reordering, saving, in float32."""
 
 from __future__ import annotations
 
