@@ -122,6 +122,16 @@ def test_documents_with_recomputed_activations_give_the_same_run(corpus: Path, t
     assert_same_gradients(gradients_of(short("gpt", corpus, **changes), tmp_path / "again"), plain, rtol=1e-6)
 
 
+@pytest.mark.slow
+@pytest.mark.filterwarnings("ignore:.*torch.jit:DeprecationWarning")  # torch's compiler uses it itself
+@pytest.mark.filterwarnings("ignore:.*should not be instantiated:DeprecationWarning")  # likewise
+def test_a_compiled_model_trains_the_same_on_documents(corpus: Path, tmp_path: Path) -> None:
+    plain = gradients_of(short("gpt", corpus, data__mode="document"), tmp_path / "plain")
+    compiled = gradients_of(short("gpt", corpus, data__mode="document", training__compile=True), tmp_path / "compiled")
+    assert_same_gradients(compiled, plain, rtol=1e-5)
+    assert losses_of(tmp_path / "compiled") == pytest.approx(losses_of(tmp_path / "plain"), rel=1e-6)
+
+
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
@@ -137,6 +147,10 @@ def test_documents_with_recomputed_activations_give_the_same_run(corpus: Path, t
         (
             {"data__carry_state": True, "training__gradient_checkpointing": True},
             "data.carry_state excludes training.gradient_checkpointing; got both",
+        ),
+        (
+            {"data__carry_state": True, "training__compile": True},
+            "data.carry_state excludes training.compile; got both",
         ),
     ],
 )

@@ -313,8 +313,11 @@ class GPTRecipe:
                 "data.carry_state needs model.attention_type: cosine, whose state has a constant size; "
                 f"got {self.model.attention_type}"
             )
-        if self.training.gradient_checkpointing:
-            raise SettingsError("data.carry_state excludes training.gradient_checkpointing; got both")
+        # A block that is computed twice would start the second time from the state that it ended with, and a graph of
+        # fixed shapes would be compiled anew for each number of documents in a step.
+        for name in ("gradient_checkpointing", "compile"):
+            if getattr(self.training, name):
+                raise SettingsError(f"data.carry_state excludes training.{name}; got both")
 
     @property
     def num_warmup_steps(self) -> int:
