@@ -45,6 +45,8 @@ def losses_of(run_dir: Path) -> list[float]:
     ("arch", "changes"),
     [
         ("gpt", {"data__reset_at_documents": True}),
+        ("gpt", {"data__carry_state": True}),
+        ("gpt", {"data__mode": "document"}),
         ("bert", {"model__next_sentence_head": True, "training__gradient_checkpointing": True}),
     ],
 )
@@ -55,7 +57,7 @@ def test_two_processes_give_the_losses_of_one(arch: str, changes: dict[str, Any]
     assert ran.returncode == 0, ran.stderr
     result = json.loads(ran.stdout)  # one process prints
     assert result["step"] == 12
-    assert ran.stderr.count("windows of 32 tokens to train on") == 1
+    assert ran.stderr.count("32 tokens to train on") == 1
     one, two = metrics_of(tmp_path / "one"), metrics_of(tmp_path / "two")
     assert [(line["step"], line["tokens"]) for line in two] == [(line["step"], line["tokens"]) for line in one]
     assert losses_of(tmp_path / "two") == pytest.approx(losses_of(tmp_path / "one"), rel=1e-6)
@@ -66,8 +68,10 @@ def test_two_processes_give_the_losses_of_one(arch: str, changes: dict[str, Any]
 
 
 def test_a_signal_stops_all_processes_after_one_step_and_they_go_on_exactly(corpus: Path, tmp_path: Path) -> None:
-    # A step of the log between checkpoints: each process has its share of the loss since the last line to restore.
-    recipe = tiny_recipe("gpt", corpus, training__max_steps=120, training__save_every=7, training__log_every=10)
+    # A step of the log between checkpoints: each process has its share of the loss since the last line to restore, and
+    # the states of its own lanes.
+    settings = {"training__max_steps": 120, "training__save_every": 7, "training__log_every": 10}
+    recipe = tiny_recipe("gpt", corpus, data__carry_state=True, **settings)
     subprocess.run(torchrun(recipe, tmp_path / "whole"), capture_output=True, check=True, timeout=300)
     words = torchrun(recipe, tmp_path / "stopped")
     with subprocess.Popen(words, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as process:

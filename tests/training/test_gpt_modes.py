@@ -104,6 +104,19 @@ def test_a_document_run_goes_on_exactly(corpus: Path, tmp_path: Path) -> None:
     assert_same_run(tmp_path / "run", tmp_path / "whole")
 
 
+def test_the_finished_model_has_a_card_with_the_runs_figures(books: Path, tmp_path: Path) -> None:
+    recipe = tiny_recipe("gpt", books, **CARRIED, training__max_steps=4)
+    pretrain(recipe, output_dir=tmp_path / "my-run")
+    card = (tmp_path / "my-run" / "model" / "README.md").read_text(encoding="utf-8")
+    lines = metrics_of(tmp_path / "my-run")
+    figures = {**next(line for line in reversed(lines) if "loss" in line), **lines[-1]}
+    for name in ("loss", "val_loss", "val_reset_loss", "val_ppl"):
+        assert f"| {name} | {figures[name]:.6g} |" in card
+    assert card.count("# my-run") == 1
+    assert f"Measured on {books.name}, 0.1 of the documents." in card
+    assert "carry_state: true" in card
+
+
 @pytest.mark.parametrize("mode", ["carried", "document"])
 def test_bf16_stays_near_fp32(mode: str, corpus: Path, books: Path, tmp_path: Path) -> None:
     source = source_of(mode, corpus, books)

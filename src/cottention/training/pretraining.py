@@ -9,6 +9,7 @@ model/, which every other command opens. The same call on the same directory res
 
 from __future__ import annotations
 
+import dataclasses
 import os
 import shutil
 import signal
@@ -18,6 +19,7 @@ from typing import Any
 
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, set_seed
 
+from cottention.data.corpus import DEFAULT_CORPUS
 from cottention.errors import SettingsError
 from cottention.logging import get_logger
 from cottention.models import (
@@ -27,6 +29,7 @@ from cottention.models import (
     CottentionGPTConfig,
     CottentionGPTForCausalLM,
 )
+from cottention.models.model_card import write_model_card
 from cottention.training.arguments import training_arguments
 from cottention.training.checkpoints import (
     atomic_directory,
@@ -35,10 +38,11 @@ from cottention.training.checkpoints import (
     write_atomically,
     writing_to,
 )
+from cottention.training.corpora import TRAINED
 from cottention.training.metrics import draw_loss_curve, read_metrics
 from cottention.training.recipe import BertRecipe, GPTRecipe, Recipe
 from cottention.training.recipe_files import differing_setting, load_recipe, recipe_text
-from cottention.training.text import TRAINED, PreparedText, prepare_text
+from cottention.training.text import PreparedText, prepare_text
 from cottention.training.trainer import PretrainingTrainer, save_model
 
 _RECIPE = "recipe.yaml"
@@ -145,6 +149,13 @@ def pretrain(
             if stopped_by is None:  # last of all, for with a model the run counts as finished
                 with atomic_directory(model_dir, sealed=False) as staging:
                     save_model(model, text.tokenizer, staging)
+                    write_model_card(
+                        staging,
+                        recipe={"arch": recipe.arch, **dataclasses.asdict(recipe)},
+                        metrics=_last_figures(run_dir),
+                        name=run_dir.resolve().name,
+                        data=_held_out_name(recipe),
+                    )
     trainer.accelerator.wait_for_everyone()
     step = trainer.state.global_step
     if stopped_by is not None:
@@ -239,3 +250,22 @@ def build_model(recipe: Recipe, tokenizer: PreTrainedTokenizerBase | None = None
 def _last_held_out(run_dir: Path) -> dict[str, Any]:
     lines = [entry for entry in read_metrics(run_dir / "metrics.jsonl") if "val_loss" in entry]
     return lines[-1] if lines else {}
+
+
+def _last_figures(run_dir: Path) -> dict[str, Any]:
+    """The last line on training and the last on held-out text, in one."""
+    training = [entry for entry in read_metrics(run_dir / "metrics.jsonl") if "val_loss" not in entry]
+    return {**(training[-1] if training else {}), **_last_held_out(run_dir)}
+
+
+def _held_out_name(recipe: Recipe) -> str:
+    """The held-out text in a few words, without the folders that it lies in."""
+    data = recipe.data
+    if isinstance(data.validation, (int, float)):
+        own = data.source == DEFAULT_CORPUS
+        return f"{_names(data.source)}, {'its held-out years' if own else f'{data.validation:.3g} of the documents'}"
+    return _names(data.validation)
+
+
+def _names(source: str | list[str]) -> str:
+    return ", ".join(Path(name).name for name in ([source] if isinstance(source, str) else source))

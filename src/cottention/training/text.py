@@ -28,17 +28,15 @@ from cottention.data.pair_examples import PairExamples
 from cottention.data.sentences import sentence_documents, sentence_pairs
 from cottention.data.tokenization import tokenize_documents
 from cottention.data.tokenizer import load_tokenizer, train_tokenizer
-from cottention.errors import DataError, SettingsError
+from cottention.errors import SettingsError
 from cottention.logging import get_logger
+from cottention.training.corpora import TRAINED, corpus_tokens, hold_out, open_source, token_corpus
 from cottention.training.gpt_text import gpt_examples, gpt_stream, spread
 from cottention.training.held_out import HeldOut
 from cottention.training.held_out_carried import CarriedHeldOut
 from cottention.training.lanes import LaneStream
 from cottention.training.recipe import BertRecipe, DataSettings, GPTRecipe, Recipe
 from cottention.training.stream import ExampleStream, PassCollator, PhasedStream
-
-TRAINED = "train"
-"""`data.tokenizer` of a recipe that trains its own."""
 
 _IN_FINGERPRINT = 64
 
@@ -57,8 +55,6 @@ class PreparedText:
     """Those of the last part of the run, where they are longer."""
     collator: Any
     """Turns examples of the stream into a batch."""
-    validation_documents: Dataset
-    """The held-out text itself, column "text"."""
     held_out: HeldOut | CarriedHeldOut
     """Measures a model on the held-out text, data.eval_tokens at most."""
 
@@ -118,11 +114,15 @@ def prepare_text(recipe: Recipe, run_dir: Path | None) -> PreparedText:
         DataError: the text cannot be used, or is too short for its windows.
         SettingsError: the tokenizer does not fit the recipe.
     """
+    if isinstance(recipe, GPTRecipe) and (corpus := token_corpus(recipe.data.source)) is not None:
+        return _prepare_gpt(recipe, *corpus_tokens(corpus, recipe.data, seed=recipe.training.seed))
     least = 2 if isinstance(recipe, BertRecipe) and recipe.data.next_sentence else 1
     train, validation = open_documents(recipe.data, seed=recipe.training.seed, least=least)
     tokenizer = _tokenizer(recipe, train, run_dir)
     if isinstance(recipe, GPTRecipe):
-        return _prepare_gpt(recipe, train, validation, tokenizer)
+        return _prepare_gpt(
+            recipe, tokenize_documents(train, tokenizer), tokenize_documents(validation, tokenizer), tokenizer
+        )
     assert isinstance(recipe, BertRecipe)
     return _prepare_bert(recipe, train, validation, tokenizer)
 
@@ -130,8 +130,8 @@ def prepare_text(recipe: Recipe, run_dir: Path | None) -> PreparedText:
 def _prepare_gpt(
     recipe: GPTRecipe, train: Dataset, validation: Dataset, tokenizer: PreTrainedTokenizerBase
 ) -> PreparedText:
-    tokens, held_out_tokens = (tokenize_documents(documents, tokenizer) for documents in (train, validation))
-    examples = gpt_examples(recipe, tokens, held_out_tokens, tokenizer)
+    """From tokens on."""
+    examples = gpt_examples(recipe, train, validation, tokenizer)
     what = "documents, at most" if recipe.data.mode == "document" else "windows of"
     length = recipe.data.sequence_length
     logger.info("%d %s %d tokens to train on, %d held out", len(examples.train), what, length, examples.num_held_out)
@@ -140,7 +140,6 @@ def _prepare_gpt(
         train=examples.train,
         long=None,
         collator=examples.collator,
-        validation_documents=validation,
         held_out=examples.held_out,
     )
 
@@ -169,7 +168,6 @@ def _prepare_bert(
         train=examples,
         long=long,
         collator=_collator(recipe, tokenizer, seed=seed),
-        validation_documents=validation,
         held_out=HeldOut(
             spread(held_out, recipe.data.eval_tokens // length),
             collator=_collator(recipe, tokenizer, seed=seed + 1),
@@ -197,31 +195,8 @@ def open_documents(settings: DataSettings, *, seed: int, least: int = 1) -> tupl
         if settings.source == DEFAULT_CORPUS:
             train = load_corpus(f"{DEFAULT_CORPUS}:train", **limited)
             return train, load_corpus(f"{DEFAULT_CORPUS}:validation", **options)
-        return _hold_out(load_corpus(settings.source, **limited), settings.validation, seed, least)
-    return load_corpus(settings.source, **limited), load_corpus(settings.validation, **options)
-
-
-def _hold_out(documents: Dataset, fraction: float, seed: int, least: int) -> tuple[Dataset, Dataset]:
-    """Split at random by whole documents, so many at least on each side."""
-    numbers = _document_numbers(documents)
-    num_documents = int(numbers[-1]) + 1
-    if num_documents < 2 * least:
-        has, none = ("one document", "nothing") if num_documents == 1 else (f"{num_documents} documents", "no two")
-        raise DataError(
-            f"the corpus is {has}, of which {none} can be held out: set data.split_by to paragraph or line, "
-            "or name another text as data.validation"
-        )
-    num_held_out = min(max(least, round(fraction * num_documents)), num_documents - least)
-    is_held_out = np.zeros(num_documents, dtype=bool)
-    is_held_out[np.random.default_rng(seed).permutation(num_documents)[:num_held_out]] = True
-    rows = is_held_out[numbers]
-    return documents.select(np.flatnonzero(~rows)), documents.select(np.flatnonzero(rows))
-
-
-def _document_numbers(documents: Dataset) -> np.ndarray:
-    """To which document each row belongs; a long document has several rows."""
-    ends = np.asarray(documents.with_format("numpy")["ends_document"][:], dtype=bool)
-    return np.cumsum(ends) - ends
+        return hold_out(open_source(settings.source, **limited), settings.validation, seed, least)
+    return open_source(settings.source, **limited), open_source(settings.validation, **options)
 
 
 def _tokenizer(recipe: Recipe, train: Dataset, run_dir: Path | None) -> PreTrainedTokenizerBase:
