@@ -16,11 +16,12 @@ from cottention.errors import SettingsError
 from cottention.evaluation import evaluate_masked_lm, evaluate_perplexity
 from cottention.generation import fill_mask, generate_text, load_model_and_tokenizer
 from cottention.training import quickstart_scores, time_budget
+from cottention.training.documents import open_documents
 from cottention.training.pretraining import pretrain
 from cottention.training.quickstart import QuickstartReport, QuickstartSettings, run_quickstart
 from cottention.training.recipe import Recipe
 from cottention.training.recipe_files import load_recipe, replace_settings
-from cottention.training.text import open_documents, prepare_text
+from cottention.training.text import prepare_text
 from cottention.training.trainer import PretrainingTrainer
 from tests.training.helpers import assert_same_run, in_child, metrics_of, steps_of, tiny_recipe
 

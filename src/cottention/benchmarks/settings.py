@@ -177,6 +177,57 @@ class DecodeSettings:
         _check_limits(time_limit_s=self.time_limit_s)
 
 
+PAIR_LENGTHS = {
+    # Every 5 % of the lengths, [CLS] and [SEP] included, of next-sentence examples of at most 128 tokens from novels
+    # and Wikipedia (16 MB), in WordPieces of a vocabulary of 8192.
+    "sentences": (8, 24, 31, 35, 40, 44, 48, 51, 55, 58, 61, 65, 69, 73, 77, 83, 88, 95, 104, 121, 128),
+    "filled": (20, 59, 69, 76, 83, 88, 92, 97, 100, 103, 106, 109, 112, 114, 117, 120, 122, 124, 126, 128, 128),
+}
+"""How long sentence pairs are: one sentence on each side, as the paper has it, or whole sentences up to the length."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class ModelSettings:
+    """What `cottention bench model` measures: steps of BERT pretraining, packed and padded."""
+
+    mixes: tuple[str, ...] = ("sentences", "filled")
+    """Names in PAIR_LENGTHS."""
+    attention_type: str = "cosine"
+    """"cosine" or "softmax"."""
+    dtype: str = "float32"
+    """What is computed in: float32, or bfloat16 under autocast. Losses are compared in float32."""
+    device: str = "cpu"
+    """Where to run: cpu or cuda."""
+    batch_size: int = 32
+    """Sentence pairs of a step."""
+    hidden_size: int = 256
+    """Width of the model."""
+    num_layers: int = 4
+    """Its layers."""
+    num_heads: int = 4
+    """Attention heads."""
+    vocab_size: int = 8192
+    """Words it knows."""
+    repeats: int = 9
+    """Timed steps of each, as far as the time limit allows."""
+    time_limit_s: float = 30.0
+    """Seconds that one of both may spend on a mix."""
+    seed: int = 0
+    """Of weights, lengths and tokens."""
+
+    def __post_init__(self) -> None:
+        """Refuse what cannot be measured."""
+        _check_choice("mixes", self.mixes, tuple(PAIR_LENGTHS))
+        _check_choice("attention_type", (self.attention_type,), ("cosine", "softmax"))
+        _check_choice("dtype", (self.dtype,), DTYPES[:2])
+        _check_choice("device", (self.device,), DEVICES)
+        names = ("batch_size", "hidden_size", "num_layers", "num_heads", "vocab_size", "repeats")
+        _check_sizes(**{name: (getattr(self, name),) for name in names})
+        if self.hidden_size % self.num_heads:
+            raise SettingsError(f"num_heads must divide hidden_size; got {self.num_heads} and {self.hidden_size}")
+        _check_limits(time_limit_s=self.time_limit_s)
+
+
 def _check_sizes(**sizes: tuple[int, ...]) -> None:
     for name, values in sizes.items():
         if not values or min(values) < 1:

@@ -2,16 +2,27 @@
 
 cottention bench attention --lengths 4096,16384 --backward --output-dir runs/bench
 cottention bench decode --positions 100,100000 --batch-sizes 1,8
+cottention bench model --batch-size 32
 """
 
 from __future__ import annotations
 
+import dataclasses
 import json
 from pathlib import Path
 
 from jsonargparse import ArgumentParser, Namespace
 
-from cottention.benchmarks.settings import DEVICES, DTYPES, FULL_GRID, PASSES, AttentionSettings, DecodeSettings
+from cottention.benchmarks.settings import (
+    DEVICES,
+    DTYPES,
+    FULL_GRID,
+    PAIR_LENGTHS,
+    PASSES,
+    AttentionSettings,
+    DecodeSettings,
+    ModelSettings,
+)
 from cottention.cli.main import new_parser
 from cottention.errors import SettingsError
 
@@ -22,10 +33,14 @@ two minutes on two cores."""
 _DECODE_DESCRIPTION = """Measure one decoded token at several positions of a text: the native step, the same in plain
 torch operators, and softmax with its cache of keys and values. Values are checked first. Takes seconds."""
 
+_MODEL_DESCRIPTION = """Measure a step of BERT pretraining on sentence pairs, packed end to end and padded to the
+longest, interleaved in one process, after a check that both have the same loss and gradients. Takes a minute."""
+
 _INTERRUPTED = 130  # 128 + SIGINT, what a shell reports
 
 _DEFAULTS = AttentionSettings()
 _DECODE_DEFAULTS = DecodeSettings()
+_MODEL_DEFAULTS = ModelSettings()
 
 
 def build_parser() -> ArgumentParser:
@@ -34,12 +49,14 @@ def build_parser() -> ArgumentParser:
     subcommands = parser.add_subcommands(dest="what", required=True)
     subcommands.add_subcommand("attention", _attention_parser(), help="the operation alone")
     subcommands.add_subcommand("decode", _decode_parser(), help="one token, far into a text")
+    subcommands.add_subcommand("model", _model_parser(), help="a step of training, packed and padded")
     return parser
 
 
 def run(args: Namespace) -> int:
     """Measure, print, write."""
-    return _run_attention(args.attention) if args.what == "attention" else _run_decode(args.decode)
+    runners = {"attention": _run_attention, "decode": _run_decode, "model": _run_model}
+    return runners[args.what](args[args.what])
 
 
 def _run_attention(given: Namespace) -> int:
@@ -64,6 +81,16 @@ def _run_decode(given: Namespace) -> int:
     report = benchmark_decode(settings)
     paths = write_decode_report(report, Path(given.output_dir))
     _show(given, report.to_dict(), decode_as_text(report), paths)
+    return 0
+
+
+def _run_model(given: Namespace) -> int:
+    settings = model_settings_from(given)
+    from cottention.benchmarks.model import benchmark_model, model_as_text, write_model_report
+
+    report = benchmark_model(settings)
+    paths = write_model_report(report, Path(given.output_dir))
+    _show(given, report.to_dict(), model_as_text(report), paths)
     return 0
 
 
@@ -117,6 +144,37 @@ def _decode_parser() -> ArgumentParser:
     parser.add_argument("--output-dir", default="runs/bench-decode", help="where JSON and figure go")
     parser.add_argument("--json", action="store_true", help="print the report as JSON instead of the table")
     return parser
+
+
+def _model_parser() -> ArgumentParser:
+    parser = new_parser("bench model", _MODEL_DESCRIPTION)
+    default = _MODEL_DEFAULTS
+    parser.add_argument("--device", choices=DEVICES, default=default.device, help="where to run")
+    parser.add_argument("--mixes", metavar="N,N", help=f"lengths: of {', '.join(PAIR_LENGTHS)} (default: both)")
+    parser.add_argument("--attention-type", default=default.attention_type, help="cosine or softmax")
+    parser.add_argument("--dtype", choices=DTYPES[:2], default=default.dtype, help="what is computed in")
+    parser.add_argument("--batch-size", type=int, default=default.batch_size, help="sentence pairs of a step")
+    parser.add_argument("--hidden-size", type=int, default=default.hidden_size, help="width of the model")
+    parser.add_argument("--num-layers", type=int, default=default.num_layers, help="its layers")
+    parser.add_argument("--num-heads", type=int, default=default.num_heads, help="its attention heads")
+    parser.add_argument("--vocab-size", type=int, default=default.vocab_size, help="words it knows")
+    parser.add_argument("--repeats", type=int, default=default.repeats, help="timed steps of each")
+    parser.add_argument("--time-limit-s", type=float, default=default.time_limit_s, help="seconds for each")
+    parser.add_argument("--seed", type=int, default=default.seed, help="of weights, lengths and tokens")
+    parser.add_argument("--output-dir", default="runs/bench-model", help="where the JSON goes")
+    parser.add_argument("--json", action="store_true", help="print the report as JSON instead of the table")
+    return parser
+
+
+def model_settings_from(given: Namespace) -> ModelSettings:
+    """The settings that the flags of `bench model` say.
+
+    Raises:
+        SettingsError: a value makes no sense.
+    """
+    chosen: dict = {field.name: given[field.name] for field in dataclasses.fields(ModelSettings)}
+    mixes = chosen.pop("mixes")
+    return ModelSettings(**chosen) if mixes is None else ModelSettings(mixes=_words(mixes), **chosen)
 
 
 def decode_settings_from(given: Namespace) -> DecodeSettings:

@@ -18,8 +18,8 @@ from cottention.data.tokenization import tokenize_documents
 from cottention.evaluation import BigramModel, UnigramModel, evaluate_masked_lm, evaluate_perplexity
 from cottention.generation import fill_mask, generate_text, load_model_and_tokenizer
 from cottention.logging import get_logger
+from cottention.training.documents import open_documents
 from cottention.training.recipe import BertRecipe, Recipe
-from cottention.training.text import open_documents
 
 PROMPT = "My fellow citizens"
 MASKED = (

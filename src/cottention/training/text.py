@@ -20,22 +20,21 @@ from datasets import Dataset
 from transformers import PreTrainedTokenizerBase
 
 from cottention.data.collators import MaskedLMCollator
-from cottention.data.corpus import DEFAULT_CORPUS, load_corpus
 from cottention.data.documents import DocumentWindows
 from cottention.data.packing import pack_mlm_windows
 from cottention.data.pair_collator import PairCollator
 from cottention.data.pair_examples import PairExamples
-from cottention.data.sentences import sentence_documents, sentence_pairs
 from cottention.data.tokenization import tokenize_documents
-from cottention.data.tokenizer import load_tokenizer, train_tokenizer
 from cottention.errors import SettingsError
 from cottention.logging import get_logger
-from cottention.training.corpora import TRAINED, corpus_tokens, hold_out, open_source, token_corpus
+from cottention.training.corpora import corpus_tokens, token_corpus
+from cottention.training.documents import open_documents, open_tokenizer
 from cottention.training.gpt_text import gpt_examples, gpt_stream, spread
 from cottention.training.held_out import HeldOut
 from cottention.training.held_out_carried import CarriedHeldOut
 from cottention.training.lanes import LaneStream
-from cottention.training.recipe import BertRecipe, DataSettings, GPTRecipe, Recipe
+from cottention.training.pair_text import open_pairs
+from cottention.training.recipe import BertRecipe, GPTRecipe, Recipe
 from cottention.training.stream import ExampleStream, PassCollator, PhasedStream
 
 _IN_FINGERPRINT = 64
@@ -116,15 +115,20 @@ def prepare_text(recipe: Recipe, run_dir: Path | None) -> PreparedText:
     """
     if isinstance(recipe, GPTRecipe) and (corpus := token_corpus(recipe.data.source)) is not None:
         return _prepare_gpt(recipe, *corpus_tokens(corpus, recipe.data, seed=recipe.training.seed))
-    least = 2 if isinstance(recipe, BertRecipe) and recipe.data.next_sentence else 1
-    train, validation = open_documents(recipe.data, seed=recipe.training.seed, least=least)
-    tokenizer = _tokenizer(recipe, train, run_dir)
+    if isinstance(recipe, BertRecipe) and recipe.data.next_sentence:
+        pairs = open_pairs(recipe, run_dir)
+        return _prepared_bert(recipe, pairs.tokenizer, pairs.train, pairs.long, pairs.held_out)
+    train, validation = open_documents(recipe.data, seed=recipe.training.seed)
+    tokenizer = open_tokenizer(recipe, train, run_dir)
     if isinstance(recipe, GPTRecipe):
         return _prepare_gpt(
             recipe, tokenize_documents(train, tokenizer), tokenize_documents(validation, tokenizer), tokenizer
         )
     assert isinstance(recipe, BertRecipe)
-    return _prepare_bert(recipe, train, validation, tokenizer)
+    length, long_length = recipe.data.sequence_length, recipe.data.long_sequence_length
+    windows = _windows(train, tokenizer, length, tail="drop")
+    long = None if long_length is None else _windows(train, tokenizer, long_length, tail="drop")
+    return _prepared_bert(recipe, tokenizer, windows, long, _windows(validation, tokenizer, length, tail="pad"))
 
 
 def _prepare_gpt(
@@ -144,77 +148,31 @@ def _prepare_gpt(
     )
 
 
-def _prepare_bert(
-    recipe: BertRecipe, train: Dataset, validation: Dataset, tokenizer: PreTrainedTokenizerBase
+def _prepared_bert(
+    recipe: BertRecipe,
+    tokenizer: PreTrainedTokenizerBase,
+    examples: Dataset | PairExamples,
+    long: Dataset | PairExamples | None,
+    held_out: Dataset | PairExamples,
 ) -> PreparedText:
-    seed, length = recipe.training.seed, recipe.data.sequence_length
-    long_length, long = recipe.data.long_sequence_length, None
-    if recipe.data.next_sentence:
-        examples = _pairs(recipe, train, tokenizer, length, seed, "the text to train on")
-        if long_length is not None:
-            long = _pairs(recipe, train, tokenizer, long_length, seed, "the text to train on")
-        held_out = _pairs(recipe, validation, tokenizer, length, seed + 1, "the held-out text")
-    else:
-        examples = _windows(train, tokenizer, length, tail="drop")
-        if long_length is not None:
-            long = _windows(train, tokenizer, long_length, tail="drop")
-        held_out = _windows(validation, tokenizer, length, tail="pad")
+    length = recipe.data.sequence_length
     what = "sentence pairs" if recipe.data.next_sentence else "windows"
     logger.info("%d %s of %d tokens to train on, %d held out", len(examples), what, length, len(held_out))
     if long is not None:
-        logger.info("%d %s of %d tokens for the last part of the run", len(long), what, long_length)
+        logger.info("%d longer %s for the last part of the run", len(long), what)
     return PreparedText(
         tokenizer=tokenizer,
         train=examples,
         long=long,
-        collator=_collator(recipe, tokenizer, seed=seed),
+        collator=_collator(recipe, tokenizer, seed=recipe.training.seed),
         held_out=HeldOut(
             spread(held_out, recipe.data.eval_tokens // length),
-            collator=_collator(recipe, tokenizer, seed=seed + 1),
+            collator=_collator(recipe, tokenizer, seed=recipe.training.seed + 1),
             arch=recipe.arch,
             batch_size=recipe.training.micro_batch_size,
             targets_per_byte=None,
         ),
     )
-
-
-def open_documents(settings: DataSettings, *, seed: int, least: int = 1) -> tuple[Dataset, Dataset]:
-    """Open the text to train on and the held-out text.
-
-    Args:
-        settings: a recipe's section `data`.
-        seed: decides which documents are held out, where the recipe gives a fraction.
-        least: documents to hold out and to keep, where the recipe gives a fraction.
-
-    Raises:
-        DataError: a source cannot be read, or has too few documents to hold some out.
-    """
-    options: dict[str, Any] = {"split_by": settings.split_by, "text_column": settings.text_column}
-    limited = {**options, "max_document_chars": settings.max_document_chars}
-    if isinstance(settings.validation, (int, float)):
-        if settings.source == DEFAULT_CORPUS:
-            train = load_corpus(f"{DEFAULT_CORPUS}:train", **limited)
-            return train, load_corpus(f"{DEFAULT_CORPUS}:validation", **options)
-        return hold_out(open_source(settings.source, **limited), settings.validation, seed, least)
-    return open_source(settings.source, **limited), open_source(settings.validation, **options)
-
-
-def _tokenizer(recipe: Recipe, train: Dataset, run_dir: Path | None) -> PreTrainedTokenizerBase:
-    name = recipe.data.tokenizer
-    if name != TRAINED:
-        return load_tokenizer(name)
-    if run_dir is not None and (run_dir / "tokenizer").is_dir():
-        return load_tokenizer(run_dir / "tokenizer")
-    kind = "bpe" if recipe.arch == "gpt" else "wordpiece"
-    logger.info("training a tokenizer with %d tokens", recipe.model.vocab_size)
-    return train_tokenizer(train, kind=kind, vocab_size=recipe.model.vocab_size)
-
-
-def _pairs(
-    recipe: BertRecipe, documents: Dataset, tokenizer: PreTrainedTokenizerBase, length: int, seed: int, name: str
-) -> PairExamples:
-    pairs = sentence_pairs(sentence_documents(documents), tokenizer, length, seed=recipe.training.seed)
-    return PairExamples([pairs], max_length=length, seed=seed, name=name)
 
 
 def _windows(documents: Dataset, tokenizer: PreTrainedTokenizerBase, length: int, *, tail: str) -> Dataset:

@@ -57,8 +57,11 @@ def fit_to_time(recipe: Recipe, text: PreparedText, *, budget_s: float) -> Recip
     step_s, evaluation_s = _measure(recipe, text, timed_s=min(_SHARE * budget_s, _MOST_S))
     left_s = budget_s - (time.perf_counter() - started)
     num_evaluations = max(1, min(_EVALUATIONS, int(_EVALUATION_SHARE * budget_s / evaluation_s)))
-    max_steps = max(1, round((left_s - num_evaluations * evaluation_s) / step_s))
-    logger.info("a step takes %.3f s: %d steps in %s", step_s, max_steps, duration(budget_s))
+    # The first steps are timed; those of longer windows, where the recipe has them, take longer by their tokens.
+    endless = replace_settings(recipe, {"training.max_steps": _ENDLESS})
+    mean_step_s = step_s * endless.tokens_after(_ENDLESS) / (_ENDLESS * endless.tokens_per_step)
+    max_steps = max(1, round((left_s - num_evaluations * evaluation_s) / mean_step_s))
+    logger.info("a step takes %.3f s: %d steps in %s", mean_step_s, max_steps, duration(budget_s))
     changes = {
         "training.max_steps": max_steps,
         "training.eval_every": math.ceil(max_steps / num_evaluations),
