@@ -77,8 +77,8 @@ def test_the_figures_are_those_of_the_report(finished: tuple[str, Path], capsys:
             assert expected in [row[-3:] for row in rows]
     else:
         figures = report["scores"]["model"]
-        for kind in ("", "baseline_"):
-            expected = [f"{figures[kind + 'accuracy']:.1%}", f"{figures[kind + 'nats_per_token']:.3f}"]
+        for kind, score in (("", "hidden_accuracy"), ("baseline_", "baseline_accuracy")):
+            expected = [f"{figures[score]:.1%}", f"{figures[kind + 'nats_per_token']:.3f}"]
             assert expected in [row[-2:] for row in rows]
         for example in report["examples"]:
             assert example["text"] in shown

@@ -86,6 +86,16 @@ def test_a_model_that_always_gives_the_baseline_answer_is_the_baseline(
     assert result.num_targets == expected.num_targets
 
 
+def test_a_model_that_copies_its_input_fills_nothing(bert: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    def copies(self: Any, input_ids: torch.Tensor, **_: Any) -> dict[str, torch.Tensor]:
+        return {"logits": torch.nn.functional.one_hot(input_ids, 60).double()}
+
+    monkeypatch.setattr(type(bert), "forward", copies)
+    result = score(bert, TEXTS * 20)
+    assert result.hidden_accuracy == 0
+    assert 0 < result.accuracy < 0.3, "about a tenth of the targets stays in place"
+
+
 def test_the_batch_size_does_not_change_the_result(bert: Any) -> None:
     first, *others = [score(bert, batch_size=batch_size) for batch_size in (1, 2, 50)]
     for other in others:

@@ -20,6 +20,7 @@ import pytest
 from cottention.training.pretraining import pretrain
 from cottention.training.recipe_files import recipe_text
 from tests.training.helpers import assert_same_run, metrics_of, steps_of, tiny_recipe, weights_of
+from tests.training.test_pair_training import SEED, pair_recipe, stories  # noqa: F401
 
 pytestmark = pytest.mark.slow
 
@@ -65,6 +66,25 @@ def test_two_processes_give_the_losses_of_one(arch: str, changes: dict[str, Any]
     assert norms[1] == pytest.approx(norms[0], rel=1e-5)
     assert steps_of(tmp_path / "two") == [9, 12]
     assert weights_of(tmp_path / "two" / "model").keys() == weights_of(tmp_path / "one" / "model").keys()
+
+
+def test_two_processes_train_on_pairs_of_both_lengths_as_one_does(
+    stories: Path,  # noqa: F811
+    tmp_path: Path,
+) -> None:
+    """Of a long step's passes the gradients are exchanged once."""
+    recipe = pair_recipe(stories, model__dropout=0.0, training__max_steps=12, training__seed=SEED)
+    pretrain(recipe, output_dir=tmp_path / "one")
+    ran = subprocess.run(torchrun(recipe, tmp_path / "two"), capture_output=True, text=True, check=False, timeout=300)
+    assert ran.returncode == 0, ran.stderr
+    one, two = (metrics_of(tmp_path / name) for name in ("one", "two"))
+    assert [line["tokens"] for line in two] == [line["tokens"] for line in one]
+    for name in ("loss", "mlm_loss", "nsp_loss", "val_mlm_loss", "val_nsp_loss"):
+        ours, truth = ([line[name] for line in lines if name in line] for lines in (two, one))
+        assert len(ours) > 1
+        assert ours == pytest.approx(truth, rel=1e-6), name
+    norms = [[line["grad_norm"] for line in lines if "loss" in line] for lines in (one, two)]
+    assert norms[1] == pytest.approx(norms[0], rel=1e-5)
 
 
 def test_a_signal_stops_all_processes_after_one_step_and_they_go_on_exactly(corpus: Path, tmp_path: Path) -> None:

@@ -95,7 +95,7 @@ def _table(report: QuickstartReport) -> list[str]:
                 f"{model['baseline_accuracy']:.1%}",
                 f"{model['baseline_nats_per_token']:.3f}",
             ),
-            ("this model", f"{model['accuracy']:.1%}", f"{model['nats_per_token']:.3f}"),
+            ("this model", f"{model['hidden_accuracy']:.1%}", f"{model['nats_per_token']:.3f}"),
         ]
     return [f"  {label:<34}{first:>12}{second:>15}" for label, first, second in rows]
 

@@ -33,6 +33,8 @@ class MaskedLMResult:
 
     accuracy: float
     """Share of the targets where the model's first choice is right."""
+    hidden_accuracy: float
+    """The same of the targets that the input does not show: a tenth stays in place, where copying is right."""
     nats_per_token: float
     """Mean cross-entropy over the targets."""
     baseline_accuracy: float
@@ -86,7 +88,7 @@ def evaluate_masked_lm(
     check_vocabulary(tokenizer, model.config)
     collator = MaskedLMCollator(tokenizer, mlm_probability, seed)
     windows = _windows(documents, tokenizer, window)
-    nats, num_right = 0.0, 0
+    nats, num_right, num_hidden, num_hidden_right = 0.0, 0, 0, 0
     frequencies = np.zeros(len(tokenizer), dtype=np.int64)
     was_training = model.training
     model.eval()
@@ -94,9 +96,11 @@ def evaluate_masked_lm(
         with torch.inference_mode(), tqdm(total=len(windows), unit="window", disable=not show_progress) as bar:
             for start in range(0, len(windows), batch_size):
                 rows = [windows[index] for index in range(start, min(start + batch_size, len(windows)))]
-                labels, batch_nats, batch_right = _score_batch(model, collator(rows))
+                labels, batch_nats, right, hidden = _score_batch(model, collator(rows))
                 nats += batch_nats
-                num_right += batch_right
+                num_right += int(right.sum())
+                num_hidden += int(hidden.sum())
+                num_hidden_right += int(right[hidden].sum())
                 frequencies += np.bincount(labels, minlength=len(frequencies))
                 bar.update(len(rows))
     finally:
@@ -107,6 +111,7 @@ def evaluate_masked_lm(
     shares = frequencies[frequencies > 0] / num_targets
     return MaskedLMResult(
         accuracy=num_right / num_targets,
+        hidden_accuracy=num_hidden_right / max(1, num_hidden),
         nats_per_token=nats / num_targets,
         baseline_accuracy=float(frequencies.max() / num_targets),
         baseline_token=str(tokenizer.convert_ids_to_tokens(int(frequencies.argmax()))),
@@ -122,7 +127,10 @@ def _windows(documents: Dataset | Sequence[str], tokenizer: PreTrainedTokenizerB
     return pack_mlm_windows(tokens, window, tail="pad", **special)
 
 
-def _score_batch(model: PreTrainedModel, batch: dict[str, torch.Tensor]) -> tuple[np.ndarray, float, int]:
+def _score_batch(
+    model: PreTrainedModel, batch: dict[str, torch.Tensor]
+) -> tuple[np.ndarray, float, np.ndarray, np.ndarray]:
+    """Targets, their nats together, whether each is guessed, and whether the input does not show it."""
     labels = batch.pop("labels").to(model.device)
     outputs = model(**{name: value.to(model.device) for name, value in batch.items()})
     # A pretraining model names them after the task, a plain one does not.
@@ -131,4 +139,5 @@ def _score_batch(model: PreTrainedModel, batch: dict[str, torch.Tensor]) -> tupl
     targets, chosen = labels[is_target], logits[is_target]
     chosen = chosen if chosen.dtype == torch.float64 else chosen.float()
     losses = F.cross_entropy(chosen, targets, reduction="none")
-    return targets.cpu().numpy(), losses.double().sum().item(), int((chosen.argmax(-1) == targets).sum())
+    right, hidden = chosen.argmax(-1) == targets, batch["input_ids"].to(model.device)[is_target] != targets
+    return targets.cpu().numpy(), losses.double().sum().item(), right.cpu().numpy(), hidden.cpu().numpy()
