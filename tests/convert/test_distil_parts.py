@@ -34,7 +34,7 @@ def test_recorded_calls_give_the_recorded_outputs_again(kind: str, attention_typ
     if kind == "bert":
         layer = model.bert.encoder.layer[0].attention
         assert torch.equal(
-            layer.output.LayerNorm(calls[0].output + hidden_states[0]), layer(hidden_states[0], mask, None)
+            layer.output.LayerNorm(calls[0].output + hidden_states[0]), layer(hidden_states[0], mask, None, None)
         )
     else:
         block = model.transformer.h[0]
