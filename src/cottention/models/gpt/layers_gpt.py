@@ -1,0 +1,108 @@
+"""The blocks of a GPT: attention and feed-forward side by side behind one shared LayerNorm.
+
+block = CottentionGPTBlock(config, layer_idx=0)
+x = block(x, attention_mask, cu_seqlens, rotary, cache)
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from jaxtyping import Float, Int
+from torch import Tensor, nn
+from transformers.cache_utils import Cache
+
+from cottention.layers import CosineAttention, RotaryTable, SoftmaxAttention
+from cottention.models.cache import CosineCache
+from cottention.models.gpt.configuration_gpt import CottentionGPTConfig
+from cottention.models.pretrained import activation
+
+
+class CottentionGPTMLP(nn.Module):
+    """Two linear layers around an activation."""
+
+    def __init__(self, config: CottentionGPTConfig) -> None:
+        super().__init__()
+        inner = 4 * config.n_embd if config.n_inner is None else config.n_inner
+        self.fc_in = nn.Linear(config.n_embd, inner)
+        self.fc_out = nn.Linear(inner, config.n_embd)
+        self.act = activation(config.activation_function)
+        self.dropout = nn.Dropout(config.resid_pdrop)
+
+    def forward(self, x: Float[Tensor, "B T D"]) -> Float[Tensor, "B T D"]:
+        """Each token by itself."""
+        return self.dropout(self.fc_out(self.act(self.fc_in(x))))
+
+
+class CottentionGPTBlock(nn.Module):
+    """One block; attention and feed-forward read the same normalised tokens."""
+
+    def __init__(self, config: CottentionGPTConfig, layer_idx: int) -> None:
+        super().__init__()
+        self.layer_idx = layer_idx
+        self.ln_1 = nn.LayerNorm(config.n_embd, eps=config.layer_norm_epsilon)
+        self.attn = _attention(config)
+        self.dropout = nn.Dropout(config.resid_pdrop)
+        self.mlp = CottentionGPTMLP(config)
+
+    def forward(
+        self,
+        x: Float[Tensor, "B T D"],
+        attention_mask: Int[Tensor, "B S"] | None,
+        cu_seqlens: Int[Tensor, " N_plus_1"] | None,
+        rotary: RotaryTable,
+        cache: Cache | None,
+        maps: list[Tensor] | None = None,
+    ) -> Float[Tensor, "B T D"]:
+        """The block's tokens; `cache` takes up what later tokens need, `maps` the attention map."""
+        normed = self.ln_1(x)
+        attended = self._attend(normed, attention_mask, cu_seqlens, rotary, cache, maps)
+        return self.dropout(attended) + self.mlp(normed) + x
+
+    def _attend(
+        self,
+        x: Tensor,
+        attention_mask: Tensor | None,
+        cu_seqlens: Tensor | None,
+        rotary: RotaryTable,
+        cache: Cache | None,
+        maps: list[Tensor] | None,
+    ) -> Tensor:
+        attn = self.attn
+        if cache is None:
+            return attn(x, attention_mask=attention_mask, cu_seqlens=cu_seqlens, rotary=rotary, maps=maps)[0]
+        if isinstance(attn, CosineAttention):
+            assert isinstance(cache, CosineCache)
+            layer = cache.layers[self.layer_idx]
+            o, state = attn(
+                x,
+                attention_mask=attention_mask,
+                cu_seqlens=cu_seqlens,
+                rotary=rotary,
+                initial_state=layer.state,
+                output_final_state=True,
+                maps=maps,
+            )
+            layer.advance(state, x.shape[1])
+            return o
+        q, k, v = attn.project(x, rotary=rotary)
+        k, v = cache.update(k.transpose(1, 2), v.transpose(1, 2), self.layer_idx)  # [B, H, S, K]
+        return attn.merge(
+            attn.attend(q, k.transpose(1, 2), v.transpose(1, 2), attention_mask=attention_mask, maps=maps)
+        )
+
+
+def _attention(config: CottentionGPTConfig) -> CosineAttention | SoftmaxAttention:
+    head_dim = config.n_embd // config.n_head
+    sizes: dict[str, Any] = {
+        "causal": True,
+        "bias": False,
+        "rotary_dim": head_dim if config.rotary_dim is None else config.rotary_dim,
+    }
+    if config.attention_type == "cosine":
+        attn = CosineAttention(config.n_embd, config.n_head, norm_const_init=config.norm_const_init, **sizes)
+    else:
+        attn = SoftmaxAttention(config.n_embd, config.n_head, dropout=config.attn_pdrop, **sizes)
+    for projection in (attn.q_proj, attn.k_proj, attn.v_proj, attn.out_proj):
+        projection.keeps_default_init = config.original_init  # type: ignore[assignment]
+    return attn
