@@ -19,19 +19,17 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from cottention.training.pretraining import PretrainResult
-from cottention.training.recipe import (
+from cottention.training.recipe import BertRecipe, GPTRecipe, Recipe
+from cottention.training.recipe_files import replace_settings
+from cottention.training.recipe_sections import (
     BertDataSettings,
     BertModelSettings,
-    BertRecipe,
     BertTrainingSettings,
     GPTDataSettings,
     GPTModelSettings,
-    GPTRecipe,
     GPTTrainingSettings,
     OptimizerSettings,
-    Recipe,
 )
-from cottention.training.recipe_files import replace_settings
 
 TIMES = ("tokens_per_s", "elapsed_s")
 """What may differ between two runs of one recipe."""

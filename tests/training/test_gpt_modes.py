@@ -12,7 +12,7 @@ from safetensors.torch import load_file
 
 from cottention.errors import SettingsError
 from cottention.training.pretraining import build_model, pretrain
-from cottention.training.recipe import GPTDataSettings
+from cottention.training.recipe_sections import GPTDataSettings
 from cottention.training.text import prepare_text
 from tests.training import victims
 from tests.training.helpers import assert_same_run, in_child, metrics_of, steps_of, tiny_recipe, write_corpus

@@ -10,7 +10,7 @@ import torch
 
 from cottention.training.optimizer import build_optimizer, build_scheduler, linear_schedule
 from cottention.training.pretraining import build_model
-from cottention.training.recipe import OptimizerSettings
+from cottention.training.recipe_sections import OptimizerSettings
 from tests.training.helpers import tiny_recipe
 
 

@@ -18,7 +18,7 @@ from torch import Tensor
 
 from cottention.models import CottentionBertForPreTraining, CottentionGPTForCausalLM
 from cottention.training.optimizer import build_optimizer, build_scheduler
-from cottention.training.recipe import OptimizerSettings
+from cottention.training.recipe_sections import OptimizerSettings
 from tests.models.helpers import published_config
 
 ARCHS = ("gpt", "bert")

@@ -15,21 +15,20 @@ from cottention.errors import SettingsError
 from cottention.models import CottentionBertForPreTraining
 from cottention.training import load_recipe, packaged_recipes
 from cottention.training.pretraining import build_model
-from cottention.training.recipe import (
-    BertDataSettings,
-    BertModelSettings,
-    BertRecipe,
-    GPTDataSettings,
-    GPTModelSettings,
-    GPTRecipe,
-    OptimizerSettings,
-    TrainingSettings,
-)
+from cottention.training.recipe import BertRecipe, GPTRecipe
 from cottention.training.recipe_files import (
     differing_setting,
     find_recipe,
     recipe_text,
     replace_settings,
+)
+from cottention.training.recipe_sections import (
+    BertDataSettings,
+    BertModelSettings,
+    GPTDataSettings,
+    GPTModelSettings,
+    OptimizerSettings,
+    TrainingSettings,
 )
 
 PILE = {

@@ -11,7 +11,7 @@ import pytest
 from cottention.data import load_corpus
 from cottention.errors import DataError, SettingsError
 from cottention.training.documents import open_documents
-from cottention.training.recipe import DataSettings
+from cottention.training.recipe_sections import DataSettings
 from cottention.training.text import prepare_text
 from tests.training.helpers import Run, tiny_recipe
 

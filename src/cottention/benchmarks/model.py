@@ -29,7 +29,7 @@ from cottention.errors import SettingsError
 from cottention.models import CottentionBertConfig, CottentionBertForPreTraining
 from cottention.training.memory import keep_freed_memory
 from cottention.training.optimizer import build_optimizer
-from cottention.training.recipe import OptimizerSettings
+from cottention.training.recipe_sections import OptimizerSettings
 
 _MASKED_SHARE = 0.15
 # Relative. Both sum the same numbers in another order; 1e-6 measured, for gradients relative to their norm.

@@ -22,7 +22,7 @@ from cottention.data.shards import Corpus, is_corpus, open_corpus
 from cottention.data.tokenization import tokenize_documents
 from cottention.data.tokenizer import load_tokenizer
 from cottention.errors import DataError, SettingsError
-from cottention.training.recipe import GPTDataSettings
+from cottention.training.recipe_sections import GPTDataSettings
 
 TRAINED = "train"
 """`data.tokenizer` of a recipe that trains its own, or takes that of its corpus of tokens."""

@@ -16,7 +16,8 @@ from cottention.data.corpus import DEFAULT_CORPUS, load_corpus
 from cottention.data.tokenizer import load_tokenizer, train_tokenizer
 from cottention.logging import get_logger
 from cottention.training.corpora import TRAINED, hold_out, open_source
-from cottention.training.recipe import DataSettings, Recipe
+from cottention.training.recipe import Recipe
+from cottention.training.recipe_sections import DataSettings
 
 logger = get_logger(__name__)
 

@@ -55,7 +55,7 @@ from cottention.training.finetune_settings import FinetuneSettings
 from cottention.training.memory import keep_freed_memory
 from cottention.training.optimizer import build_optimizer
 from cottention.training.progress import RunControl
-from cottention.training.recipe import OptimizerSettings
+from cottention.training.recipe_sections import OptimizerSettings
 from cottention.training.stream import ExampleStream, InOrder
 from cottention.training.trainer import NonFiniteLossError, save_model
 
