@@ -222,6 +222,24 @@ def test_a_limit_starts_a_documents_state_anew() -> None:
     assert limited[2][0] != carried_steps(model, [[row] for row in rows])[2][0]
 
 
+def test_what_does_not_go_on_reads_like_a_text_of_its_own() -> None:
+    """A document that begins at a window's edge, a pass, a limit that was reached: nothing of the lane's past is left."""
+    model = tiny.gpt()
+    first, second = ([row] for row in read_windows(windows(), [0, 1]))
+    fresh = collate_lanes([{**row, "lane": 0, "continues": False} for row in second])
+    at_its_limit = collate_lanes([{**row, "lane": 0, "continues": True} for row in second])
+    assert 0 not in second[0]["document_starts"]
+    for batch, limit in ((fresh, None), (at_its_limit, LENGTH)):
+        states = CarriedStates(model.config, lanes=[0], limit=limit, dtype=model.dtype)
+        before = collate_lanes([{**row, "lane": 0, "continues": False} for row in first])
+        inputs, cache = states.open(before)
+        model(**inputs, past_key_values=cache, use_cache=True)
+        states.close(before, cache)
+        inputs, cache = states.open(batch)
+        loss = model(**inputs, past_key_values=cache, use_cache=True).loss
+        torch.testing.assert_close(loss, model(**inputs).loss, rtol=1e-12, atol=0)
+
+
 def test_states_are_saved_and_taken_up_by_lane(tmp_path: Path) -> None:
     model = tiny.gpt().train()
     order = stream()
