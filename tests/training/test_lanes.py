@@ -223,7 +223,7 @@ def test_a_limit_starts_a_documents_state_anew() -> None:
 
 
 def test_what_does_not_go_on_reads_like_a_text_of_its_own() -> None:
-    """A document that begins at a window's edge, a pass, a limit that was reached: nothing of the lane's past is left."""
+    """A document at a window's edge, a new pass, a limit that was reached: nothing of the lane's past is left."""
     model = tiny.gpt()
     first, second = ([row] for row in read_windows(windows(), [0, 1]))
     fresh = collate_lanes([{**row, "lane": 0, "continues": False} for row in second])
