@@ -278,3 +278,8 @@ def test_code_beside_a_model_never_runs(gpt_dir: Path, tmp_path: Path) -> None:
 def test_a_config_without_a_size_does_not_fit(gpt_dir: Path) -> None:
     change_json(gpt_dir / "config.json", vocab_size=...)
     assert "must have shape [50400], by its config; got [290]" in refusal(gpt_dir)
+
+
+def test_a_missing_head_is_one_line_and_no_table(bert_dir: Path, caplog: pytest.LogCaptureFixture) -> None:
+    assert refusal(bert_dir, "classifier") == f"{bert_dir} has no classifier; fine-tune it first: cottention finetune"
+    assert not caplog.records

@@ -9,6 +9,7 @@ kind, weights and tokenizer are looked at in turn, and the first thing that is w
 from __future__ import annotations
 
 import json
+import logging
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -129,7 +130,7 @@ def _check_weights(directory: Path, source: str | Path) -> None:
 def _load_model(directory: Path, kind: Kind, source: str | Path, dtype: torch.dtype | None) -> PreTrainedModel:
     model_class: Any = getattr(models, _CLASSES[kind][1])
     try:
-        with quiet_progress():
+        with quiet_progress(), _without_report():
             model, info = model_class.from_pretrained(
                 directory,
                 dtype=dtype or "auto",
@@ -169,6 +170,21 @@ def quiet_progress() -> Iterator[None]:
     finally:
         if shown:
             transformers_logging.enable_progress_bar()
+
+
+@contextmanager
+def _without_report() -> Iterator[None]:
+    """Hold back transformers' table of missing and unexpected tensors: what matters of it is said in one line here."""
+    logger = logging.getLogger("transformers.modeling_utils")
+
+    def refuse(_record: logging.LogRecord) -> bool:
+        return False
+
+    logger.addFilter(refuse)
+    try:
+        yield
+    finally:
+        logger.removeFilter(refuse)
 
 
 def choose_device(device: str | torch.device | None) -> torch.device:

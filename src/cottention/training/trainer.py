@@ -15,8 +15,8 @@ from __future__ import annotations
 import json
 import math
 import pickle
-from collections.abc import Iterator, Mapping
-from contextlib import ExitStack, contextmanager, nullcontext
+from collections.abc import Mapping
+from contextlib import ExitStack, nullcontext
 from pathlib import Path
 from typing import Any, NoReturn, cast
 
@@ -31,9 +31,9 @@ from transformers import (
     TrainingArguments,
     set_seed,
 )
-from transformers.utils import logging as transformers_logging
 
 from cottention.errors import CheckpointError, CottentionError, DataError
+from cottention.generation.loading import quiet_progress
 from cottention.logging import get_logger
 from cottention.training.arguments import compute_type
 from cottention.training.carried import CarriedStates
@@ -365,7 +365,7 @@ class PretrainingTrainer(Trainer):
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
         # The stock version leaves weights that a checkpoint lacks as they are; ours says so in one line.
         own = cast(PreTrainedModel, self.model)
-        with _without_bars():
+        with quiet_progress():
             saved = type(own).from_pretrained(resume_from_checkpoint, config=own.config, dtype=torch.float32)
         own.load_state_dict(saved.state_dict())
 
@@ -387,7 +387,7 @@ def save_model(
     training_use_cache = getattr(model.config, "use_cache", None)
     if training_use_cache is not None:
         model.config.use_cache = True
-    with _without_bars():
+    with quiet_progress():
         model.save_pretrained(folder, state_dict=state_dict)
     if training_use_cache is not None:
         model.config.use_cache = training_use_cache
@@ -396,15 +396,3 @@ def save_model(
 
 def _has_pairs(recipe: Recipe) -> bool:
     return isinstance(recipe, BertRecipe) and recipe.data.next_sentence
-
-
-@contextmanager
-def _without_bars() -> Iterator[None]:
-    """No bar for each file that transformers reads or writes, in the middle of our own."""
-    shown = transformers_logging.is_progress_bar_enabled()
-    transformers_logging.disable_progress_bar()
-    try:
-        yield
-    finally:
-        if shown:
-            transformers_logging.enable_progress_bar()
