@@ -21,10 +21,10 @@ from cottention.errors import CheckpointError, CottentionError, DataError, Setti
 from cottention.evaluation.glue import glue_logits, glue_scores, predictions_of
 from cottention.generation import load_model_and_tokenizer
 from cottention.models import CottentionBertForPreTraining
+from cottention.training.checkpointing_trainer import NonFiniteLossError
 from cottention.training.finetune_settings import FinetuneSettings
 from cottention.training.finetune_trainer import FinetuneTrainer
 from cottention.training.finetuning import FinetuneResult, build_classifier, finetune
-from cottention.training.trainer import NonFiniteLossError
 from tests import tiny
 from tests.glue_files import FOLDERS, write_glue, write_split
 from tests.models.helpers import bert_config

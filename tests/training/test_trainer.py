@@ -16,12 +16,12 @@ from torch.optim.optimizer import register_optimizer_step_pre_hook
 from cottention.models import CottentionGPTForCausalLM
 from cottention.training import checkpoints, trainer
 from cottention.training.arguments import compute_type
+from cottention.training.checkpointing_trainer import NonFiniteLossError
 from cottention.training.held_out import HeldOut
 from cottention.training.pretraining import pretrain
 from cottention.training.recipe import Recipe
 from cottention.training.stream import ExampleStream
 from cottention.training.text import prepare_text
-from cottention.training.trainer import NonFiniteLossError
 from tests.training.helpers import metrics_of, steps_of, tiny_recipe, weights_of
 
 # Windows of a BERT have different numbers of targets. Those of a GPT have the same; kept apart, they lie in one row.

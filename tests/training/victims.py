@@ -17,7 +17,7 @@ from typing import Any
 import torch
 
 from cottention.errors import CheckpointError
-from cottention.training import checkpoints, pretraining, trainer
+from cottention.training import checkpointing_trainer, checkpoints, pretraining, trainer
 from cottention.training.metrics import MetricsLog
 from cottention.training.recipe import Recipe
 
@@ -71,7 +71,7 @@ MOMENTS: dict[str, Moment] = {
     "a micro batch is done": (trainer.PretrainingTrainer, "training_step", _after),
     "an update is done": (torch.optim.AdamW, "step", _after),
     "a line of metrics is half written": (MetricsLog, "write", _half_written_line),
-    "weights are half written": (trainer, "save_model", _half_written_weights),
+    "weights are half written": (checkpointing_trainer, "save_model", _half_written_weights),
     "an optimizer state is half written": (torch, "save", _half_written_file),
     "a checkpoint waits for its manifest": (checkpoints, "_write_manifest", _before),
     "a checkpoint waits for its new name": (checkpoints, "_flush_tree", _before),

@@ -39,7 +39,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from cottention.data.tokenization import arrow_batches
 from cottention.errors import DataError, SettingsError
 from cottention.evaluation.inputs import as_tokens
-from cottention.evaluation.score import TextScore, exp_of
+from cottention.evaluation.score import TextScore, TokenScore, exp_of
 from cottention.evaluation.windows import IGNORED, batches_of, continued_batches, document_windows
 from cottention.models import CottentionGPTForCausalLM
 from cottention.models.configuration import check_vocabulary
@@ -50,27 +50,13 @@ _LOGIT_ROWS = 2048  # logits at a time: 400 MB at 50k tokens, whatever the batch
 
 
 @dataclass(frozen=True, kw_only=True)
-class PositionScore:
+class PositionScore(TokenScore):
     """How well a model predicts the tokens at some positions."""
 
     first: int
     """First position: that of the token which a target is predicted from."""
     last: int
     """Last position of the bucket, whether a text came so far or not."""
-    nats: float
-    """Sum over the targets at these positions."""
-    num_tokens: int
-    """How many there are."""
-
-    @property
-    def nats_per_token(self) -> float:
-        """Mean over these tokens."""
-        return self.nats / self.num_tokens
-
-    @property
-    def perplexity(self) -> float:
-        """Exponential of nats per token."""
-        return exp_of(self.nats_per_token)
 
     def to_dict(self) -> dict[str, float | int]:
         """Plain numbers, for JSON."""

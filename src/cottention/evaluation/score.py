@@ -13,15 +13,13 @@ from dataclasses import dataclass
 
 
 @dataclass(frozen=True, kw_only=True)
-class TextScore:
-    """Negative log-likelihood of a text."""
+class TokenScore:
+    """Negative log-likelihood of some tokens."""
 
     nats: float
-    """Sum over all scored tokens."""
+    """Sum over them."""
     num_tokens: int
-    """Scored tokens: all tokens of the text, and one end-of-text per document."""
-    num_bytes: int
-    """UTF-8 bytes of the text; end-of-text adds none."""
+    """How many there are; of a text all its tokens, and one end-of-text per document."""
 
     @property
     def nats_per_token(self) -> float:
@@ -32,6 +30,14 @@ class TextScore:
     def perplexity(self) -> float:
         """Exponential of nats per token."""
         return exp_of(self.nats_per_token)
+
+
+@dataclass(frozen=True, kw_only=True)
+class TextScore(TokenScore):
+    """Negative log-likelihood of a text."""
+
+    num_bytes: int
+    """UTF-8 bytes of the text; end-of-text adds none."""
 
     @property
     def nats_per_byte(self) -> float:

@@ -13,7 +13,6 @@ step that has seen all rows.
 from __future__ import annotations
 
 import json
-import pickle
 import sys
 from collections.abc import Mapping
 from pathlib import Path
@@ -28,7 +27,6 @@ from transformers import (
     PreTrainedModel,
     PreTrainedTokenizerBase,
     PrinterCallback,
-    Trainer,
     TrainerCallback,
     TrainerControl,
     TrainerState,
@@ -38,16 +36,15 @@ from transformers import (
 from cottention.data.arrow_cache import fingerprint_of
 from cottention.data.glue_batches import GlueCollator, packs_best
 from cottention.data.glue_tasks import GlueTask
-from cottention.errors import CheckpointError, DataError
+from cottention.errors import DataError
 from cottention.evaluation.glue import glue_logits, glue_scores, predictions_of
-from cottention.generation.loading import quiet_progress
 from cottention.logging import get_logger
+from cottention.training.checkpointing_trainer import CheckpointingTrainer, NonFiniteLossError, save_model
 from cottention.training.checkpoints import (
     atomic_directory,
     checkpoint_name,
     newest_intact_checkpoint,
     rotate,
-    staging_area,
     write_atomically,
     writing_to,
 )
@@ -56,8 +53,7 @@ from cottention.training.memory import keep_freed_memory
 from cottention.training.optimizer import build_optimizer
 from cottention.training.progress import RunControl
 from cottention.training.recipe_sections import OptimizerSettings
-from cottention.training.stream import ExampleStream, InOrder
-from cottention.training.trainer import NonFiniteLossError, save_model
+from cottention.training.stream import ExampleStream
 
 _RUN_STATE = "run_state.json"
 _STEPS_BETWEEN_CHECKPOINTS = 1000  # MNLI's epochs have 12,000
@@ -66,7 +62,7 @@ _FIELDS = ("input_ids", "num_first", "label")
 logger = get_logger(__name__)
 
 
-class FinetuneTrainer(Trainer):
+class FinetuneTrainer(CheckpointingTrainer):
     """One seed of one task."""
 
     def __init__(
@@ -97,10 +93,8 @@ class FinetuneTrainer(Trainer):
         self.settings = settings
         self.seed = seed
         self.run_dir = run_dir
-        self.checkpoints_dir = run_dir / "checkpoints"
         self.epochs: list[dict[str, Any]] = []
-        self.run_control = RunControl()
-        self._tokenizer = tokenizer
+        run_control = RunControl()
         self._train = train.select_columns([name for name in _FIELDS if name in train.column_names])
         self._dev = {name: rows.select_columns(self._train.column_names) for name, rows in dev.items()}
         num_rows = len(train)
@@ -115,11 +109,14 @@ class FinetuneTrainer(Trainer):
             num_token_types=model.config.type_vocab_size,
         )
         super().__init__(
+            run_dir / "checkpoints",
+            tokenizer,
+            run_control,
             model=model,
             args=arguments,
             data_collator=self._collator,
             train_dataset=ExampleStream(self._train, num_examples=num_steps * batch_size, seed=seed),
-            callbacks=[self.run_control, _Milestones(self.epoch_ends), _Bar(f"{task.title}, seed {seed}")],
+            callbacks=[run_control, _Milestones(self.epoch_ends), _Bar(f"{task.title}, seed {seed}")],
         )
         self.remove_callback(PrinterCallback)
         if self.args.device.type == "cpu":
@@ -149,11 +146,7 @@ class FinetuneTrainer(Trainer):
             self.epochs = state["epochs"]
             self._loss_sum.fill_(state["loss_sum"])
             logger.info("resuming from %s", checkpoint)
-        try:
-            with self.run_control.listening():
-                self.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint))
-        except pickle.UnpicklingError as error:
-            raise CheckpointError(f"{checkpoint} holds more than tensors and plain numbers: not loaded") from error
+        self.train_on_from(checkpoint)
 
     # What the loop asks for
 
@@ -175,9 +168,6 @@ class FinetuneTrainer(Trainer):
             )
             self._created_lr_scheduler = True
         return self.lr_scheduler
-
-    def _get_train_sampler(self, train_dataset: Any = None) -> InOrder:
-        return InOrder(len(cast(ExampleStream, self.train_dataset)))
 
     def compute_loss(
         self, model: Any, inputs: dict, return_outputs: bool = False, num_items_in_batch: Any = None
@@ -233,7 +223,7 @@ class FinetuneTrainer(Trainer):
         )
         if self.best_epoch == epoch:
             with writing_to(self.run_dir), atomic_directory(self.run_dir / "best", sealed=False) as staging:
-                save_model(cast(PreTrainedModel, self.model), self._tokenizer, staging)
+                save_model(cast(PreTrainedModel, self.model), self.saved_tokenizer, staging)
         measured = {"score": first["main"]}
         self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics=measured)
         return measured
@@ -266,20 +256,6 @@ class FinetuneTrainer(Trainer):
                 write_atomically(staging / _RUN_STATE, json.dumps(run_state))
                 super()._save_checkpoint(model, trial)
             rotate(folder, 1)
-
-    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
-        own = cast(PreTrainedModel, self.model)
-        with quiet_progress():
-            saved = type(own).from_pretrained(resume_from_checkpoint, config=own.config, dtype=torch.float32)
-        own.load_state_dict(saved.state_dict())
-
-    def _get_output_dir(self, trial: Any) -> str:
-        return str(staging_area(self.checkpoints_dir))
-
-    def _save(self, output_dir: str | None = None, state_dict: dict | None = None) -> None:
-        # The stock version also pickles the arguments, which only arbitrary-code loading could read again.
-        assert output_dir is not None
-        save_model(cast(PreTrainedModel, self.model), self._tokenizer, Path(output_dir), state_dict=state_dict)
 
 
 class _Milestones(TrainerCallback):

@@ -31,6 +31,7 @@ from cottention.models import (
 )
 from cottention.models.model_card import write_model_card
 from cottention.training.arguments import training_arguments
+from cottention.training.checkpointing_trainer import save_model
 from cottention.training.checkpoints import (
     atomic_directory,
     list_checkpoints,
@@ -43,7 +44,7 @@ from cottention.training.metrics import draw_loss_curve, read_metrics
 from cottention.training.recipe import BertRecipe, GPTRecipe, Recipe
 from cottention.training.recipe_files import differing_setting, load_recipe, recipe_text
 from cottention.training.text import PreparedText, prepare_text
-from cottention.training.trainer import PretrainingTrainer, save_model
+from cottention.training.trainer import PretrainingTrainer
 
 _RECIPE = "recipe.yaml"
 _FOLDERS = ("checkpoints", "model", "tokenizer")

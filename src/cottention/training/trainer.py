@@ -14,7 +14,6 @@ from __future__ import annotations
 
 import json
 import math
-import pickle
 from collections.abc import Mapping
 from contextlib import ExitStack, nullcontext
 from pathlib import Path
@@ -25,37 +24,33 @@ from safetensors.torch import save_file
 from torch import Tensor
 from transformers import (
     PreTrainedModel,
-    PreTrainedTokenizerBase,
     PrinterCallback,
-    Trainer,
     TrainingArguments,
     set_seed,
 )
 
-from cottention.errors import CheckpointError, CottentionError, DataError
-from cottention.generation.loading import quiet_progress
+from cottention.errors import DataError
 from cottention.logging import get_logger
 from cottention.training.arguments import compute_type
 from cottention.training.carried import CarriedStates
+from cottention.training.checkpointing_trainer import CheckpointingTrainer, NonFiniteLossError
 from cottention.training.checkpoints import (
     atomic_directory,
     checkpoint_name,
     checkpoint_step,
     list_checkpoints,
     rotate,
-    staging_area,
     write_atomically,
     writing_to,
 )
 from cottention.training.held_out import count_targets
-from cottention.training.lanes import LaneStream, own_lanes
+from cottention.training.lanes import own_lanes
 from cottention.training.memory import keep_freed_memory
 from cottention.training.metrics import MetricsLog
 from cottention.training.optimizer import build_optimizer, build_scheduler
 from cottention.training.progress import ProgressBar, RunControl
 from cottention.training.recipe import BertRecipe, GPTRecipe, Recipe
 from cottention.training.stopwatch import Stopwatch
-from cottention.training.stream import ExampleStream, InOrder, PhasedStream
 from cottention.training.text import PreparedText
 
 _RUN_STATE = "run_state.json"
@@ -64,11 +59,7 @@ _CARRIED = "carried_states.safetensors"
 logger = get_logger(__name__)
 
 
-class NonFiniteLossError(CottentionError):
-    """The loss or the gradient became infinite or NaN; the run stopped before the next checkpoint was written."""
-
-
-class PretrainingTrainer(Trainer):
+class PretrainingTrainer(CheckpointingTrainer):
     """Trains one model by one recipe inside one run directory."""
 
     def __init__(
@@ -91,17 +82,19 @@ class PretrainingTrainer(Trainer):
         """
         self.recipe = recipe
         self.run_dir = run_dir
-        self.checkpoints_dir = run_dir / "checkpoints"
         self.text = text
         stream = text.stream(recipe)
-        self.run_control = RunControl()
+        run_control = RunControl()
         super().__init__(
+            run_dir / "checkpoints",
+            text.tokenizer,
+            run_control,
             model=model,
             args=arguments,
             data_collator=text.training_collator(recipe),
             train_dataset=stream,
             eval_dataset=stream,  # the Trainer insists on one; evaluate() below does not read it
-            callbacks=[self.run_control, ProgressBar(recipe)],
+            callbacks=[run_control, ProgressBar(recipe)],
         )
         self.remove_callback(PrinterCallback)
         if self.args.device.type == "cpu":
@@ -159,11 +152,7 @@ class PretrainingTrainer(Trainer):
         self._stopwatch = Stopwatch(elapsed_s=state["elapsed_s"], step=state["step"])
         if self.is_world_process_zero():
             self.metrics_log = MetricsLog(self.run_dir / "metrics.jsonl", resume_step=state["step"])
-        try:
-            with self.run_control.listening():
-                self.train(resume_from_checkpoint=None if resume_from is None else str(resume_from))
-        except pickle.UnpicklingError as error:
-            raise CheckpointError(f"{resume_from} holds more than tensors and plain numbers: not loaded") from error
+        self.train_on_from(resume_from)
 
     # What the loop asks for
 
@@ -183,9 +172,6 @@ class PretrainingTrainer(Trainer):
             )
             self._created_lr_scheduler = True
         return self.lr_scheduler
-
-    def _get_train_sampler(self, train_dataset: Any = None) -> InOrder:
-        return InOrder(len(cast(ExampleStream | PhasedStream | LaneStream, self.train_dataset)))
 
     def _get_num_items_in_batch(self, batch_samples: list, device: torch.device) -> Tensor | None:
         # Batches are scaled by the targets of the whole step, so that accumulation does not change the gradient.
@@ -361,37 +347,6 @@ class PretrainingTrainer(Trainer):
             "elapsed_s": self._stopwatch.elapsed_s,
             "text": self.text.fingerprint(),
         }
-
-    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
-        # The stock version leaves weights that a checkpoint lacks as they are; ours says so in one line.
-        own = cast(PreTrainedModel, self.model)
-        with quiet_progress():
-            saved = type(own).from_pretrained(resume_from_checkpoint, config=own.config, dtype=torch.float32)
-        own.load_state_dict(saved.state_dict())
-
-    def _get_output_dir(self, trial: Any) -> str:
-        return str(staging_area(self.checkpoints_dir))
-
-    def _save(self, output_dir: str | None = None, state_dict: dict | None = None) -> None:
-        # The stock version also pickles the arguments, which only arbitrary-code loading could read again.
-        if self.args.should_save:
-            assert output_dir is not None
-            save_model(cast(PreTrainedModel, self.model), self.text.tokenizer, Path(output_dir), state_dict=state_dict)
-
-
-def save_model(
-    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, folder: Path, *, state_dict: dict | None = None
-) -> None:
-    """Write a model directory: config, weights, tokenizer."""
-    # The Trainer switches the cache off for training; whoever opens the model wants it on.
-    training_use_cache = getattr(model.config, "use_cache", None)
-    if training_use_cache is not None:
-        model.config.use_cache = True
-    with quiet_progress():
-        model.save_pretrained(folder, state_dict=state_dict)
-    if training_use_cache is not None:
-        model.config.use_cache = training_use_cache
-    tokenizer.save_pretrained(folder)
 
 
 def _has_pairs(recipe: Recipe) -> bool:
