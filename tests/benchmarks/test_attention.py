@@ -10,6 +10,7 @@ import pytest
 from cottention.benchmarks import attention, roofline
 from cottention.benchmarks.attention import benchmark_attention, write_report
 from cottention.benchmarks.check import WrongResultError
+from cottention.benchmarks.measure import Timing
 from cottention.benchmarks.memory_process import MemoryOutcome
 from cottention.benchmarks.results import FORMAT
 from cottention.benchmarks.settings import AttentionSettings
@@ -92,6 +93,7 @@ def test_each_result_in_the_json_says_all_about_its_point(report):
             "share_of_fma_peak",
             "limits_gflops",
             "times_as_fast_as_sdpa",
+            "times_as_fast_as_float32",
         }
         assert sorted(time["samples_s"])[0] <= time["median_s"] <= sorted(time["samples_s"])[-1]
         assert time["limits_gflops"]["mm"]
@@ -110,6 +112,39 @@ def test_the_table_names_everything(report):
     assert "torch.mm 32^3 float32: " in text
     assert "values and gradients checked against float64: chunk, sdpa" in text
     assert "skipped" not in text
+
+
+def test_dtypes_take_turns_in_the_same_rounds(monkeypatch):
+    order = []
+    real = attention.prepare
+
+    def prepare(function, workload, inputs):
+        call = real(function, workload, inputs)
+        return lambda: (order.append((workload.length, workload.dtype)), call())
+
+    monkeypatch.setattr(attention, "prepare", prepare)
+    monkeypatch.setattr(attention, "time_interleaved", lambda calls, device, **options: _rounds(calls, order, options))
+    settings = replace(TINY, passes=("forward",), peers=(), dtypes=("bfloat16", "float32"))
+    report = benchmark_attention(settings)
+    assert order == [(T, dtype) for T in (64, 128) for _ in range(2) for dtype in ("bfloat16", "float32")]
+    ratios = {
+        (result["dtype"], result["length"]): result["time"]["times_as_fast_as_float32"]
+        for result in report.to_dict()["results"]  # pyright: ignore
+    }
+    # the later call of a round takes longer here
+    assert ratios == {("bfloat16", T): 2.0 for T in (64, 128)} | {("float32", T): None for T in (64, 128)}
+    text = as_text(report)
+    assert text.count("vs float32") == 2  # a heading and the legend
+    assert text.count("vs sdpa") == 1  # the legend
+
+
+def _rounds(calls, order, options):
+    """Two rounds in which the first call takes one second, the second two."""
+    for _ in range(2):
+        options["before_each_round"]()
+        for call in calls.values():
+            call()
+    return {key: Timing(samples_s=(float(i), float(i))) for i, key in enumerate(calls, 1)}
 
 
 def test_a_wrong_implementation_is_never_timed(monkeypatch):

@@ -13,8 +13,8 @@ from __future__ import annotations
 
 import gc
 import json
-from collections.abc import Iterator
-from dataclasses import asdict
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from dataclasses import asdict, replace
 from pathlib import Path
 
 import torch
@@ -158,13 +158,26 @@ def _measure_time(
         point.time_skipped = _why_not_timed(point, settings)
     for piece in journal.pieces("time"):
         _set_times(points.pop(Workload(**piece["workload"])), piece)
-    with tqdm(points.items(), desc="time", unit="shape", disable=None) as progress:
-        for workload, group in progress:
-            progress.set_postfix_str(f"{workload.passes} {workload.dtype} T={workload.length}")
-            timed = [by_name[point.name] for point in group if point.time_skipped is None]
-            piece = {"workload": asdict(workload), **_time(timed, workload, meters, settings)}
-            _set_times(group, piece)
-            journal.add("time", piece)
+    with tqdm(total=len(points), desc="time", unit="shape", disable=None) as progress:
+        for workloads in _shapes(points):
+            progress.set_postfix_str(f"{workloads[0].passes} T={workloads[0].length}")
+            timed = {
+                workload: [by_name[point.name] for point in points[workload] if point.time_skipped is None]
+                for workload in workloads
+            }
+            for workload, figures in _time(timed, meters, settings).items():
+                piece = {"workload": asdict(workload), **figures}
+                _set_times(points[workload], piece)
+                journal.add("time", piece)
+            progress.update(len(workloads))
+
+
+def _shapes(workloads: Iterable[Workload]) -> list[list[Workload]]:
+    """Workloads that differ in dtype alone: they are timed in the same rounds, so that dtypes can be compared."""
+    shapes: dict[Workload, list[Workload]] = {}
+    for workload in workloads:
+        shapes.setdefault(replace(workload, dtype=""), []).append(workload)
+    return list(shapes.values())
 
 
 def _set_times(group: list[Point], piece: dict) -> None:
@@ -182,27 +195,38 @@ def _why_not_timed(point: Point, settings: AttentionSettings) -> str | None:
 
 
 def _time(
-    candidates: list[Candidate], workload: Workload, meters: dict[str, Meter], settings: AttentionSettings
-) -> dict[str, dict[str, list[float]]]:
-    """Samples of each candidate, and what the machine could do meanwhile in this dtype."""
-    if not candidates:
-        return {"samples_s": {}, "limits": {}}
+    timed: Mapping[Workload, list[Candidate]], meters: dict[str, Meter], settings: AttentionSettings
+) -> dict[Workload, dict[str, dict[str, list[float]]]]:
+    """For each workload the samples of each candidate, and what the machine could do meanwhile in this dtype."""
     gc.collect()
-    inputs = Inputs(workload, settings.device)
-    limits = {kind: [] for kind in ("mm", "fma") if f"{kind}_{workload.dtype}" in meters}
+    calls: dict[tuple[Workload, str], Callable[[], object]] = {}
+    limits: dict[Workload, dict[str, list[float]]] = {workload: {} for workload in timed}
+    for workload, candidates in timed.items():
+        if not candidates:
+            continue
+        inputs = Inputs(workload, settings.device)
+        limits[workload] = {kind: [] for kind in ("mm", "fma") if f"{kind}_{workload.dtype}" in meters}
+        for candidate in candidates:
+            calls[workload, candidate.name] = prepare(candidate.function, workload, inputs)
 
     def read_limits() -> None:
-        for kind, readings in limits.items():
-            readings.append(meters[f"{kind}_{workload.dtype}"].read())
+        for workload, kinds in limits.items():
+            for kind, readings in kinds.items():
+                readings.append(meters[f"{kind}_{workload.dtype}"].read())
 
-    timings = time_interleaved(
-        {candidate.name: prepare(candidate.function, workload, inputs) for candidate in candidates},
-        settings.device,
-        repeats=settings.repeats,
-        time_limit_s=settings.time_limit_s,
-        before_each_round=read_limits,
-    )
-    return {"samples_s": {name: list(timing.samples_s) for name, timing in timings.items()}, "limits": limits}
+    timings: dict[tuple[Workload, str], Timing] = {}
+    if calls:
+        timings = time_interleaved(
+            calls,
+            settings.device,
+            repeats=settings.repeats,
+            time_limit_s=settings.time_limit_s,
+            before_each_round=read_limits,
+        )
+    samples: dict[Workload, dict[str, list[float]]] = {workload: {} for workload in timed}
+    for (workload, name), timing in timings.items():
+        samples[workload][name] = list(timing.samples_s)
+    return {workload: {"samples_s": samples[workload], "limits": limits[workload]} for workload in timed}
 
 
 def _budget(settings: AttentionSettings) -> Budget:

@@ -12,14 +12,17 @@ from __future__ import annotations
 import math
 import statistics
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Hashable, Mapping
 from dataclasses import dataclass
+from typing import TypeVar
 
 from cottention.benchmarks.calls import synchronize
 from cottention.benchmarks.measure_cuda import seconds_on_gpu
 
 # A sample lasts this long at least: thousands of ticks of the clock.
 _SHORTEST_SAMPLE_S = 2e-3
+
+Key = TypeVar("Key", bound=Hashable)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -43,13 +46,13 @@ class Timing:
 
 
 def time_interleaved(
-    calls: Mapping[str, Callable[[], object]],
+    calls: Mapping[Key, Callable[[], object]],
     device: str,
     *,
     repeats: int,
     time_limit_s: float,
     before_each_round: Callable[[], object] | None = None,
-) -> dict[str, Timing]:
+) -> dict[Key, Timing]:
     """Time each call as often as asked, or as its time limit allows, at least once.
 
     Args:
@@ -60,8 +63,8 @@ def time_interleaved(
             more than half of it is not repeated: the warm-up, at that length no longer different, is its sample.
         before_each_round: what else has its turn in every round, such as reading the machine's limits.
     """
-    samples: dict[str, list[float]] = {}
-    plans: dict[str, tuple[int, int]] = {}  # name -> samples, calls in each
+    samples: dict[Key, list[float]] = {}
+    plans: dict[Key, tuple[int, int]] = {}  # name -> samples, calls in each
     for name, call in calls.items():
         warm_up_s = _seconds_of(call, 1, device)
         if warm_up_s > time_limit_s / 2:

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import statistics
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 
 from cottention.benchmarks.check import Check
 from cottention.benchmarks.measure import Timing
@@ -20,6 +20,9 @@ FORMAT = 2
 
 BASELINE = "sdpa"
 """What everything is compared with, where it was measured."""
+
+BASE_DTYPE = "float32"
+"""The dtype that the others are compared with."""
 
 
 @dataclass(kw_only=True)
@@ -88,6 +91,16 @@ class AttentionReport:
             "results": [self._result(point, group) for group in self.groups for point in group],
         }
 
+    def dtype_ratio(self, point: Point) -> float | None:
+        """How many times as fast as the same candidate in float32, timed in the same rounds; None without both."""
+        same = replace(point.workload, dtype=BASE_DTYPE)
+        if point.timing is None or same == point.workload:
+            return None
+        for other in (each for group in self.groups for each in group):
+            if other.name == point.name and other.workload == same and other.timing:
+                return other.timing.median_s / point.timing.median_s
+        return None
+
     def _result(self, point: Point, group: list[Point]) -> dict[str, object]:
         timing, memory = point.timing, point.memory
         return {
@@ -106,6 +119,7 @@ class AttentionReport:
                 "share_of_fma_peak": point.share_of("fma"),
                 "limits_gflops": {name: list(readings) for name, readings in point.limits.items()},
                 "times_as_fast_as_sdpa": speed_ratio(point, group),
+                "times_as_fast_as_float32": self.dtype_ratio(point),
             },
             "memory_skipped": point.memory_skipped,
             "memory": None

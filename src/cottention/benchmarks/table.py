@@ -5,7 +5,9 @@ print(as_text(report))
 
 from __future__ import annotations
 
-from cottention.benchmarks.results import BASELINE, AttentionReport, Point, memory_growth, speed_ratio
+import itertools
+
+from cottention.benchmarks.results import BASE_DTYPE, BASELINE, AttentionReport, Point, memory_growth, speed_ratio
 from cottention.benchmarks.settings import Workload
 
 _COLUMNS: tuple[str, ...] = (
@@ -13,6 +15,7 @@ _COLUMNS: tuple[str, ...] = (
     "time",
     "spread",
     f"vs {BASELINE}",
+    f"vs {BASE_DTYPE}",
     "GFLOP/s",
     "of mm",
     "of FMA",
@@ -26,15 +29,17 @@ _LEGEND = f"""\
 time       median of interleaved samples, freed memory kept for reuse as in training; spread is half the width of
            their middle half
 vs {BASELINE}    time of scaled_dot_product_attention divided by this one: more is faster
+vs {BASE_DTYPE} time of the same in {BASE_DTYPE}, measured in the same rounds, divided by this one
 GFLOP/s    useful operations of linear attention a second, counted alike for all
 of mm      their share of torch.mm's in this dtype, timed in the same rounds; of FMA: of the FMA peak's
 peak       most memory beyond the inputs, native code included; extra: beyond the results too; a token: peak
-growth     peak divided by that of the length before: linear is at most the factor between the lengths"""
+growth     peak divided by that of the length before: linear is at most the factor between the lengths
+A column of which nothing is known is left out."""
 
 
 def as_text(report: AttentionReport) -> str:
     """Everything on the report that a person wants to see first."""
-    parts = ["\n".join(_head(report)), *(_table(group) for group in report.groups), _LEGEND]
+    parts = ["\n".join(_head(report)), *(_table(report, group) for group in report.groups), _LEGEND]
     if report.interrupted:
         parts.append("The run was interrupted: what is missing was not reached.")
     return "\n\n".join(parts)
@@ -71,14 +76,16 @@ def _has_backward(report: AttentionReport) -> bool:
     return any(check.workload.backward for check in report.checks)
 
 
-def _table(group: list[Point]) -> str:
+def _table(report: AttentionReport, group: list[Point]) -> str:
     rows: list[tuple[str, ...]] = [("", *_COLUMNS)]
     notes = [""]
     last_name = None
     for point in group:
-        rows.append((point.name if point.name != last_name else "", *_cells(group, point)))
+        rows.append((point.name if point.name != last_name else "", *_cells(report, group, point)))
         notes.append(_note(point))
         last_name = point.name
+    known = [not all(cell == "-" for cell in column[1:]) for column in zip(*rows, strict=True)]
+    rows = [tuple(itertools.compress(row, known)) for row in rows]
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
     lines = [
         f"{row[0]:<{widths[0]}}  "
@@ -89,10 +96,11 @@ def _table(group: list[Point]) -> str:
     return "\n".join([title(group[0].workload), *(line.rstrip() for line in lines)])
 
 
-def _cells(group: list[Point], point: Point) -> tuple[str, ...]:
+def _cells(report: AttentionReport, group: list[Point], point: Point) -> tuple[str, ...]:
     timing, memory = point.timing, point.memory
     spread = timing.spread if timing else None
     ratio, growth = speed_ratio(point, group), memory_growth(point, group)
+    of_base_dtype = report.dtype_ratio(point)
     of_matmul, of_peak = point.share_of("mm"), point.share_of("fma")
     gflops, per_token = point.useful_gflops, point.bytes_per_token
     return (
@@ -100,6 +108,7 @@ def _cells(group: list[Point], point: Point) -> tuple[str, ...]:
         _duration(timing.median_s) if timing else "-",
         "-" if spread is None else f"{spread:.0%}",
         "-" if ratio is None else f"{ratio:.3g}x",
+        "-" if of_base_dtype is None else f"{of_base_dtype:.3g}x",
         "-" if gflops is None else f"{gflops:.3g}",
         "-" if of_matmul is None else f"{of_matmul:.1%}",
         "-" if of_peak is None else f"{of_peak:.1%}",
