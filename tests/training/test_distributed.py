@@ -91,7 +91,7 @@ def test_a_signal_stops_all_processes_after_one_step_and_they_go_on_exactly(corp
     # A step of the log between checkpoints: each process has its share of the loss since the last line to restore, and
     # the states of its own lanes.
     settings = {"training__max_steps": 120, "training__save_every": 7, "training__log_every": 10}
-    recipe = tiny_recipe("gpt", corpus, data__carry_state=True, **settings)
+    recipe = tiny_recipe("gpt", corpus, data__carry_state=True, data__carry_lanes=16, **settings)
     subprocess.run(torchrun(recipe, tmp_path / "whole"), capture_output=True, check=True, timeout=300)
     words = torchrun(recipe, tmp_path / "stopped")
     with subprocess.Popen(words, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as process:

@@ -75,9 +75,9 @@ def test_carried_states_change_what_a_step_computes_behind_the_first(books: Path
 
 
 def test_a_carried_run_killed_in_a_document_ends_like_one_that_never_was(books: Path, tmp_path: Path) -> None:
-    recipe = tiny_recipe("gpt", books, **CARRIED)
+    recipe = tiny_recipe("gpt", books, **CARRIED, data__carry_lanes=16)
     pretrain(recipe, output_dir=tmp_path / "whole")
-    steps_per_pass = len(prepare_text(recipe, None).train) // 8
+    steps_per_pass = len(prepare_text(recipe, None).train) // 16 * 2
     assert 6 < steps_per_pass < recipe.training.max_steps, "step 6 is inside a pass, and there are several"
     for moment, count, exit_code, checkpoints in (
         ("a micro batch is done", 26, KILLED, [3, 6]),
@@ -88,9 +88,9 @@ def test_a_carried_run_killed_in_a_document_ends_like_one_that_never_was(books: 
         assert steps_of(tmp_path / "run") == checkpoints, moment
     assert_same_run(tmp_path / "run", tmp_path / "whole")
     states = load_file(tmp_path / "run" / "checkpoints" / "checkpoint-20" / "carried_states.safetensors")
-    assert states["seen"].shape == (8,)
+    assert states["seen"].shape == (16,)
     assert int(states["seen"].max()) >= 2 * recipe.data.sequence_length, "documents go on over windows"
-    assert states["layers.1.kv"].shape == (8, 2, 8, 8)
+    assert states["layers.1.kv"].shape == (16, 2, 8, 8)
 
 
 def test_a_document_run_goes_on_exactly(corpus: Path, tmp_path: Path) -> None:
@@ -157,6 +157,11 @@ def test_a_compiled_model_trains_the_same_on_documents(corpus: Path, tmp_path: P
             "data.carry_state needs data.mode: packed; got document",
         ),
         ({"data__carry_tokens": 64}, "data.carry_tokens needs data.carry_state: true; got false"),
+        ({"data__carry_lanes": 64}, "data.carry_lanes needs data.carry_state: true; got false"),
+        (
+            {"data__carry_state": True, "data__carry_lanes": 12},
+            "data.carry_lanes must be a multiple of training.global_batch_size, whose windows take turns; got 12 and 8",
+        ),
         (
             {"data__carry_state": True, "training__gradient_checkpointing": True},
             "data.carry_state excludes training.gradient_checkpointing; got both",

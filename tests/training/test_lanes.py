@@ -22,7 +22,7 @@ from cottention.layers import attention
 from cottention.models.losses import IGNORE_INDEX
 from cottention.training.carried import CarriedStates
 from cottention.training.held_out_carried import CarriedHeldOut
-from cottention.training.lanes import LaneStream, collate_lanes, read_windows
+from cottention.training.lanes import LaneStream, collate_lanes, own_lanes, read_windows
 from cottention.training.stream import InOrder
 from tests import tiny
 from tests.models.helpers import gradients
@@ -38,9 +38,9 @@ def windows(texts: list[str] = TEXTS, tail: str = "drop") -> Any:
     return pack_windows(tokens, LENGTH, 0, tail=tail)
 
 
-def stream(num_lanes: int = 4, num_steps: int = 40, seed: int = 0) -> LaneStream:
+def stream(num_lanes: int = 4, step_size: int = 4, num_steps: int = 40, seed: int = 0) -> LaneStream:
     """Several passes over the windows."""
-    return LaneStream(windows(), num_lanes=num_lanes, num_steps=num_steps, seed=seed)
+    return LaneStream(windows(), num_lanes=num_lanes, step_size=step_size, num_steps=num_steps, seed=seed)
 
 
 def places(order: LaneStream) -> list[Any]:
@@ -51,14 +51,14 @@ def places(order: LaneStream) -> list[Any]:
 # Order
 
 
-def test_each_lane_reads_window_after_window() -> None:
-    order = stream()
+@pytest.mark.parametrize("step_size", [4, 2, 1])
+def test_each_lane_reads_window_after_window(step_size: int) -> None:
+    order = stream(step_size=step_size, num_steps=160 // step_size)
     num_windows = len(order.windows)
-    steps = [places(order)[start : start + 4] for start in range(0, len(order), 4)]
-    assert len(steps) > 3 * order.steps_per_pass, "several passes"
-    for before, step in itertools.pairwise(steps):
-        for old, new in zip(before, step, strict=True):
-            assert old.lane == new.lane
+    for lane in range(4):
+        own = [place for place in places(order) if place.lane == lane]
+        assert len(own) == 40 > 3 * order.windows_per_lane, "several passes"
+        for old, new in itertools.pairwise(own):
             if new.continues:
                 assert new.row == (old.row + 1) % num_windows
                 assert new.pass_number == old.pass_number
@@ -66,10 +66,17 @@ def test_each_lane_reads_window_after_window() -> None:
                 assert new.pass_number == old.pass_number + 1
 
 
-def test_a_pass_reads_no_window_twice_and_leaves_out_fewer_than_there_are_lanes() -> None:
-    order = stream()
+@pytest.mark.parametrize("step_size", [4, 2, 1])
+def test_lanes_take_turns_and_keep_their_place_in_the_step(step_size: int) -> None:
+    lanes = [place.lane for place in places(stream(step_size=step_size))]
+    assert lanes == [i % 4 for i in range(len(lanes))]
+
+
+@pytest.mark.parametrize("step_size", [4, 2])
+def test_a_pass_reads_no_window_twice_and_leaves_out_fewer_than_there_are_lanes(step_size: int) -> None:
+    order = stream(step_size=step_size)
     passes = [[place.row for place in places(order) if place.pass_number == number] for number in range(3)]
-    for rows in passes:
+    for rows in passes[: 3 if step_size == 4 else 2]:
         assert max(Counter(rows).values()) == 1
         assert len(order.windows) - 4 < len(rows) <= len(order.windows)
     assert len({rows[0] for rows in passes}) > 1, "passes begin in other places"
@@ -128,14 +135,15 @@ def test_workers_do_not_change_what_is_read() -> None:
         }
 
 
+@pytest.mark.parametrize("step_size", [4, 2])
 @pytest.mark.parametrize("num_processes", [1, 2])
-def test_a_lane_stays_on_its_process(num_processes: int) -> None:
-    order = stream(num_steps=10)
+def test_a_lane_stays_on_its_process(num_processes: int, step_size: int) -> None:
+    order = stream(step_size=step_size, num_steps=40 // step_size)
     for index in range(num_processes):
         loader = DataLoader(order, batch_size=1, sampler=InOrder(len(order)), collate_fn=collate_lanes)
         own = prepare_data_loader(loader, num_processes=num_processes, process_index=index, put_on_device=False)
         lanes = [int(batch["lanes"]) for batch in own]
-        assert lanes == [lane for _ in range(10) for lane in range(4) if lane % num_processes == index]
+        assert lanes == [lane for _ in range(10) for lane in own_lanes(4, 1, index, num_processes)]
 
 
 # States

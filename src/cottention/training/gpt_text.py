@@ -96,7 +96,11 @@ def gpt_stream(recipe: GPTRecipe, examples: Dataset | DocumentWindows) -> Exampl
     training = recipe.training
     if recipe.data.carry_state:
         return LaneStream(
-            examples, num_lanes=training.global_batch_size, num_steps=training.max_steps, seed=training.seed
+            examples,
+            num_lanes=recipe.num_lanes,
+            step_size=training.global_batch_size,
+            num_steps=training.max_steps,
+            seed=training.seed,
         )
     return ExampleStream(examples, num_examples=training.max_steps * training.global_batch_size, seed=training.seed)
 

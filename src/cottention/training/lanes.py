@@ -1,11 +1,13 @@
-"""Reading a corpus in lanes: each row of a step goes on where it stopped in the step before.
+"""Reading a corpus in lanes: each lane goes on where it stopped when it had its last turn.
 
-A step of G windows has G lanes. One pass cuts the windows of the corpus, joined to a ring and turned by a random
-number, into G stretches of equal length, and each lane reads one of them, window after window. So the state of a
-document can go from a window to the next (`training/carried.py`). What stands at a position of the stream follows from
-seed, pass and position alone, and a lane always has the same place in its step: with it, the same process.
+One pass cuts the windows of the corpus, joined to a ring and turned by a random number, into as many stretches of equal
+length as there are lanes, and each lane reads one of them, window after window. So the state of a document can go from
+a window to the next (`training/carried.py`). A step of G windows takes G lanes, and steps take turns between the lanes:
+with more lanes than G, steps that follow each other read other documents, nearly as if windows were drawn at random.
+What stands at a position of the stream follows from seed, pass and position alone, and a lane always has the same place
+in its step: with it, the same process.
 
-    stream = LaneStream(windows, num_lanes=8, num_steps=1000, seed=0)
+    stream = LaneStream(windows, num_lanes=64, step_size=8, num_steps=1000, seed=0)
     batch = collate_lanes(stream.__getitems__([0, 1, 2, 3]))    # the first window of lanes 0 to 3, packed
 """
 
@@ -37,11 +39,12 @@ class Place(NamedTuple):
 
 
 class LaneStream(Dataset[dict[str, Any]]):
-    """`num_steps` windows for each of `num_lanes` lanes; position = step * num_lanes + lane.
+    """`num_steps` steps of `step_size` windows; position = step * step_size + place in the step.
 
     Args:
         windows: rows of `pack_windows`.
-        num_lanes: windows per step.
+        num_lanes: stretches that are read side by side, a multiple of `step_size`.
+        step_size: windows per step.
         num_steps: length of the stream.
         seed: decides where each pass begins.
 
@@ -49,20 +52,21 @@ class LaneStream(Dataset[dict[str, Any]]):
         DataError: there are fewer windows than lanes.
     """
 
-    def __init__(self, windows: Any, *, num_lanes: int, num_steps: int, seed: int) -> None:
-        self.steps_per_pass = len(windows) // num_lanes
-        if not self.steps_per_pass:
+    def __init__(self, windows: Any, *, num_lanes: int, step_size: int, num_steps: int, seed: int) -> None:
+        self.windows_per_lane = len(windows) // num_lanes
+        if not self.windows_per_lane:
             raise DataError(
                 f"the text fills {len(windows)} windows, too few for the {num_lanes} lanes of data.carry_state; "
-                "lower training.global_batch_size or data.sequence_length"
+                "lower data.carry_lanes, training.global_batch_size or data.sequence_length"
             )
         self.windows = windows
         self.num_lanes = num_lanes
+        self.step_size = step_size
         self.num_steps = num_steps
         self.seed = seed
 
     def __len__(self) -> int:
-        return self.num_steps * self.num_lanes
+        return self.num_steps * self.step_size
 
     def __getitem__(self, position: int) -> dict[str, Any]:
         return self.__getitems__([position])[0]
@@ -76,15 +80,17 @@ class LaneStream(Dataset[dict[str, Any]]):
 
     def place(self, position: int) -> Place:
         """What stands at a position."""
-        step, lane = divmod(position, self.num_lanes)
-        number, offset = divmod(step, self.steps_per_pass)
+        step, lane_in_step = divmod(position, self.step_size)
+        round_number, turn_of_step = divmod(step, self.num_lanes // self.step_size)
+        lane = turn_of_step * self.step_size + lane_in_step
+        number, offset = divmod(round_number, self.windows_per_lane)
         turn = int(np.random.default_rng([self.seed, number]).integers(len(self.windows)))
-        row = (turn + lane * self.steps_per_pass + offset) % len(self.windows)
+        row = (turn + lane * self.windows_per_lane + offset) % len(self.windows)
         return Place(row, lane, number, continues=offset > 0)
 
 
 def own_lanes(num_lanes: int, micro_batch_size: int, process_index: int, num_processes: int) -> list[int]:
-    """Lanes of a process: micro batches go round the processes."""
+    """Lanes of a process: micro batches go round the processes, the same way in every step."""
     return [lane for lane in range(num_lanes) if lane // micro_batch_size % num_processes == process_index]
 
 

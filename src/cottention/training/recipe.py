@@ -53,6 +53,16 @@ class GPTRecipe:
         for name in ("gradient_checkpointing", "compile"):
             if getattr(self.training, name):
                 raise SettingsError(f"data.carry_state excludes training.{name}; got both")
+        if self.num_lanes % self.training.global_batch_size:
+            raise SettingsError(
+                "data.carry_lanes must be a multiple of training.global_batch_size, whose windows take turns; "
+                f"got {self.num_lanes} and {self.training.global_batch_size}"
+            )
+
+    @property
+    def num_lanes(self) -> int:
+        """Stretches of the corpus that are read side by side where states are carried."""
+        return self.data.carry_lanes or self.training.global_batch_size
 
     @property
     def num_warmup_steps(self) -> int:

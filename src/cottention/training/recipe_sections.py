@@ -141,14 +141,18 @@ class GPTDataSettings(DataSettings):
     """Go on from the state of the window before, within a document (truncated back-propagation; packed, cosine)."""
     carry_tokens: int | None = None
     """Start a document's carried state anew after so many tokens, at the next window; null never does."""
+    carry_lanes: int | None = None
+    """Places of the text that are read on side by side, in turn; a multiple of training.global_batch_size, which null
+    takes. More of them mix the text better and take more memory for states."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        _check_positive(self, "data", "carry_tokens")
+        _check_positive(self, "data", "carry_tokens", "carry_lanes")
         if self.carry_state and self.mode != "packed":
             raise SettingsError(f"data.carry_state needs data.mode: packed; got {self.mode}")
-        if self.carry_tokens is not None and not self.carry_state:
-            raise SettingsError("data.carry_tokens needs data.carry_state: true; got false")
+        for name in ("carry_tokens", "carry_lanes"):
+            if getattr(self, name) is not None and not self.carry_state:
+                raise SettingsError(f"data.{name} needs data.carry_state: true; got false")
 
 
 @dataclass(frozen=True, kw_only=True)

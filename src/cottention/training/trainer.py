@@ -328,9 +328,11 @@ class PretrainingTrainer(CheckpointingTrainer):
         recipe = self.recipe
         if not (isinstance(recipe, GPTRecipe) and recipe.data.carry_state):
             return None
-        training = recipe.training
         lanes = own_lanes(
-            training.global_batch_size, training.micro_batch_size, self.args.process_index, max(1, self.args.world_size)
+            recipe.num_lanes,
+            recipe.training.micro_batch_size,
+            self.args.process_index,
+            max(1, self.args.world_size),
         )
         states = CarriedStates(
             cast(Any, self.model).config, lanes=lanes, limit=recipe.data.carry_tokens, device=self.args.device
