@@ -74,8 +74,17 @@ def test_carried_states_change_what_a_step_computes_behind_the_first(books: Path
     assert line["val_reset_loss"] != pytest.approx(line["val_loss"], rel=1e-6)
 
 
+def test_states_are_carried_after_the_steps_asked_for(books: Path, tmp_path: Path) -> None:
+    for name, changes in (("afresh", {"data__carry_tokens": 1}), ("later", {})):
+        recipe = short("gpt", books, **CARRIED, data__carry_after=2, training__max_steps=5, **changes)
+        pretrain(recipe, output_dir=tmp_path / name)
+    afresh, later = losses_of(tmp_path / "afresh"), losses_of(tmp_path / "later")
+    assert afresh[:3] == later[:3], "the first step in lanes starts from zero as well"
+    assert afresh[3] != pytest.approx(later[3], rel=1e-6)
+
+
 def test_a_carried_run_killed_in_a_document_ends_like_one_that_never_was(books: Path, tmp_path: Path) -> None:
-    recipe = tiny_recipe("gpt", books, **CARRIED, data__carry_lanes=16)
+    recipe = tiny_recipe("gpt", books, **CARRIED, data__carry_lanes=16, data__carry_after=4)
     pretrain(recipe, output_dir=tmp_path / "whole")
     steps_per_pass = len(prepare_text(recipe, None).train) // 16 * 2
     assert 6 < steps_per_pass < recipe.training.max_steps, "step 6 is inside a pass, and there are several"
@@ -166,6 +175,11 @@ def test_a_compiled_model_trains_the_same_on_documents(corpus: Path, tmp_path: P
             {"data__carry_state": True, "training__gradient_checkpointing": True},
             "data.carry_state excludes training.gradient_checkpointing; got both",
         ),
+        (
+            {"data__carry_state": True, "data__carry_after": 20},
+            "data.carry_after must be less than training.max_steps; got 20 and 20",
+        ),
+        ({"data__carry_after": 0.5}, "data.carry_after needs data.carry_state: true; got false"),
         (
             {"data__carry_state": True, "training__compile": True},
             "data.carry_state excludes training.compile; got both",

@@ -82,6 +82,24 @@ def test_a_pass_reads_no_window_twice_and_leaves_out_fewer_than_there_are_lanes(
     assert len({rows[0] for rows in passes}) > 1, "passes begin in other places"
 
 
+def test_a_run_may_begin_with_windows_in_random_order() -> None:
+    all_windows = windows()
+    num = len(all_windows)
+    afresh_steps = num // 2 + 3  # a pass and a part of the next
+    order = LaneStream(all_windows, num_lanes=4, step_size=2, num_steps=80, seed=0, afresh_steps=afresh_steps)
+    lanes = LaneStream(all_windows, num_lanes=4, step_size=2, num_steps=80 - afresh_steps, seed=0)
+    begin, end = places(order)[: 2 * afresh_steps], places(order)[2 * afresh_steps :]
+    assert not any(place.continues for place in begin)
+    assert [place.lane for place in begin] == [0, 1] * afresh_steps, "each window stays on the process of its place"
+    first_pass = [place.row for place in begin][:num]
+    assert sorted(first_pass) == list(range(num)) != first_pass
+    assert [place.pass_number for place in begin] == [i // num for i in range(len(begin))]
+    assert [(place.lane, place.continues) for place in end] == [(p.lane, p.continues) for p in places(lanes)]
+    assert {place.continues for place in end} == {True, False}
+    assert min(place.pass_number for place in end) == 2
+    assert [order.place(position) for position in reversed(range(len(order)))] == (begin + end)[::-1]
+
+
 def test_the_seed_decides_the_order_and_nothing_read_before_does() -> None:
     first, again, other = (places(stream(seed=seed)) for seed in (0, 0, 1))
     assert first == again != other

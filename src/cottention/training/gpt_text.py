@@ -101,6 +101,7 @@ def gpt_stream(recipe: GPTRecipe, examples: Dataset | DocumentWindows) -> Exampl
             step_size=training.global_batch_size,
             num_steps=training.max_steps,
             seed=training.seed,
+            afresh_steps=recipe.num_afresh_steps,
         )
     return ExampleStream(examples, num_examples=training.max_steps * training.global_batch_size, seed=training.seed)
 

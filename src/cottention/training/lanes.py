@@ -4,8 +4,9 @@ One pass cuts the windows of the corpus, joined to a ring and turned by a random
 length as there are lanes, and each lane reads one of them, window after window. So the state of a document can go from
 a window to the next (`training/carried.py`). A step of G windows takes G lanes, and steps take turns between the lanes:
 with more lanes than G, steps that follow each other read other documents, nearly as if windows were drawn at random.
-What stands at a position of the stream follows from seed, pass and position alone, and a lane always has the same place
-in its step: with it, the same process.
+A run may begin with windows in random order, each read for itself, and read in lanes later. What stands at a position
+of the stream follows from seed, pass and position alone, and a lane always has the same place in its step: with it, the
+same process.
 
     stream = LaneStream(windows, num_lanes=64, step_size=8, num_steps=1000, seed=0)
     batch = collate_lanes(stream.__getitems__([0, 1, 2, 3]))    # the first window of lanes 0 to 3, packed
@@ -23,6 +24,7 @@ from torch.utils.data import Dataset
 
 from cottention.errors import DataError
 from cottention.models.losses import IGNORE_INDEX
+from cottention.training.stream import ExampleStream
 
 
 class Place(NamedTuple):
@@ -35,7 +37,7 @@ class Place(NamedTuple):
     pass_number: int
     """Passes that were completed before."""
     continues: bool
-    """Whether the lane read the window before it just before."""
+    """Whether the lane read the window before it at its last turn."""
 
 
 class LaneStream(Dataset[dict[str, Any]]):
@@ -47,12 +49,15 @@ class LaneStream(Dataset[dict[str, Any]]):
         step_size: windows per step.
         num_steps: length of the stream.
         seed: decides where each pass begins.
+        afresh_steps: steps at the beginning that read windows in random order instead; nothing goes on there.
 
     Raises:
         DataError: there are fewer windows than lanes.
     """
 
-    def __init__(self, windows: Any, *, num_lanes: int, step_size: int, num_steps: int, seed: int) -> None:
+    def __init__(
+        self, windows: Any, *, num_lanes: int, step_size: int, num_steps: int, seed: int, afresh_steps: int = 0
+    ) -> None:
         self.windows_per_lane = len(windows) // num_lanes
         if not self.windows_per_lane:
             raise DataError(
@@ -64,6 +69,8 @@ class LaneStream(Dataset[dict[str, Any]]):
         self.step_size = step_size
         self.num_steps = num_steps
         self.seed = seed
+        self.afresh_steps = afresh_steps
+        self._afresh = ExampleStream(windows, num_examples=afresh_steps * step_size, seed=seed)
 
     def __len__(self) -> int:
         return self.num_steps * self.step_size
@@ -81,9 +88,13 @@ class LaneStream(Dataset[dict[str, Any]]):
     def place(self, position: int) -> Place:
         """What stands at a position."""
         step, lane_in_step = divmod(position, self.step_size)
-        round_number, turn_of_step = divmod(step, self.num_lanes // self.step_size)
+        if step < self.afresh_steps:
+            row, number = self._afresh.index_at(position), position // len(self.windows)
+            return Place(row, lane_in_step, number, continues=False)
+        round_number, turn_of_step = divmod(step - self.afresh_steps, self.num_lanes // self.step_size)
         lane = turn_of_step * self.step_size + lane_in_step
         number, offset = divmod(round_number, self.windows_per_lane)
+        number += -(-len(self._afresh) // len(self.windows))
         turn = int(np.random.default_rng([self.seed, number]).integers(len(self.windows)))
         row = (turn + lane * self.windows_per_lane + offset) % len(self.windows)
         return Place(row, lane, number, continues=offset > 0)

@@ -58,6 +58,11 @@ class GPTRecipe:
                 "data.carry_lanes must be a multiple of training.global_batch_size, whose windows take turns; "
                 f"got {self.num_lanes} and {self.training.global_batch_size}"
             )
+        if self.num_afresh_steps >= self.training.max_steps:
+            raise SettingsError(
+                "data.carry_after must be less than training.max_steps; "
+                f"got {self.data.carry_after:g} and {self.training.max_steps}"
+            )
 
     @property
     def num_lanes(self) -> int:
@@ -65,9 +70,14 @@ class GPTRecipe:
         return self.data.carry_lanes or self.training.global_batch_size
 
     @property
+    def num_afresh_steps(self) -> int:
+        """Steps before the first that carries states, whichever way they were given."""
+        return _num_steps(self.data.carry_after, self.training)
+
+    @property
     def num_warmup_steps(self) -> int:
         """Warmup in steps, whichever way it was given."""
-        return _num_warmup_steps(self.optimizer, self.training)
+        return _num_steps(self.optimizer.warmup_steps, self.training)
 
     @property
     def tokens_per_step(self) -> int:
@@ -137,7 +147,7 @@ class BertRecipe:
     @property
     def num_warmup_steps(self) -> int:
         """Warmup in steps, whichever way it was given."""
-        return _num_warmup_steps(self.optimizer, self.training)
+        return _num_steps(self.optimizer.warmup_steps, self.training)
 
     @property
     def tokens_per_step(self) -> int:
@@ -171,6 +181,6 @@ Recipe = GPTRecipe | BertRecipe
 RECIPE_CLASSES: dict[str, type[GPTRecipe | BertRecipe]] = {"gpt": GPTRecipe, "bert": BertRecipe}
 
 
-def _num_warmup_steps(optimizer: OptimizerSettings, training: TrainingSettings) -> int:
-    given = optimizer.warmup_steps
+def _num_steps(given: float, training: TrainingSettings) -> int:
+    """Steps, or a number below 1: a fraction of the run."""
     return round(given * training.max_steps) if given < 1 else round(given)

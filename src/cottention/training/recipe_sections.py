@@ -144,14 +144,18 @@ class GPTDataSettings(DataSettings):
     carry_lanes: int | None = None
     """Places of the text that are read on side by side, in turn; a multiple of training.global_batch_size, which null
     takes. More of them mix the text better and take more memory for states."""
+    carry_after: float = 0
+    """Steps before states are carried; a number below 1 is a fraction of training.max_steps. Until then windows come in
+    random order and begin afresh."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
         _check_positive(self, "data", "carry_tokens", "carry_lanes")
         if self.carry_state and self.mode != "packed":
             raise SettingsError(f"data.carry_state needs data.mode: packed; got {self.mode}")
-        for name in ("carry_tokens", "carry_lanes"):
-            if getattr(self, name) is not None and not self.carry_state:
+        _check_not_negative(self, "data", "carry_after")
+        for name in ("carry_tokens", "carry_lanes", "carry_after"):
+            if getattr(self, name) and not self.carry_state:
                 raise SettingsError(f"data.{name} needs data.carry_state: true; got false")
 
 
