@@ -148,7 +148,7 @@ def _numbers(call: Call, *shape: int) -> Tensor:
 def _vectors(call: Call, *shape: int) -> Tensor:
     """Queries or keys, of norms near call.scale: no token's gradient, which goes with 1 / norm, hides the others'."""
     x = torch.randn(*shape, generator=call.generator, dtype=torch.float64)
-    x = x / x.norm(dim=-1, keepdim=True).clamp(min=1e-3)
+    x = torch.nn.functional.normalize(x, dim=-1, eps=1e-30)  # of one number, the norm may be anything
     x = x * (0.5 + torch.rand(*shape[:-1], 1, generator=call.generator, dtype=torch.float64)) * call.scale
     return x.to(torch.bfloat16).to(torch.float64)
 
@@ -213,7 +213,7 @@ def make_arguments(call: Call) -> Arguments:
         qkv = [x.masked_fill(hidden, math.nan) if x.shape[1] == S else x for x in qkv]
     expands = {"expanded batch", "expanded heads"} & set(call.layouts)
     if expands and call.garbage:  # the row that is repeated would carry its NaN to where the mask says real
-        qkv = [x.nan_to_num(0.5) for x in qkv]
+        qkv = [x.nan_to_num(number) for x, number in zip(qkv, (call.scale / math.sqrt(K),) * 2 + (0.5,), strict=True)]
     q, k, v, grad = (
         _laid_out(x.to(call.dtype), layout, call.generator)
         for x, layout in zip([*qkv, _numbers(call, B, T, H, V)], call.layouts, strict=True)
@@ -287,6 +287,10 @@ def in_float64(given: Arguments) -> Arguments:
 def scale_of(name: str, call: Call, given: Arguments, truth: dict[str, Tensor]) -> float:
     """What an error is measured by: the tensor's largest entry, or what that would be if its terms did not cancel."""
     largest = float(truth[name].abs().max()) if truth[name].numel() else 0.0
+    if name in ("o", "dv"):
+        # The product of two unit vectors is rounded at their size, however small it is itself: 1 / sqrt(K) is usual. Of
+        # a single term, divided by the largest count to the largest power, that is all there is.
+        return max(largest, 1 / math.sqrt(call.K) / (1 if call.norm_const is None else call.num_keys + 5))
     if name in ("dq", "dk"):
         # Only the part across the vector is left of a gradient: nothing with K = 1, little with K = 2. What was there
         # before is a sum over tokens and V, of both signs; here at its size for one token, that is at its smallest.
