@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import json
 from pathlib import Path
 
@@ -49,6 +50,21 @@ def test_inputs_are_not_counted_and_a_released_input_does_not_hide_anything():
         return (first, ones(5))
 
     assert measure_call(call, "cpu").allocated_bytes == 8 * MIB
+
+
+def test_garbage_of_an_earlier_reading_is_not_counted_against_the_next():
+    gc.disable()
+    try:
+        measure_call(lambda: (_garbage_of(ones(4)),), "cpu")
+        assert measure_call(lambda: (ones(8),), "cpu").allocated_bytes == 8 * MIB
+    finally:
+        gc.enable()
+
+
+def _garbage_of(x: torch.Tensor) -> torch.Tensor:
+    cycle: list = [x]
+    cycle.append(cycle)
+    return ones(1)
 
 
 def test_backward_is_counted():

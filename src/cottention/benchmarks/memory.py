@@ -62,6 +62,7 @@ def measure_call(call: Callable[[], tuple[Tensor, ...]], device: str) -> MemoryR
 
 
 def _measure_on_cpu(call: Callable[[], tuple[Tensor, ...]]) -> MemoryReading:
+    gc.collect()  # garbage of an earlier reading, released within this one, would count against it
     with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
         before = _start_high_water_mark()
         start = time.perf_counter()
