@@ -10,14 +10,18 @@ OUTPUT ?= runs/bench
 BIN := $(VENV)/bin
 NATIVE := src/cottention/ops/native
 CONSTRAINTS := constraints.txt
-PIP_INSTALL = $(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint $(CONSTRAINTS)
+# The torch of constraints.txt stands in every call, so that nothing replaces it, without other constraints either.
+TORCH := $(shell grep '^torch==' constraints.txt)
+PIP_INSTALL = $(BIN)/python -m pip install --quiet --disable-pip-version-check $(CONSTRAINTS:%=--constraint %) $(UPGRADE) $(TORCH)
+# What pip gives to a user today: no constraints, and upgraded whenever it is asked for.
+NEWEST := CONSTRAINTS= UPGRADE="--upgrade --upgrade-strategy eager"
 
 # One thread a test worker: several that share the cores slow each other down many times over.
 PYTEST := env OMP_NUM_THREADS=1 HF_HUB_OFFLINE=1 $(BIN)/python -m pytest -n $(WORKERS) --dist loadfile
-UNATTENDED := not gpu and not slurm and not network
+UNATTENDED := not gpu and not slurm and not network and not peers
 
 .DEFAULT_GOAL := help
-.PHONY: help setup quickstart test test-slow test-oldest sanitize test-gpu sanitize-gpu check format bench bench-gpu docs clean
+.PHONY: versions run-peers help setup quickstart test test-slow test-oldest test-newest test-peers sanitize test-gpu sanitize-gpu check format bench bench-gpu docs clean
 
 help: ## list these targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-12s %s\n", $$1, $$2}' $(firstword $(MAKEFILE_LIST))
@@ -37,6 +41,22 @@ test-slow: $(VENV)/.stamp-test $(VENV)/.stamp-native ## run the tests that take 
 test-oldest: ## run the tests with the oldest versions that pyproject.toml allows and we tried, in .venv-oldest
 	$(MAKE) test VENV=.venv-oldest CONSTRAINTS=constraints-oldest.txt
 
+test-newest: ## run the tests with the newest versions, upgraded first, in .venv-newest
+	rm -f .venv-newest/.stamp-*
+	$(MAKE) versions test VENV=.venv-newest $(NEWEST)
+
+test-peers: ## run other projects' tests and clients on our models, all newest, upgraded first, in .venv-peers
+	rm -f .venv-peers/.stamp-*
+	$(MAKE) versions run-peers VENV=.venv-peers EXTRA=peers $(NEWEST)
+
+# What was run is part of what a run without constraints says.
+EXTRA := test
+versions: $(VENV)/.stamp-$(EXTRA)
+	@$(BIN)/python -m pip freeze --exclude-editable
+
+run-peers: $(VENV)/.stamp-peers $(VENV)/.stamp-native
+	$(PYTEST) -m peers tests/peers $(ARGS)
+
 # The sanitizers of gcc have to be loaded before everything else. Leaks at exit are Python's and torch's.
 SANITIZER := -fsanitize=address,undefined -fno-sanitize-recover=all -fno-omit-frame-pointer -g1 -O1
 SANITIZED := build/sanitize
@@ -53,7 +73,7 @@ sanitize: $(VENV)/.stamp-test $(VENV)/.stamp-native ## run the tests of the nati
 	    $(BIN)/python -m pytest -m "not slow" $(ARGS) $(wildcard tests/ops/test_native*.py) tests/ops/test_fuzz.py
 
 test-gpu: $(VENV)/.stamp-test ## run the tests that need a CUDA or HIP device
-	$(BIN)/python -m pytest -m "gpu and not slurm and not network" $(ARGS)
+	$(BIN)/python -m pytest -m "gpu and not slurm and not network and not peers" $(ARGS)
 
 # Out-of-bounds accesses and races in the kernels; compute-sanitizer comes with CUDA.
 SANITIZED_TESTS := tests/ops/test_triton_gpu.py -k "fuzz or step"
@@ -91,7 +111,7 @@ docs: $(VENV)/.stamp-docs ## build the documentation in site/
 	$(BIN)/mkdocs build --strict
 
 clean: ## remove environments, caches and builds; runs/ stays
-	rm -rf .venv .venv-oldest build site *.egg-info src/*.egg-info .pytest_cache .ruff_cache .hypothesis .import_linter_cache
+	rm -rf .venv .venv-oldest .venv-newest .venv-peers build site *.egg-info src/*.egg-info .pytest_cache .ruff_cache .hypothesis .import_linter_cache
 	rm -f $(NATIVE)/_kernels.* $(NATIVE)/_build.json
 	find src tests -name __pycache__ -type d -prune -exec rm -rf {} +
 
@@ -106,11 +126,11 @@ $(BIN)/python:
 # torch comes first and alone, so that whatever asks for it later keeps this build.
 # setuptools comes with it, because the native library is built by it outside of pip.
 $(VENV)/.stamp-run: pyproject.toml $(CONSTRAINTS) | $(BIN)/python
-	$(PIP_INSTALL) torch setuptools
+	$(PIP_INSTALL) setuptools
 	$(PIP_INSTALL) --no-build-isolation --editable .
 	@touch $@
 
-$(VENV)/.stamp-test $(VENV)/.stamp-dev $(VENV)/.stamp-docs: $(VENV)/.stamp-%: $(VENV)/.stamp-run
+$(VENV)/.stamp-test $(VENV)/.stamp-peers $(VENV)/.stamp-dev $(VENV)/.stamp-docs: $(VENV)/.stamp-%: $(VENV)/.stamp-run
 	$(PIP_INSTALL) --no-build-isolation --editable '.[$*]'
 	@touch $@
 

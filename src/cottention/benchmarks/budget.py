@@ -1,7 +1,7 @@
 """What fits: predicts time and memory of the next length from shorter ones, and says no before it is too late.
 
 budget = Budget(time_limit_s=10, memory_limit_bytes=8 << 30)
-reason = budget.refusal(seconds={256: 0.01, 1024: 0.12}, peak_bytes={256: ..., 1024: ...}, workload=workload)
+reason = budget.refusal(length=4096, seconds={256: 0.01, 1024: 0.12}, peak_bytes={1024: 3 << 20}, input_bytes=6 << 20)
 """
 
 from __future__ import annotations
@@ -10,7 +10,7 @@ import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 
-import psutil  # comes with accelerate
+import psutil
 import torch
 
 # Nothing here grows faster than the square of the length. What was measured grows towards its final exponent, so a

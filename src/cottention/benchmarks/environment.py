@@ -11,7 +11,7 @@ import platform
 from importlib import metadata
 from pathlib import Path
 
-import psutil  # comes with accelerate
+import psutil
 import torch
 
 import cottention
