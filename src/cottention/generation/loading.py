@@ -23,6 +23,7 @@ from transformers.utils import logging as transformers_logging
 from cottention import models
 from cottention.errors import CheckpointError, CottentionError, SettingsError
 from cottention.generation.source import damage_told_as, one_line, resolve_directory
+from cottention.models.auto import REMOTE_MODULE
 
 Kind = Literal["causal-lm", "masked-lm", "next-sentence", "classifier", "encoder"]
 
@@ -51,7 +52,8 @@ _HEADS: dict[Kind, tuple[str, str]] = {
     "classifier": ("classifier.", "classifier; fine-tune it first: cottention finetune"),
 }
 _PUBLISHED_MODEL_TYPES = ("bert", "gptj")
-_FILES = ("*.json", "model*.safetensors", "vocab.txt", "merges.txt")
+# The module is fetched so that the snapshot is a whole directory for others; it is never imported from there.
+_FILES = ("*.json", "model*.safetensors", "vocab.txt", "merges.txt", f"{REMOTE_MODULE}.py")
 
 
 def load_model_and_tokenizer(

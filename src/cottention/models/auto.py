@@ -5,6 +5,9 @@ entries when transformers loads that table, by post-import hooks: configs with t
 table. Either side may be half imported when the other one arrives (our modelling imports transformers', whose table
 imports ours), so a module's classes are registered when that module has been imported to its end.
 
+A process that never imports cottention finds the same classes through `auto_map`, which config.json carries, and a
+module of one line beside it (`remote_module`): with trust_remote_code=True, transformers imports that module.
+
     register_auto_classes()      # done by `import cottention`; again does no harm
 """
 
@@ -42,7 +45,33 @@ _CLASSES = {
         f"{_HERE}.gpt.tasks_gpt": {"AutoModelForSequenceClassification": "CottentionGPTForSequenceClassification"},
     },
 }
+# The file beside config.json that `auto_map` names, and what it says to whoever looks before trusting it.
+REMOTE_MODULE = "modeling_cottention"
+_REMOTE_TEXT = """\
+# This model's classes come with the package cottention (pip install cottention); no other code is in this directory.
+from cottention.models import {names}
+"""
 _hooked = False
+
+
+def auto_map(config_module: str) -> dict[str, str]:
+    """Which class each Auto class takes for a family, as config.json says it.
+
+    Args:
+        config_module: the module that defines the family's config; of another package, there is no family.
+    """
+    family = config_module.rpartition(".")[0]
+    rows = [row for modules in _CLASSES.values() for row in modules.items()]
+    named = {
+        auto: name for module, names in rows if module.rpartition(".")[0] == family for auto, name in names.items()
+    }
+    return {auto: f"{REMOTE_MODULE}.{name}" for auto, name in named.items()}
+
+
+def remote_module(config_module: str) -> str:
+    """The text of the module that `auto_map` names: it imports the family's classes from this package."""
+    names = {reference.removeprefix(f"{REMOTE_MODULE}.") for reference in auto_map(config_module).values()}
+    return _REMOTE_TEXT.format(names=", ".join(sorted(names)))
 
 
 def register_auto_classes() -> None:

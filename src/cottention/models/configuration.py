@@ -7,12 +7,16 @@ Config modules import no torch of their own, so a command can check settings bef
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterable
+from pathlib import Path
 from typing import Any, ClassVar
 
 from transformers.configuration_utils import PreTrainedConfig
+from transformers.utils import CONFIG_NAME
 
 from cottention.errors import CheckpointError, SettingsError, did_you_mean
+from cottention.models.auto import REMOTE_MODULE, auto_map, remote_module
 
 ATTENTION_TYPES = ("cosine", "softmax")
 # Names that transformers knows too; "gelu_new" (GPT-J's) is gelu's tanh form.
@@ -38,6 +42,10 @@ class CottentionConfig(PreTrainedConfig):
         norm_const_init: start of every head's learned exponent, before its sigmoid.
         original_init: keep torch.nn.Linear's default initialisation where the original code did: GPT's q, k, v and out
             projections, BERT's q, k and v. For comparison with its curves.
+
+    Attributes:
+        auto_map: which of our classes each Auto class opens, for processes that never imported cottention. It comes
+            from the class, whatever a file says, and is written to config.json with the module that it names.
     """
 
     keys_to_ignore_at_inference: ClassVar[list[str]] = [
@@ -53,11 +61,37 @@ class CottentionConfig(PreTrainedConfig):
     original_init: bool = False
 
     def __post_init__(self, **kwargs: Any) -> None:
+        given = kwargs.pop("auto_map", None)
         super().__post_init__(**kwargs)
+        self.auto_map: dict[str, str] = auto_map(type(self).__module__) or given or {}
         check_choice("attention_type", self.attention_type, ATTENTION_TYPES)
         check_number("norm_const_init", self.norm_const_init)
         if not isinstance(self.original_init, bool):
             raise TypeError(f"original_init must be True or False; got {self.original_init!r}")
+
+    def to_dict(self) -> dict[str, Any]:
+        """The settings; `auto_map` is none."""
+        settings = super().to_dict()
+        settings.pop("auto_map", None)
+        return settings
+
+    def to_diff_dict(self) -> dict[str, Any]:
+        """What config.json holds."""
+        written = super().to_diff_dict()
+        return {**written, "auto_map": dict(self.auto_map)} if self.auto_map else written
+
+    def to_json_file(self, json_file_path: str | os.PathLike, use_diff: bool = True) -> None:
+        """Write the config; beside a config.json, the module that its `auto_map` names too."""
+        super().to_json_file(json_file_path, use_diff=use_diff)
+        path = Path(json_file_path)
+        if path.name == CONFIG_NAME and auto_map(type(self).__module__):
+            path.with_name(f"{REMOTE_MODULE}.py").write_text(remote_module(type(self).__module__), encoding="utf-8")
+
+    @classmethod
+    def register_for_auto_class(cls, auto_class: Any = "AutoConfig") -> None:
+        """Have `save_pretrained` copy the file of a class of yours; ours are imported from the package instead."""
+        if not is_ours(cls):
+            super().register_for_auto_class(auto_class)
 
     @classmethod
     def get_config_dict(
@@ -85,6 +119,11 @@ class CottentionConfig(PreTrainedConfig):
                 f"{pretrained_model_name_or_path} must hold a model of type {cls.model_type!r}; got {found!r}{hint}"
             )
         return config_dict, unused
+
+
+def is_ours(cls: type) -> bool:
+    """Whether a class is this package's own, rather than a subclass elsewhere."""
+    return cls.__module__.partition(".")[0] == __name__.partition(".")[0]
 
 
 def check_size(name: str, value: Any, minimum: int = 1) -> None:

@@ -22,6 +22,7 @@ from huggingface_hub.errors import HfHubHTTPError, HFValidationError, OfflineMod
 from safetensors import SafetensorError, safe_open
 
 from cottention.errors import CheckpointError
+from cottention.models.auto import REMOTE_MODULE
 
 _KINDS = {
     "cottention-gpt": ("text-generation", "GPT", "AutoModelForCausalLM"),
@@ -34,7 +35,7 @@ _SIZES = {
     "positions in training": ("n_positions", "max_position_embeddings"),
     "vocabulary": ("vocab_size",),
 }
-_UPLOADED = ("*.json", "*.safetensors", "*.txt", "README.md")
+_UPLOADED = ("*.json", "*.safetensors", "*.txt", "README.md", f"{REMOTE_MODULE}.py")
 
 
 def write_model_card(
@@ -102,7 +103,8 @@ def push_model(model_dir: str | Path, repo_id: str, *, private: bool = True, tok
     """Upload a model directory, its card among it, to the Hugging Face Hub.
 
     Args:
-        model_dir: a directory of `save_pretrained`; only config, weights, tokenizer and card are uploaded.
+        model_dir: a directory of `save_pretrained`; only config, weights, tokenizer, card and the module that
+            imports our classes are uploaded.
         repo_id: OWNER/NAME; made where it does not exist.
         private: whether a new repository is private.
         token: an access token; None: the one that is logged in.
@@ -158,6 +160,8 @@ def _body(
     yield f"from transformers import {auto_class}, AutoTokenizer\n"
     yield f'model = {auto_class}.from_pretrained("{name}")'
     yield f'tokenizer = AutoTokenizer.from_pretrained("{name}")\n```'
+    if "auto_map" in config:
+        yield "\nTools with a process of their own open it with trust_remote_code=True, where cottention is installed."
     if figures:
         yield f"\n## Figures\n\nMeasured on {data or 'held-out text'}.\n\n| | |\n|---|---|"
         for key, value in figures.items():

@@ -26,6 +26,7 @@ from transformers.modeling_utils import PreTrainedModel
 
 from cottention.errors import CheckpointError, CottentionError
 from cottention.layers.rotary import packed_positions
+from cottention.models.configuration import is_ours
 from cottention.ops import IMPLEMENTATIONS
 
 # A checkpoint saved without a pooler (masked LM) may start a task that has one; stock BERT allows it too.
@@ -74,6 +75,12 @@ class CottentionPreTrainedModel(PreTrainedModel):
             _check_loaded(model, info, source, ignore_mismatched_sizes)
             release()
         return (model, info) if output_loading_info else model
+
+    @classmethod
+    def register_for_auto_class(cls, auto_class: Any = "AutoModel") -> None:
+        """Have `save_pretrained` copy the file of a class of yours; ours are imported from the package instead."""
+        if not is_ours(cls):
+            super().register_for_auto_class(auto_class)
 
     def _init_weights(self, module: nn.Module) -> None:
         if getattr(module, "keeps_default_init", False):
