@@ -55,6 +55,7 @@ versions: $(VENV)/.stamp-$(EXTRA)
 	@$(BIN)/python -m pip freeze --exclude-editable
 
 run-peers: $(VENV)/.stamp-peers $(VENV)/.stamp-native
+	$(BIN)/python -m tests.peers.unpack
 	$(PYTEST) -m peers tests/peers $(ARGS)
 
 # The sanitizers of gcc have to be loaded before everything else. Leaks at exit are Python's and torch's.
