@@ -43,6 +43,7 @@ from cottention.evaluation.score import TextScore, TokenScore, exp_of
 from cottention.evaluation.windows import IGNORED, batches_of, continued_batches, document_windows
 from cottention.models import CottentionGPTForCausalLM
 from cottention.models.configuration import check_vocabulary
+from cottention.models.versions import cache_of
 
 _FIRST_BUCKET = 64
 _NUM_BUCKETS = 50  # 0-63, 64-127, 128-255 and so on, beyond any text
@@ -245,7 +246,7 @@ def _carried(body: Any, batches: Iterator[tuple[Tensor, Tensor, bool]]) -> Itera
             cache.batch_select_indices(torch.arange(len(inputs), device=body.device))
         # A row is padded in the last piece of its document alone, so no padding is ever carried on.
         output = body(input_ids=inputs.to(body.device), use_cache=True, past_key_values=cache)
-        cache, num_rows = output.past_key_values, len(inputs)
+        cache, num_rows = cache_of(output), len(inputs)
         yield output[0], targets, position
         position += inputs.shape[1]
 

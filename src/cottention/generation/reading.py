@@ -20,6 +20,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from cottention.models import CosineCache
+from cottention.models.versions import cache_of
 from cottention.ops import CosineState
 
 TAIL = 4
@@ -126,7 +127,7 @@ def _prefill_cosine(model: PreTrainedModel, rows: Sequence[np.ndarray], chunk: i
             positions = torch.arange(start, start + ids.shape[1], device=model.device) - pads
             where = {"attention_mask": mask, "position_ids": positions.clamp(min=0) + first}
         # Without the head: nobody asks for these tokens' logits.
-        cache = model.base_model(ids, past_key_values=cache, use_cache=True, **where).past_key_values
+        cache = cache_of(model.base_model(ids, past_key_values=cache, use_cache=True, **where))
     return cache
 
 
@@ -137,13 +138,14 @@ def _prefill_softmax(model: PreTrainedModel, rows: Sequence[np.ndarray], chunk: 
     positions = (mask.cumsum(-1) - 1).clamp(min=0)
     for start in range(0, longest - 1, chunk):
         end = min(start + chunk, longest - 1)
-        cache = model.base_model(
+        output = model.base_model(
             ids[:, start:end],
             attention_mask=mask[:, :end],
             position_ids=positions[:, start:end],
             past_key_values=cache,
             use_cache=True,
-        ).past_key_values
+        )
+        cache = cache_of(output)
     return cache
 
 

@@ -27,6 +27,7 @@ from transformers import (
 from cottention.errors import CheckpointError
 from cottention.generation.reading import Reading
 from cottention.generation.stream import LONGEST_CHARACTER, TextWatcher
+from cottention.models.versions import cache_of
 
 _TOKENS_A_CALL = 512
 
@@ -65,7 +66,7 @@ def write_tokens(
             logits_processor=LogitsProcessorList([_RefuseNaN(), penalty]),
             stopping_criteria=StoppingCriteriaList([watcher]),
         )
-        cache = output.past_key_values
+        cache = cache_of(output)
         if watcher.all_finished or start + a_call >= max_new_tokens:
             break
         penalty.note(output.sequences)
@@ -115,7 +116,7 @@ def search_tokens(
     )
     watcher.begin_call(prompt_length)
     watcher(output.sequences, output.sequences)
-    return output.past_key_values
+    return cache_of(output)
 
 
 def _config(max_new_tokens: int, end_ids: set[int], **settings: Any) -> GenerationConfig:

@@ -50,6 +50,7 @@ class CottentionConfig(PreTrainedConfig):
 
     keys_to_ignore_at_inference: ClassVar[list[str]] = [
         "past_key_values",
+        "cache",
         "hidden_states",
         "attentions",
         "mlm_loss",

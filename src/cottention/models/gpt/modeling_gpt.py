@@ -9,9 +9,9 @@ from a `CosineCache` of constant size and past n_positions; a softmax model keep
 
 from __future__ import annotations
 
+from functools import wraps
 from typing import Any, ClassVar, cast
 
-import transformers
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 from transformers.cache_utils import Cache, DynamicCache
@@ -33,6 +33,14 @@ from cottention.models.pretrained import (
     longest_text,
     wants_dict,
 )
+from cottention.models.versions import (
+    CACHE_NAME,
+    CACHE_NAMES,
+    cache_of,
+    check_chunked_continuation,
+    either_name,
+    with_one_name,
+)
 
 
 class CottentionGPTPreTrainedModel(CottentionPreTrainedModel):
@@ -42,7 +50,7 @@ class CottentionGPTPreTrainedModel(CottentionPreTrainedModel):
     config_class = CottentionGPTConfig
     base_model_prefix = "transformer"
     _no_split_modules: ClassVar[list[str]] = ["CottentionGPTBlock"]
-    _skip_keys_device_placement: ClassVar[list[str]] = ["past_key_values"]
+    _skip_keys_device_placement: ClassVar[list[str]] = list(CACHE_NAMES)
     # Heads of the sibling tasks, and buffers that old GPT-J files carry.
     _keys_to_ignore_on_load_unexpected: ClassVar[list[str]] = [
         r"^lm_head\.",
@@ -89,6 +97,7 @@ class CottentionGPTModel(CottentionGPTPreTrainedModel):
         output_hidden_states: bool | None = None,
         return_dict: bool | None = None,
         cu_seqlens: Int[Tensor, " N_plus_1"] | None = None,
+        cache: Cache | None = None,
     ) -> BaseModelOutputWithPast | tuple:
         """Run the blocks.
 
@@ -106,16 +115,18 @@ class CottentionGPTModel(CottentionGPTPreTrainedModel):
                 final LayerNorm's output.
             return_dict: whether to return an object rather than a tuple.
             cu_seqlens: boundaries of packed texts; needs B == 1.
+            cache: another name for past_key_values, that of transformers 5.24.
 
         Returns:
-            last_hidden_state, past_key_values, hidden_states, attentions.
+            last_hidden_state, past_key_values (cache from transformers 5.24 on), hidden_states, attentions.
 
         Raises:
             ValueError: arguments contradict each other.
             CottentionError: the text is too long for a softmax model.
         """
-        self._check_cache(past_key_values)
-        past_length = 0 if past_key_values is None else past_key_values.get_seq_length()
+        past = either_name(past_key_values, cache)
+        self._check_cache(past)
+        past_length = 0 if past is None else past.get_seq_length()
         is_cosine = self.config.attention_type == "cosine"
         check_inputs(input_ids, inputs_embeds, attention_mask, cu_seqlens, past_length, packs_past=is_cosine)
         maps = attention_maps(self.config, output_attentions, cu_seqlens)
@@ -126,7 +137,7 @@ class CottentionGPTModel(CottentionGPTPreTrainedModel):
         if not is_cosine:
             longest = longest_text(cu_seqlens, None, past_length + T)
             check_length(longest, self.config.n_positions, "n_positions")
-        cache = self._cache(past_key_values, use_cache, cu_seqlens)
+        cache = self._cache(past, use_cache, cu_seqlens)
         attention_mask = self._mask_for_attention(attention_mask, T, past_length)
         rotary = self._rotary(x, position_ids, cache, cu_seqlens, past_length)
 
@@ -148,29 +159,27 @@ class CottentionGPTModel(CottentionGPTPreTrainedModel):
                 cache.advance_packed_positions(cu_seqlens, position_ids)
         output = BaseModelOutputWithPast(
             last_hidden_state=x,
-            past_key_values=cache,
+            **{CACHE_NAME: cache},
             hidden_states=(*hidden_states, x) if keep else None,
             attentions=None if maps is None else tuple(maps),
         )
         return output if wants_dict(self.config, return_dict) else output.to_tuple()
 
-    def _check_cache(self, past_key_values: Cache | None) -> None:
+    def _check_cache(self, past: Cache | None) -> None:
         """Refuse a cache of the other attention type, or of another depth."""
-        if past_key_values is None:
+        if past is None:
             return
         is_cosine = self.config.attention_type == "cosine"
-        if is_cosine != isinstance(past_key_values, CosineCache):
+        if is_cosine != isinstance(past, CosineCache):
             expected = "a CosineCache" if is_cosine else "a DynamicCache"
             raise ValueError(
                 f"past_key_values must be {expected} for attention_type={self.config.attention_type!r}; "
-                f"got {type(past_key_values).__name__}"
+                f"got {type(past).__name__}"
             )
-        if past_key_values.is_compileable:
-            raise ValueError(
-                f"past_key_values must hold the tokens so far and no more; got {type(past_key_values).__name__}"
-            )
-        if is_cosine and len(past_key_values) != self.config.n_layer:
-            raise ValueError(f"past_key_values must have {self.config.n_layer} layers; got {len(past_key_values)}")
+        if past.is_compileable:
+            raise ValueError(f"past_key_values must hold the tokens so far and no more; got {type(past).__name__}")
+        if is_cosine and len(past) != self.config.n_layer:
+            raise ValueError(f"past_key_values must have {self.config.n_layer} layers; got {len(past)}")
 
     def _cache(self, past: Cache | None, use_cache: bool | None, cu_seqlens: Tensor | None) -> Cache | None:
         """The cache to fill: a new one where it is wanted and none is given."""
@@ -263,6 +272,7 @@ class CottentionGPTForCausalLM(CottentionGPTPreTrainedModel, GenerationMixin):
         return_dict: bool | None = None,
         cu_seqlens: Int[Tensor, " N_plus_1"] | None = None,
         logits_to_keep: int | Tensor = 0,
+        cache: Cache | None = None,
         **loss_kwargs: Any,
     ) -> CausalLMOutputWithPast | tuple:
         """Logits, and the loss when there are labels.
@@ -280,11 +290,13 @@ class CottentionGPTForCausalLM(CottentionGPTPreTrainedModel, GenerationMixin):
             return_dict: see there.
             cu_seqlens: see there.
             logits_to_keep: number of last positions to compute logits for, or their indices; 0: all.
+            cache: see there.
             **loss_kwargs: `num_items_in_batch`, targets of the whole optimiser step; `shift_labels`, targets already
                 shifted, instead of labels.
 
         Returns:
-            loss, logits (None with a loss under `fused_loss`), past_key_values, hidden_states, attentions.
+            loss, logits (None with a loss under `fused_loss`), past_key_values (cache from transformers 5.24 on),
+            hidden_states, attentions.
 
         Raises:
             TypeError: an argument is not known.
@@ -298,7 +310,7 @@ class CottentionGPTForCausalLM(CottentionGPTPreTrainedModel, GenerationMixin):
             input_ids,
             attention_mask=attention_mask,
             position_ids=position_ids,
-            past_key_values=past_key_values,
+            past_key_values=either_name(past_key_values, cache),
             inputs_embeds=inputs_embeds,
             use_cache=use_cache,
             output_attentions=output_attentions,
@@ -319,24 +331,29 @@ class CottentionGPTForCausalLM(CottentionGPTPreTrainedModel, GenerationMixin):
         output = CausalLMOutputWithPast(
             loss=loss,
             logits=logits,
-            past_key_values=outputs.past_key_values,
+            **{CACHE_NAME: cache_of(outputs)},
             hidden_states=outputs.hidden_states,
             attentions=outputs.attentions,
         )
         return output if wants_dict(self.config, return_dict) else output.to_tuple()
 
+    @wraps(GenerationMixin.generate)  # pyright: ignore[reportAttributeAccessIssue]
+    def generate(self, *args: Any, **kwargs: Any) -> Any:
+        """transformers' `generate`; the cache may have either of its names."""
+        return super().generate(*args, **with_one_name(kwargs))  # pyright: ignore[reportAttributeAccessIssue]
+
     def _prepare_cache_for_generation(self, generation_config: Any, model_kwargs: dict[str, Any], *args: Any) -> None:
         """Start `generate` with an empty cache of our kind; transformers would make one of keys and values."""
-        past = model_kwargs.get("past_key_values")
+        past = model_kwargs.get(CACHE_NAME)
         if past is not None and past.get_seq_length() > 0 and generation_config.prefill_chunk_size is not None:
-            _check_chunked_continuation()
+            check_chunked_continuation()
         if self._is_stateful and generation_config.use_cache and past is None:
             if generation_config.cache_implementation is not None:
                 raise ValueError(
                     f"cache_implementation must be left out for attention_type='cosine', whose cache has a constant "
                     f"size; got {generation_config.cache_implementation!r}"
                 )
-            model_kwargs["past_key_values"] = CosineCache(self.config.n_layer)
+            model_kwargs[CACHE_NAME] = CosineCache(self.config.n_layer)
         super()._prepare_cache_for_generation(  # pyright: ignore[reportAttributeAccessIssue]
             generation_config, model_kwargs, *args
         )
@@ -347,6 +364,7 @@ class CottentionGPTForCausalLM(CottentionGPTPreTrainedModel, GenerationMixin):
         next_sequence_length: int | None = None,
         past_key_values: Cache | None = None,
         inputs_embeds: Tensor | None = None,
+        cache: Cache | None = None,
         **kwargs: Any,
     ) -> dict[str, Any]:
         """Inputs of the next forward within `generate`.
@@ -354,36 +372,24 @@ class CottentionGPTForCausalLM(CottentionGPTPreTrainedModel, GenerationMixin):
         Raises:
             ValueError: a text is continued from a cache without saying where it stands.
         """
+        past = either_name(past_key_values, cache)
         if next_sequence_length is not None and next_sequence_length < 1:
-            assert past_key_values is not None
+            assert past is not None
             raise ValueError(
                 f"to continue from past_key_values, give input_ids of the whole text, or the new tokens and an "
-                f"attention_mask over the whole text; the cache holds {past_key_values.get_seq_length()} tokens, "
+                f"attention_mask over the whole text; the cache holds {past.get_seq_length()} tokens, "
                 f"got {input_ids.shape[1]} and no longer mask"
             )
         inputs = super().prepare_inputs_for_generation(  # pyright: ignore[reportAttributeAccessIssue]
             input_ids,
             next_sequence_length=next_sequence_length,
-            past_key_values=past_key_values,
             inputs_embeds=inputs_embeds,
+            **{CACHE_NAME: past},
             **kwargs,
         )
         # What `generate` takes for stop_strings, it hands on to the model.
         inputs.pop("tokenizer", None)
-        if isinstance(past_key_values, CosineCache) and past_key_values.next_position is not None:
+        if isinstance(past, CosineCache) and past.next_position is not None:
             # The cache knows where its rows stand, filled by generate or by a plain forward (which counts padding).
             inputs.pop("position_ids", None)
         return inputs
-
-
-def _check_chunked_continuation() -> None:
-    """Refuse what older transformers do wrong without a word: their chunks start over with the first token."""
-    if _transformers_version() < (5, 23):
-        raise ValueError(
-            f"prefill_chunk_size with a filled past_key_values needs transformers 5.23; got {transformers.__version__}"
-        )
-
-
-def _transformers_version() -> tuple[int, int]:
-    major, minor = transformers.__version__.split(".")[:2]
-    return int(major), int(minor)
