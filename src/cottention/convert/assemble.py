@@ -78,9 +78,16 @@ def build_model(
     config_class: Any = model_class.config_class
     try:
         config = config_class(**translated.fields, attention_type=attention_type)
+        num_stored = sum(tensor.numel() for tensor in tensors.values())
+        if config.least_parameters() > num_stored:  # found before anything of its sizes is built
+            raise CheckpointError(
+                f"config.json describes a model of {config.least_parameters():,} numbers; {num_stored:,} are stored"
+            )
         # Memory for the parameters comes with the tensors; a second copy of 5 GB would be made only to be dropped.
         with torch.device("meta"):
             model = model_class(config)
+    except CheckpointError:
+        raise
     except (ValueError, TypeError) as error:
         raise CheckpointError(f"config.json makes no {config_class.__name__}: {one_line(error)}") from error
 

@@ -9,7 +9,6 @@ are taken over, under their stock names, which ours share; the rest is named in 
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,7 +16,7 @@ from typing import Any, Literal
 
 from cottention.convert.weights import load_pickle_of_primitives
 from cottention.errors import CheckpointError
-from cottention.generation.source import one_line
+from cottention.json_files import read_json_object
 
 Architecture = Literal["bert", "gpt"]
 AttentionType = Literal["cosine", "softmax"]
@@ -114,7 +113,7 @@ def translate_config(directory: Path, classes: Mapping[str, tuple[str, ...]]) ->
     path = directory / "config.json"
     published = read_json_object(path)
     model_type: Any = published.get("model_type")
-    if model_type not in classes:
+    if not isinstance(model_type, str) or model_type not in classes:
         hint = " (it is one of ours already)" if str(model_type).startswith("cottention-") else ""
         raise CheckpointError(f"{path}: model_type must be {' or '.join(classes)}; got {model_type!r}{hint}")
     architecture, known = _ARCHITECTURES[model_type], classes[model_type]
@@ -151,20 +150,3 @@ def read_training_settings(path: Path) -> TrainingSettings:
     )
     step = settings.get("step_ckpt")
     return TrainingSettings(attention_type=attention_type, step=step if isinstance(step, int) else None)
-
-
-def read_json_object(path: Path) -> dict[str, Any]:
-    """Read a JSON file that must hold an object.
-
-    Raises:
-        CheckpointError: missing, not JSON, or not an object.
-    """
-    try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError as error:
-        raise CheckpointError(f"{path.parent} has no {path.name}") from error
-    except (OSError, ValueError) as error:
-        raise CheckpointError(f"{path} cannot be read as JSON: {one_line(error)}") from error
-    if not isinstance(content, dict):
-        raise CheckpointError(f"{path} must hold a JSON object; got {type(content).__name__}")
-    return content

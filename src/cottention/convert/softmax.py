@@ -22,7 +22,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from cottention import models
 from cottention.convert.assemble import build_model, detect_attention_type, settle_special_tokens
 from cottention.convert.atomic import check_destination
-from cottention.convert.configs import Architecture, AttentionType, TranslatedConfig, read_json_object, translate_config
+from cottention.convert.configs import Architecture, AttentionType, TranslatedConfig, translate_config
 from cottention.convert.directory import HUB_FILES, check_apart, report_on, write_model
 from cottention.convert.distil import DistillationSettings, check_window, distil
 from cottention.convert.distil_report import DistillationReport
@@ -32,6 +32,7 @@ from cottention.convert.weights import read_weights
 from cottention.errors import CheckpointError, SettingsError
 from cottention.generation.loading import choose_device
 from cottention.generation.source import resolve_directory
+from cottention.json_files import read_json_object
 from cottention.models.configuration import ATTENTION_TYPES, check_choice, check_number
 
 _CLASSES = {
@@ -148,8 +149,8 @@ def _translate(directory: Path) -> TranslatedConfig:
     model_type = config.get("model_type")
     if str(model_type).startswith("cottention-") and config.get("attention_type", "cosine") == "cosine":
         raise CheckpointError(f"{directory} is cosine already (attention_type in config.json): nothing to convert")
-    if model_type not in _CLASSES:
-        why = f", which has {_WHY_NOT[model_type]}" if model_type in _WHY_NOT else ""
+    if not isinstance(model_type, str) or model_type not in _CLASSES:
+        why = f", which has {_WHY_NOT[str(model_type)]}" if str(model_type) in _WHY_NOT else ""
         raise CheckpointError(f"{path}: cannot carry over a model of type {model_type!r}{why}; supported: {_SUPPORTED}")
     return translate_config(directory, _CLASSES)
 

@@ -19,10 +19,12 @@ from transformers import (
     PreTrainedTokenizerFast,
 )
 
-from cottention.convert.configs import Architecture, read_json_object
+from cottention.convert.configs import Architecture
 from cottention.convert.weights import listed
+from cottention.data.tokenizer_files import check_files, check_ids, damage_told_as, try_encoding
 from cottention.errors import CheckpointError
-from cottention.generation.source import damage_told_as, one_line
+from cottention.generation.source import one_line
+from cottention.json_files import LARGEST_TABLE, read_json_object
 
 TOKENIZER_FILES = (
     "tokenizer.json",
@@ -58,8 +60,9 @@ def read_tokenizer(
         return None, ()
 
     _add_recorded_tokens(tokenizer, settings, directory)
-    if len(tokenizer) > vocab_size:
-        raise CheckpointError(f"{directory} has a tokenizer of {len(tokenizer)} tokens but {vocab_size} embeddings")
+    check_ids(tokenizer, vocab_size, directory)
+    with damage_told_as(f"{directory} has a tokenizer that cannot encode every text"):
+        try_encoding(tokenizer)
     if architecture == "gpt":
         # The published GPT pads with its end-of-text token. Generation continues the right end, so pads go left.
         tokenizer.padding_side = "left"
@@ -84,7 +87,7 @@ class _Settings:
         if not path.is_file():
             return {}
         self.files.append(path.name)
-        return read_json_object(path)
+        return read_json_object(path, limit=LARGEST_TABLE)
 
     def option(self, name: str, default: Any) -> Any:
         value = self.config.get(name)
@@ -98,7 +101,7 @@ class _Settings:
             return {
                 int(token_id): AddedToken(_content(entry), **{flag: bool(entry.get(flag, False)) for flag in flags})
                 for token_id, entry in decoder.items()
-                if token_id.isdigit() and isinstance(entry, dict)
+                if token_id.isdecimal() and len(token_id) < 10 and isinstance(entry, dict)
             }
         special = set(self.special_tokens.values())
         return {
@@ -110,8 +113,9 @@ class _Settings:
 
 def _from_tokenizer_json(directory: Path, settings: _Settings) -> PreTrainedTokenizerBase:
     path = directory / "tokenizer.json"
-    read_json_object(path)
-    with damage_told_as(f"{path} describes no tokenizer"):
+    what = f"{path} describes no tokenizer"
+    with damage_told_as(what):
+        check_files(path, what)
         return PreTrainedTokenizerFast(tokenizer_file=str(path), **settings.special_tokens)
 
 
@@ -119,17 +123,18 @@ def _from_vocab_txt(path: Path, settings: _Settings) -> PreTrainedTokenizerBase:
     vocab = {token: index for index, token in enumerate(_lines(path))}
     # Without a recorded setting: a vocabulary that holds capitals was made from text in its own case.
     has_capitals = any(token != token.lower() for token in vocab if not token.startswith("["))
-    return BertTokenizer(
-        vocab=vocab,
-        do_lower_case=settings.option("do_lower_case", not has_capitals),
-        tokenize_chinese_chars=settings.option("tokenize_chinese_chars", True),
-        strip_accents=settings.config.get("strip_accents"),
-        **settings.special_tokens,
-    )
+    with damage_told_as(f"{path} makes no tokenizer"):
+        return BertTokenizer(
+            vocab=vocab,
+            do_lower_case=settings.option("do_lower_case", not has_capitals),
+            tokenize_chinese_chars=settings.option("tokenize_chinese_chars", True),
+            strip_accents=settings.config.get("strip_accents"),
+            **settings.special_tokens,
+        )
 
 
 def _from_vocab_json(directory: Path, settings: _Settings) -> PreTrainedTokenizerBase:
-    vocab = read_json_object(directory / "vocab.json")
+    vocab = read_json_object(directory / "vocab.json", limit=LARGEST_TABLE)
     merges_path = directory / "merges.txt"
     if not merges_path.is_file():
         raise CheckpointError(f"{directory} has vocab.json but no merges.txt")

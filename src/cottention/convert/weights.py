@@ -10,7 +10,6 @@ file is otherwise read without looking at them.
 
 from __future__ import annotations
 
-import json
 import pickle
 import re
 import struct
@@ -26,6 +25,7 @@ from torch import Tensor
 
 from cottention.errors import CheckpointError
 from cottention.generation.source import one_line
+from cottention.models.directory import shards_of
 
 WEIGHT_FILES = ("model.safetensors", "pytorch_model.bin")
 """Names that hold all tensors, best first; a sharded checkpoint has NAME.index.json instead."""
@@ -91,20 +91,10 @@ def load_pickle_of_primitives(path: Path) -> Any:
 
 
 def _read_shards(directory: Path, index_name: str) -> Weights:
-    try:
-        weight_map = json.loads((directory / index_name).read_text(encoding="utf-8"))["weight_map"]
-        wanted: dict[str, str] = dict(weight_map)
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        raise CheckpointError(f"{directory / index_name} is no index of shards: {one_line(error)}") from error
-
+    wanted = shards_of(directory / index_name)
     tensors: dict[str, Tensor] = {}
     shard_names = sorted(set(wanted.values()))
     for shard_name in shard_names:
-        # An index comes from elsewhere; it must not make us open files outside the directory.
-        if not isinstance(shard_name, str) or Path(shard_name).name != shard_name:
-            raise CheckpointError(f"{index_name} names a shard outside the directory: {shard_name!r}")
-        if not (directory / shard_name).is_file():
-            raise CheckpointError(f"{index_name} names {shard_name}, which is missing from {directory}")
         tensors.update(_read_file(directory / shard_name))
     disagreeing = sorted(tensors.keys() ^ wanted.keys())
     if disagreeing:

@@ -11,7 +11,6 @@ every machine. `save_pretrained` writes it, AutoTokenizer and `load_tokenizer` r
 
 from __future__ import annotations
 
-import json
 import os
 from collections import Counter
 from collections.abc import Iterator
@@ -25,6 +24,7 @@ from tqdm import tqdm
 from transformers import AutoTokenizer, PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
 from cottention.data.tokenization import check_has_text
+from cottention.data.tokenizer_files import damage_told_as, open_tokenizer
 from cottention.errors import DataError, SettingsError, did_you_mean
 from cottention.logging import get_logger
 
@@ -83,18 +83,11 @@ def load_tokenizer(path_or_name: str | os.PathLike[str]) -> PreTrainedTokenizerB
     name = os.fspath(path_or_name)
     if not name:
         raise DataError("no tokenizer was named: the name is empty")
-    try:
+    what = f"cannot read a tokenizer from {path_or_name}"
+    with damage_told_as(what, DataError):
         path = Path(name).expanduser()
-        return _open(path if path.exists() else _from_hub(name))
-    except DataError:
-        raise
-    except Exception as error:
-        # The tokenizers library reports a damaged file as a plain Exception, nothing more exact, and transformers looks
-        # for attributes where a value is of the wrong kind; what is none of the errors of reading is a bug and passes.
-        damage = (OSError, ValueError, KeyError, TypeError, AttributeError, RuntimeError)
-        if type(error) is not Exception and not isinstance(error, damage):
-            raise
-        raise DataError(f"cannot read a tokenizer from {path_or_name}: {_first_line(error)}") from error
+        path = path if path.exists() else _from_hub(name)
+    return open_tokenizer(path, lambda: _open(path), what, DataError)
 
 
 def _train_bpe(dataset: Dataset, vocab_size: int) -> PreTrainedTokenizerFast:
@@ -206,7 +199,6 @@ def _open(path: Path) -> PreTrainedTokenizerBase:
     if path.is_file():
         if path.suffix != ".json":
             raise DataError(f"{path} is no tokenizer; expected a folder, a tokenizer.json or a hub name")
-        _check_object(path)
         return _with_special_tokens(Tokenizer.from_file(str(path)))
     names = {entry.name for entry in path.iterdir()}
     if "tokenizer.json" in names:
@@ -222,25 +214,13 @@ def _open(path: Path) -> PreTrainedTokenizerBase:
 
 
 def _from_tokenizer_json(path: Path, names: set[str]) -> PreTrainedTokenizerBase:
-    _check_object(path / "tokenizer.json")
     if "tokenizer_config.json" in names:
         return _from_config(path)
     return _with_special_tokens(Tokenizer.from_file(str(path / "tokenizer.json")))
 
 
 def _from_config(path: Path) -> PreTrainedTokenizerBase:
-    _check_object(path / "tokenizer_config.json")
-    return AutoTokenizer.from_pretrained(path, local_files_only=True)
-
-
-def _check_object(path: Path) -> None:
-    """Refuse a file that is no JSON object; the libraries' own messages name neither file nor place."""
-    try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise DataError(f"{path} is damaged: {_first_line(error)}") from error
-    if not isinstance(content, dict):
-        raise DataError(f"{path} is damaged: a JSON object expected; got {json.dumps(content)[:40]}")
+    return AutoTokenizer.from_pretrained(path, local_files_only=True, trust_remote_code=False)
 
 
 def _from_vocab_txt(path: Path) -> PreTrainedTokenizerFast:

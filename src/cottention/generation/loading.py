@@ -8,7 +8,6 @@ kind, weights and tokenizer are looked at in turn, and the first thing that is w
 
 from __future__ import annotations
 
-import json
 import logging
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -21,8 +20,10 @@ from transformers import AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 from transformers.utils import logging as transformers_logging
 
 from cottention import models
+from cottention.data.tokenizer_files import check_ids, is_damage, open_tokenizer
 from cottention.errors import CheckpointError, CottentionError, SettingsError
-from cottention.generation.source import damage_told_as, one_line, resolve_directory
+from cottention.generation.source import one_line, resolve_directory
+from cottention.json_files import read_json
 from cottention.models.auto import REMOTE_MODULE
 
 Kind = Literal["causal-lm", "masked-lm", "next-sentence", "classifier", "encoder"]
@@ -82,10 +83,7 @@ def load_model_and_tokenizer(
     _check_weights(directory, source)
     model = _load_model(directory, kind, source, dtype)
     tokenizer = _load_tokenizer(directory, source)
-    if len(tokenizer) > model.config.vocab_size:
-        raise CheckpointError(
-            f"{source} has a tokenizer of {len(tokenizer)} tokens but {model.config.vocab_size} embeddings"
-        )
+    check_ids(tokenizer, model.config.vocab_size, source)
     model.to(target)  # pyright: ignore[reportArgumentType]  # the stub of Module.to loses torch.device here
     return model.eval(), tokenizer
 
@@ -96,14 +94,13 @@ def _check_config(directory: Path, kind: Kind, source: str | Path) -> None:
         inside = _model_inside(directory)
         hint = f"; it holds the model {Path(source) / inside}" if inside else ""
         raise CheckpointError(f"{source} is not a model directory: it has no config.json{hint}")
-    try:
-        config: Any = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise CheckpointError(f"{path} cannot be read as JSON: {one_line(error)}") from error
+    config = read_json(path)
     model_type = config.get("model_type") if isinstance(config, dict) else None
     expected = _CLASSES[kind][0]
     if model_type == expected:
         return
+    if not isinstance(model_type, str):
+        model_type = None
     if model_type in _PURPOSES:
         raise CheckpointError(f"{source} is {_PURPOSES[model_type]}; needed is {_NEEDED[kind]}")
     if model_type in _PUBLISHED_MODEL_TYPES:
@@ -142,7 +139,9 @@ def _load_model(directory: Path, kind: Kind, source: str | Path, dtype: torch.dt
             )
     except CottentionError:
         raise
-    except (OSError, ValueError, TypeError, KeyError, RuntimeError, SafetensorError) as error:
+    except Exception as error:
+        if not is_damage(error) and not isinstance(error, SafetensorError):
+            raise
         raise CheckpointError(f"{source} cannot be opened, config or weights are damaged: {one_line(error)}") from error
     missing = sorted(info["missing_keys"])
     if kind == "encoder":  # a model that was trained on masked tokens alone has no pooler; its tokens are all there
@@ -158,8 +157,11 @@ def _load_model(directory: Path, kind: Kind, source: str | Path, dtype: torch.dt
 def _load_tokenizer(directory: Path, source: str | Path) -> PreTrainedTokenizerBase:
     if not any((directory / name).is_file() for name in ("tokenizer.json", "vocab.txt", "vocab.json")):
         raise CheckpointError(f"{source} has no tokenizer (tokenizer.json)")
-    with damage_told_as(f"{source} has a damaged tokenizer"):
-        return AutoTokenizer.from_pretrained(directory, local_files_only=True, trust_remote_code=False)
+    return open_tokenizer(
+        directory,
+        lambda: AutoTokenizer.from_pretrained(directory, local_files_only=True, trust_remote_code=False),
+        f"{source} has a damaged tokenizer",
+    )
 
 
 @contextmanager

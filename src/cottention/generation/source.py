@@ -9,11 +9,10 @@ retries, and only for the files named, so that a wrong path or a missing network
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from pathlib import Path
 
-from cottention.errors import CheckpointError, CottentionError, did_you_mean
+from cottention.errors import CheckpointError, did_you_mean
 
 _HUB_NAME = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
 # A machine behind a firewall answers nothing at all; the libraries' own default is 10 s per attempt.
@@ -78,26 +77,6 @@ def _download(name: str, file_patterns: Sequence[str], revision: str | None) -> 
     except (HFValidationError, OSError) as error:
         raise CheckpointError(f"cannot fetch {where} from the Hugging Face Hub: {one_line(error)}") from error
     return Path(snapshot)
-
-
-@contextmanager
-def damage_told_as(what: str) -> Iterator[None]:
-    """Say in one line, beginning with `what`, that tokenizer files cannot be read.
-
-    Raises:
-        CheckpointError: instead of what transformers and tokenizers raise on damaged files.
-    """
-    try:
-        yield
-    except CottentionError:
-        raise
-    except Exception as error:
-        # The tokenizers library reports a damaged file as a plain Exception, nothing more exact; anything that is
-        # neither that nor one of the errors of reading and parsing is a bug and passes.
-        damage = (OSError, ValueError, KeyError, TypeError, AttributeError, RuntimeError)
-        if type(error) is not Exception and not isinstance(error, damage):
-            raise
-        raise CheckpointError(f"{what}: {one_line(error)}") from error
 
 
 def one_line(error: BaseException, limit: int = 200) -> str:

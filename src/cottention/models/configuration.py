@@ -17,8 +17,14 @@ from transformers.utils import CONFIG_NAME
 
 from cottention.errors import CheckpointError, SettingsError, did_you_mean
 from cottention.models.auto import REMOTE_MODULE, auto_map, remote_module
+from cottention.models.directory import check_config_file, own_fields
 
 ATTENTION_TYPES = ("cosine", "softmax")
+DTYPES = ("float64", "float32", "float16", "bfloat16")
+# A config may come from a stranger, and what it names is built before weights are read.
+LARGEST_SIZE = 1 << 24
+MOST_LAYERS = 1024
+MOST_LABELS = 1 << 20
 # Names that transformers knows too; "gelu_new" (GPT-J's) is gelu's tanh form.
 ACTIVATIONS = (
     "gelu",
@@ -63,6 +69,12 @@ class CottentionConfig(PreTrainedConfig):
 
     def __post_init__(self, **kwargs: Any) -> None:
         given = kwargs.pop("auto_map", None)
+        # transformers makes a table of so many labels, and takes any attribute of torch for a type.
+        if kwargs.get("num_labels") is not None:
+            check_size("num_labels", kwargs["num_labels"], maximum=MOST_LABELS)
+        for dtype in (self.dtype, kwargs.get("torch_dtype")):
+            if isinstance(dtype, str):
+                check_choice("dtype", dtype, DTYPES)
         super().__post_init__(**kwargs)
         self.auto_map: dict[str, str] = auto_map(type(self).__module__) or given or {}
         check_choice("attention_type", self.attention_type, ATTENTION_TYPES)
@@ -94,6 +106,21 @@ class CottentionConfig(PreTrainedConfig):
         if not is_ours(cls):
             super().register_for_auto_class(auto_class)
 
+    def least_parameters(self) -> int:
+        """Numbers that every model of these sizes has at the least: its embedding, and matrices of every block."""
+        width = self.hidden_size
+        inner = self.intermediate_size or 4 * width
+        return self.vocab_size * width + self.num_hidden_layers * 2 * (width * width + width * inner)
+
+    @classmethod
+    def from_dict(cls, config_dict: dict[str, Any], **kwargs: Any) -> Any:
+        """Make a config of what a config.json holds, which may come from a stranger; see `models/directory.py`.
+
+        Raises:
+            CheckpointError: it asks for something that our models do not have.
+        """
+        return super().from_dict(own_fields(config_dict, kwargs.get("name_or_path") or cls.model_type), **kwargs)
+
     @classmethod
     def get_config_dict(
         cls, pretrained_model_name_or_path: Any, **kwargs: Any
@@ -103,6 +130,9 @@ class CottentionConfig(PreTrainedConfig):
         Raises:
             CheckpointError: the config is damaged or belongs to another model type.
         """
+        directory = Path(pretrained_model_name_or_path) / kwargs.get("subfolder", "")
+        if directory.is_dir():
+            check_config_file(directory)
         try:
             config_dict, unused = super().get_config_dict(pretrained_model_name_or_path, **kwargs)
         except OSError as error:
@@ -127,12 +157,14 @@ def is_ours(cls: type) -> bool:
     return cls.__module__.partition(".")[0] == __name__.partition(".")[0]
 
 
-def check_size(name: str, value: Any, minimum: int = 1) -> None:
-    """Refuse anything but an int of at least `minimum`."""
+def check_size(name: str, value: Any, minimum: int = 1, maximum: int = LARGEST_SIZE) -> None:
+    """Refuse anything but an int within these bounds."""
     if not isinstance(value, int) or isinstance(value, bool):
         raise TypeError(f"{name} must be an int; got {value!r}")
     if value < minimum:
         raise SettingsError(f"{name} must be at least {minimum}; got {value}")
+    if value > maximum:
+        raise SettingsError(f"{name} must be at most {maximum}; got {value}")
 
 
 def check_number(name: str, value: Any, *, minimum: float = float("-inf"), maximum: float = float("inf")) -> None:

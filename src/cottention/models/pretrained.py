@@ -15,7 +15,8 @@ import pickle
 import re
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import Any, ClassVar
+from pathlib import Path
+from typing import Any, ClassVar, cast
 
 import torch
 from safetensors import SafetensorError
@@ -27,6 +28,7 @@ from transformers.modeling_utils import PreTrainedModel
 from cottention.errors import CheckpointError, CottentionError
 from cottention.layers.rotary import packed_positions
 from cottention.models.configuration import is_ours
+from cottention.models.directory import check_weights
 from cottention.ops import IMPLEMENTATIONS
 
 # A checkpoint saved without a pooler (masked LM) may start a task that has one; stock BERT allows it too.
@@ -56,6 +58,12 @@ class CottentionPreTrainedModel(PreTrainedModel):
                 the model itself; one line each.
         """
         source = pretrained_model_name_or_path or "the given state dict"
+        directory = Path(pretrained_model_name_or_path or "") / kwargs.get("subfolder", "")
+        if pretrained_model_name_or_path and (directory / "config.json").is_file():
+            config = kwargs.get("config")
+            if not isinstance(config, PreTrainedConfig):
+                config = cast(Any, cls.config_class).from_pretrained(config or directory)
+            check_weights(directory, config)
         with _held_load_report() as release:
             try:
                 loaded: Any = super().from_pretrained(

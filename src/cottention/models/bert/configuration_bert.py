@@ -9,6 +9,7 @@ from typing import Any, ClassVar
 
 from cottention.models.configuration import (
     ACTIVATIONS,
+    MOST_LAYERS,
     CottentionConfig,
     check_choice,
     check_divides,
@@ -68,8 +69,9 @@ class CottentionBertConfig(CottentionConfig):
 
     def __post_init__(self, **kwargs: Any) -> None:
         super().__post_init__(**kwargs)
-        for name in ("vocab_size", "hidden_size", "num_hidden_layers", "num_attention_heads", "intermediate_size"):
+        for name in ("vocab_size", "hidden_size", "num_attention_heads", "intermediate_size"):
             check_size(name, getattr(self, name))
+        check_size("num_hidden_layers", self.num_hidden_layers, maximum=MOST_LAYERS)
         check_size("max_position_embeddings", self.max_position_embeddings)
         check_size("type_vocab_size", self.type_vocab_size)
         check_divides("num_attention_heads", self.num_attention_heads, "hidden_size", self.hidden_size)
@@ -84,3 +86,8 @@ class CottentionBertConfig(CottentionConfig):
             raise TypeError(f"sparse_prediction must be True or False; got {self.sparse_prediction!r}")
         for name in ("pad_token_id", "bos_token_id", "eos_token_id"):
             check_token_id(name, getattr(self, name), self.vocab_size)
+
+    def least_parameters(self) -> int:
+        """Numbers that every model of these sizes has at the least."""
+        tables = self.max_position_embeddings + self.type_vocab_size
+        return super().least_parameters() + tables * self.hidden_size

@@ -10,6 +10,7 @@ from typing import Any, ClassVar
 from cottention.errors import SettingsError
 from cottention.models.configuration import (
     ACTIVATIONS,
+    MOST_LAYERS,
     CottentionConfig,
     check_choice,
     check_divides,
@@ -74,8 +75,10 @@ class CottentionGPTConfig(CottentionConfig):
 
     def __post_init__(self, **kwargs: Any) -> None:
         super().__post_init__(**kwargs)
-        for name in ("vocab_size", "n_positions", "n_embd", "n_layer", "n_head"):
+        for name in ("vocab_size", "n_embd", "n_head"):
             check_size(name, getattr(self, name))
+        check_size("n_positions", self.n_positions, maximum=2**31)  # costs nothing: no table has that many rows
+        check_size("n_layer", self.n_layer, maximum=MOST_LAYERS)
         check_divides("n_head", self.n_head, "n_embd", self.n_embd)
         if self.n_inner is not None:
             check_size("n_inner", self.n_inner)
