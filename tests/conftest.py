@@ -6,7 +6,9 @@ for one is skipped with a clear reason where it is missing.
 
 from __future__ import annotations
 
+import logging
 import os
+from collections.abc import Iterator
 from pathlib import Path
 
 # Before torch or a Hugging Face library is imported: tests run several to a machine, and never ask the network.
@@ -46,3 +48,18 @@ def oracle_dir(shared_dir: Path) -> Path:
     if not folder.is_dir():
         pytest.skip("needs the reference numbers in shared/oracle")
     return folder
+
+
+@pytest.fixture
+def log_lines() -> Iterator[list[str]]:
+    """What the package logs, from INFO on; its level and handlers may have been set by a command."""
+    lines: list[str] = []
+    handler = logging.Handler()
+    handler.emit = lambda record: lines.append(record.getMessage())
+    logger = logging.getLogger("cottention")
+    level = logger.level
+    logger.addHandler(handler)
+    logger.setLevel(logging.INFO)
+    yield lines
+    logger.removeHandler(handler)
+    logger.setLevel(level)

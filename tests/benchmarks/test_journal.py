@@ -113,3 +113,27 @@ def test_other_settings_begin_anew(tmp_path: Path):
         journal.add("time", {})
     with open_journal(replace(SETTINGS, repeats=3), tmp_path) as journal:
         assert journal.pieces("time") == []
+
+
+@pytest.mark.parametrize(
+    "harm",
+    [
+        lambda line: line.replace(b"128", b"129"),  # one digit
+        lambda line: b"\xff" + line,
+        lambda line: b"[" * 100_000 + b"\n",
+        lambda line: b'["time"]\n',
+        lambda line: b"null\n",
+        lambda line: b'["time", {"T": 128}]\n',
+    ],
+)
+def test_a_damaged_line_is_measured_again(harm, tmp_path: Path, caplog: pytest.LogCaptureFixture):
+    with Journal.open(tmp_path, WHO) as journal:
+        for T in (64, 128, 256):
+            journal.add("time", {"T": T})
+    (path,) = tmp_path.iterdir()
+    lines = path.read_bytes().splitlines(keepends=True)
+    path.write_bytes(lines[0] + harm(lines[1]) + lines[2])
+    with Journal.open(tmp_path, WHO) as journal:
+        assert journal.pieces("time") == [{"T": 64}, {"T": 256}]
+    assert "1 damaged pieces are measured again" in caplog.text
+    assert path.read_bytes() == lines[0] + lines[2]

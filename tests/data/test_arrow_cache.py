@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import os
+import random
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -15,6 +16,7 @@ from datasets import config as datasets_config
 
 from cottention.data.arrow_cache import cached_dataset, fingerprint_of, using_cache
 from cottention.errors import DataError
+from tests.damage import HARMS
 from tests.data.helpers import ordinary_user, refusal
 from tests.subprocesses import run_python
 
@@ -239,3 +241,18 @@ def test_other_errors_pass_through_using_cache():
         raise KeyError
     with pytest.raises(DataError, match="no space at all; HF_DATASETS_CACHE chooses another"), using_cache():
         raise OSError("no space at all")
+
+
+@pytest.mark.parametrize("harm", HARMS)
+@pytest.mark.parametrize("seed", range(8))
+def test_one_bit_or_some_zeros_are_noticed_and_the_file_written_anew(cache, harm, seed, caplog):
+    cached_dataset(tables(), FEATURES, key=["a"])
+    (file,) = (cache / "cottention").iterdir()
+    content = file.read_bytes()
+    file.unlink()  # a mapped file keeps what was mapped
+    file.write_bytes(content)
+    harm(file, random.Random(seed))
+    with caplog.at_level(logging.WARNING, "cottention"):
+        assert cached_dataset(tables(), FEATURES, key=["a"])["number"][:] == list(range(300))
+    assert "is written anew" in caplog.text
+    assert file.read_bytes() == content

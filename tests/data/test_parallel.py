@@ -8,7 +8,7 @@ import signal
 
 import pytest
 
-from cottention.data.parallel import available_cores, ordered_map
+from cottention.data.parallel import ordered_map
 from cottention.errors import CottentionError, DataError
 from tests.data.helpers import refusal
 
@@ -39,7 +39,3 @@ def test_mistakes_come_back_and_killed_processes_are_told():
     with pytest.raises(CottentionError) as error:
         list(ordered_map(work, range(66, 80), num_proc=2))
     assert "a worker process was killed" in refusal(error)
-
-
-def test_cores():
-    assert available_cores() >= 1

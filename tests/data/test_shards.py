@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import json
+import os
+import random
+import re
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +16,7 @@ from datasets import Features, Value
 from cottention.data import is_corpus, open_corpus
 from cottention.data.shards import KINDS, CorpusWriter
 from cottention.errors import CottentionError
+from tests.damage import HARMS
 from tests.data.helpers import ordinary_user, refusal
 
 FEATURES = Features({"document": Value("int64"), "text": Value("string")})
@@ -151,7 +155,11 @@ def test_two_builds_do_not_share_a_directory(tmp_path):
     with writer(tmp_path / "corpus") as first:
         first.add(*task(0))
         message = refused(tmp_path / "corpus", overwrite=True)
-        assert message == (f"another build is writing {tmp_path / 'corpus'}; wait for it, or choose another directory")
+        assert re.fullmatch(
+            rf"{tmp_path}/corpus is being written by process {os.getpid()} on host \S+ since [-0-9]+ [:0-9]+; "
+            "wait for it, or choose another",
+            message,
+        )
     build(tmp_path / "corpus")
 
 
@@ -242,3 +250,42 @@ def test_a_damaged_shard_of_an_interrupted_build_is_named(tmp_path):
     build(tmp_path / "corpus", stop_after=15)
     (tmp_path / "corpus/shard-00000.arrow").write_bytes(b"short")
     assert "shard-00000.arrow has 5 bytes of" in refused(tmp_path / "corpus")
+
+
+@pytest.mark.parametrize("harm", HARMS)
+@pytest.mark.parametrize("seed", range(8))
+def test_one_bit_or_some_zeros_in_any_file_are_noticed(tmp_path, harm, seed):
+    chance = random.Random(seed)
+    with writer(tmp_path) as corpus:
+        _add_all(corpus)
+        corpus.tokenizer_path.mkdir()
+        (corpus.tokenizer_path / "tokenizer.json").write_text('{"model": "of words"}')
+        corpus.finish()
+    open_corpus(tmp_path)
+    files = sorted(path for path in tmp_path.rglob("*") if path.is_file())
+    for path in files:
+        content = path.read_bytes()
+        harm(path, chance)
+        assert path.name in not_opened(tmp_path) or "another version" in not_opened(tmp_path)
+        path.write_bytes(content)
+    open_corpus(tmp_path)
+
+
+def test_a_corpus_of_an_older_version_has_no_hashes_and_opens(tmp_path):
+    build(tmp_path)
+    manifest = json.loads((tmp_path / "manifest.json").read_text())
+    for name in ("sha256", "tokenizer_files"):
+        del manifest[name]
+    for shard in manifest["shards"]:
+        del shard["sha256"]
+    (tmp_path / "manifest.json").write_text(json.dumps(manifest))
+    assert len(open_corpus(tmp_path).dataset) == 40
+
+
+@pytest.mark.parametrize("content", ["{}", '{"kind": "gpt-text"}', "[" * 100_000, "[]", "null", '{"shards": 3}'])
+def test_a_damaged_progress_is_one_line(tmp_path, content):
+    build(tmp_path / "corpus", stop_after=12)
+    path = tmp_path / "corpus/progress.json"
+    header = {key: json.loads(path.read_text())[key] for key in ("kind", "format_version", "settings")}
+    path.write_text(json.dumps({**header, "counts": 3}) if content == "{}" else content)
+    refused(tmp_path / "corpus")

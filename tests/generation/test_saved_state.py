@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import random
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +14,7 @@ from safetensors.torch import save_file
 from cottention.errors import CheckpointError, CottentionError
 from cottention.generation import generate_text, load_state, read_text, save_state
 from tests import tiny
+from tests.damage import HARMS
 
 DOCUMENT = "The people of the United States serve crème brûlée to the people. " * 5
 QUESTIONS = [" Who serves", "", " In 東"]
@@ -151,3 +153,13 @@ def test_what_cannot_be_read_or_written_is_one_line(model: Any, tmp_path: Path) 
         save_state(tmp_path / "no" / "folder", state, model, tokenizer)
     with pytest.raises(CottentionError, match="needs a cosine model"):
         write(tiny.gpt("softmax"), "a", state=state)
+
+
+@pytest.mark.parametrize("harm", HARMS)
+def test_one_bit_or_some_zeros_are_noticed(harm: Any, model: Any, saved: Path, tmp_path: Path) -> None:
+    content = saved.read_bytes()
+    for seed in range(8):
+        (tmp_path / "harmed").write_bytes(content)
+        harm(tmp_path / "harmed", random.Random(seed))
+        with pytest.raises(CheckpointError, match="harmed"):
+            load_state(tmp_path / "harmed", model, tiny.bpe_tokenizer())

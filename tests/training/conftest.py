@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 import os
 from collections.abc import Iterator
 from pathlib import Path
@@ -53,18 +52,3 @@ def _run(arch: str, corpus: Path, tmp_path_factory: pytest.TempPathFactory) -> R
     recipe = tiny_recipe(arch, corpus)
     run_dir = tmp_path_factory.mktemp(arch) / "run"
     return Run(recipe, run_dir, pretrain(recipe, output_dir=run_dir))
-
-
-@pytest.fixture
-def log_lines() -> Iterator[list[str]]:
-    """What the package logs, from INFO on; its level and handlers may have been set by a command."""
-    lines: list[str] = []
-    handler = logging.Handler()
-    handler.emit = lambda record: lines.append(record.getMessage())
-    logger = logging.getLogger("cottention")
-    level = logger.level
-    logger.addHandler(handler)
-    logger.setLevel(logging.INFO)
-    yield lines
-    logger.removeHandler(handler)
-    logger.setLevel(level)

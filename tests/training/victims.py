@@ -16,6 +16,7 @@ from typing import Any
 
 import torch
 
+from cottention import files
 from cottention.errors import CheckpointError
 from cottention.training import checkpointing_trainer, checkpoints, pretraining, trainer
 from cottention.training.metrics import MetricsLog
@@ -74,7 +75,7 @@ MOMENTS: dict[str, Moment] = {
     "weights are half written": (checkpointing_trainer, "save_model", _half_written_weights),
     "an optimizer state is half written": (torch, "save", _half_written_file),
     "a checkpoint waits for its manifest": (checkpoints, "_write_manifest", _before),
-    "a checkpoint waits for its new name": (checkpoints, "_flush_tree", _before),
+    "a checkpoint waits for its new name": (files, "_flush_tree", _before),
     "a checkpoint has its name": (trainer, "rotate", _before),
     "old checkpoints are gone": (trainer, "rotate", _after),
     "the model is half written": (pretraining, "save_model", _half_written_weights),

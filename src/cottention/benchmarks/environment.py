@@ -15,6 +15,7 @@ import psutil
 import torch
 
 import cottention
+from cottention.files import usable_cores
 from cottention.ops.native import binding
 
 _PACKAGES = ("torch", "triton", "flash-linear-attention", "pytorch-fast-transformers")
@@ -26,7 +27,7 @@ def describe_environment(device: str) -> dict[str, object]:
         "device": device,
         "processor": _processor(),
         "instruction_set": torch.backends.cpu.get_cpu_capability(),
-        "cores": os.cpu_count(),
+        "cores": usable_cores(),
         "threads": torch.get_num_threads(),
         "memory_gib": round(psutil.virtual_memory().total / 2**30, 1),
         "load_at_start": round(os.getloadavg()[0], 2) if hasattr(os, "getloadavg") else None,

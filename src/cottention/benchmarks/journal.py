@@ -13,8 +13,11 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
 from pathlib import Path
 
+from cottention.errors import CottentionError
+from cottention.files import one_line, write_text
 from cottention.logging import get_logger
 
 _logger = get_logger(__name__)
@@ -52,8 +55,12 @@ class Journal:
         """Keep a piece; it is on disk when this returns."""
         self._pieces.append((kind, piece))
         if self._file is not None:
-            self._file.write(json.dumps([kind, piece]) + "\n")
-            self._file.flush()
+            try:
+                self._file.write(_line(kind, piece))
+                self._file.flush()
+                os.fsync(self._file.fileno())
+            except OSError as error:
+                raise CottentionError(f"cannot write {self._path}: {one_line(error)}") from error
 
     def finish(self) -> None:
         """Remove the file: the report holds everything."""
@@ -72,15 +79,32 @@ class Journal:
 
 
 def _read(path: Path) -> list[tuple[str, dict]]:
-    pieces = []
-    whole = path.read_text()
-    for line in whole.splitlines(keepends=True):
-        if not line.endswith("\n"):  # the machine stopped while it was written
-            path.write_text(whole.removesuffix(line))
-            break
-        kind, piece = json.loads(line)
-        pieces.append((kind, piece))
+    """The pieces that are as they were written; the others are taken out of the file, and measured again."""
+    lines = path.read_bytes().splitlines(keepends=True)
+    pieces = [piece for line in lines if (piece := _piece(line)) is not None]
+    if len(pieces) < len(lines):
+        write_text(path, "".join(_line(kind, piece) for kind, piece in pieces))
+        # The machine may have stopped while the last one was written; before it, something else happened.
+        if any(_piece(line) is None for line in lines[:-1]):
+            _logger.warning("%s: %d damaged pieces are measured again", path, len(lines) - len(pieces))
     return pieces
+
+
+def _line(kind: str, piece: dict) -> str:
+    return json.dumps([kind, piece, _checksum(kind, piece)]) + "\n"
+
+
+def _piece(line: bytes) -> tuple[str, dict] | None:
+    try:
+        kind, piece, checksum = json.loads(line)
+    except (ValueError, TypeError, RecursionError):
+        return None
+    is_whole = line.endswith(b"\n") and isinstance(piece, dict) and checksum == _checksum(kind, piece)
+    return (kind, piece) if is_whole else None
+
+
+def _checksum(kind: str, piece: dict) -> str:
+    return hashlib.sha256(json.dumps([kind, piece]).encode()).hexdigest()[:16]
 
 
 def write_texts(texts: dict[str, str], directory: Path) -> list[Path]:
@@ -88,7 +112,6 @@ def write_texts(texts: dict[str, str], directory: Path) -> list[Path]:
     directory.mkdir(parents=True, exist_ok=True)
     paths = []
     for name, text in texts.items():
-        beside = directory / f"{name}.partial"
-        beside.write_text(f"{text}\n")
-        paths.append(beside.replace(directory / name))
+        paths.append(directory / name)
+        write_text(paths[-1], f"{text}\n")
     return paths

@@ -26,6 +26,7 @@ from cottention.benchmarks.journal import write_texts
 from cottention.benchmarks.measure import Timing, time_interleaved
 from cottention.benchmarks.settings import PAIR_LENGTHS, ModelSettings
 from cottention.errors import SettingsError
+from cottention.files import IGNORE_INDEX
 from cottention.models import CottentionBertConfig, CottentionBertForPreTraining
 from cottention.training.memory import keep_freed_memory
 from cottention.training.optimizer import build_optimizer
@@ -175,7 +176,7 @@ def _packed_batch(mix: str, settings: ModelSettings) -> Batch:
         "input_ids": ids,
         "token_type_ids": (positions > np.repeat(lengths // 2, lengths)).astype(np.int64),
         "position_ids": positions,
-        "labels": np.where(is_target, ids, -100),
+        "labels": np.where(is_target, ids, IGNORE_INDEX),
     }
     batch = {name: torch.from_numpy(row)[None] for name, row in rows.items()}
     batch["cu_seqlens"] = torch.from_numpy(np.append(starts, len(ids)).astype(np.int32))
@@ -188,7 +189,7 @@ def _padded(packed: Batch) -> Batch:
     lengths = packed["cu_seqlens"].diff()
     real = torch.arange(int(lengths.max()), device=lengths.device) < lengths[:, None]  # [N, longest]
     batch = {"attention_mask": real.long(), "next_sentence_label": packed["next_sentence_label"]}
-    for name, filling in (("input_ids", 0), ("token_type_ids", 0), ("labels", -100)):
+    for name, filling in (("input_ids", 0), ("token_type_ids", 0), ("labels", IGNORE_INDEX)):
         rows = torch.full(real.shape, filling, device=lengths.device)
         rows[real] = packed[name][0]
         batch[name] = rows

@@ -18,6 +18,7 @@ from matplotlib.ticker import FixedLocator, FuncFormatter, NullLocator
 from cottention.benchmarks.decode import DecodePoint, DecodeReport
 from cottention.benchmarks.results import AttentionReport, Point
 from cottention.benchmarks.table import machine, title
+from cottention.files import written_file
 
 # Okabe and Ito's colours, told apart by everyone.
 _COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000", "#999999")
@@ -35,7 +36,8 @@ def write_figures(report: AttentionReport, directory: Path) -> list[Path]:
             continue
         figure = _draw(report, group, styles)
         paths.append(directory / f"attention-{_file_stem(group[0])}.png")
-        figure.savefig(paths[-1], dpi=150)
+        with written_file(paths[-1]) as file:
+            figure.savefig(file, format="png", dpi=150)
     return paths
 
 
@@ -86,7 +88,8 @@ def write_decode_figure(report: DecodeReport, directory: Path) -> Path:
     handles, labels = time_axes.get_legend_handles_labels()
     figure.legend(handles, labels, loc="outside lower center", ncols=min(4, len(labels)), frameon=False, fontsize=9)
     path = directory / "decode.png"
-    figure.savefig(path, dpi=150)
+    with written_file(path) as file:
+        figure.savefig(file, format="png", dpi=150)
     return path
 
 

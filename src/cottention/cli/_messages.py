@@ -12,6 +12,7 @@ import re
 from collections.abc import Iterable
 
 from cottention.errors import did_you_mean
+from cottention.files import one_line
 
 _UNKNOWN_ARGUMENTS = re.compile(r"unrecognized arguments: (?P<rest>.*)", re.DOTALL)
 _UNKNOWN_KEY = re.compile(r"(?:Group '(?P<group>[^']+)' does not accept option|Option) '(?P<key>[^']+)'")
@@ -43,11 +44,6 @@ def explain(message: str, names: Iterable[str]) -> str:
         if found:
             return one_line(reword(found, known))
     return one_line(message)
-
-
-def one_line(text: str) -> str:
-    """Join the lines of a text with single spaces."""
-    return " ".join(text.split())
 
 
 def _unknown_arguments(found: re.Match[str], known: list[str]) -> str:

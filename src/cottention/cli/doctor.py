@@ -10,7 +10,6 @@ mending; an implementation that is missing is named with the reason and the reme
 from __future__ import annotations
 
 import json
-import os
 import platform
 from dataclasses import asdict, dataclass, field
 from importlib import metadata
@@ -19,17 +18,13 @@ import jsonargparse
 
 from cottention import __version__
 from cottention.cli.main import new_parser
+from cottention.files import usable_cores
 
 _SHOWN_PACKAGES = ("torch", "triton", "transformers", "datasets", "accelerate", "tokenizers", "numpy")
 
 # Of sums of some hundred products of numbers near 1. float64 leaves rounding alone, 1e-16 times a few hundred; what has
 # no float64 is tried in float32, 6e-8 times as many.
 _LARGEST_ERROR = {"float64": 1e-11, "float32": 1e-4}
-
-
-def _usable_cpus() -> int:
-    # A container or SLURM may grant fewer than the machine has; only Linux tells.
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 @dataclass(kw_only=True)
@@ -40,7 +35,7 @@ class Diagnosis:
     python: str = field(default_factory=platform.python_version)
     platform: str = field(default_factory=platform.platform)
     packages: dict[str, str | None] = field(default_factory=dict)
-    cpus: int = field(default_factory=_usable_cpus)
+    cpus: int = field(default_factory=usable_cores)
     threads: int | None = None
     gpus: list[str] = field(default_factory=list)
     implementations: dict[str, str] = field(default_factory=dict)

@@ -12,6 +12,7 @@ from jsonargparse import ArgumentParser, Namespace
 
 from cottention.cli.main import new_parser
 from cottention.errors import DataError, SettingsError
+from cottention.files import check_writable, written_file
 
 
 def build_parser() -> ArgumentParser:
@@ -38,6 +39,8 @@ def run(args: Namespace) -> None:
 
     if args.output is not None and not args.output.endswith(".npy"):
         raise SettingsError(f"--output must end in .npy; got {args.output!r}")
+    if args.output is not None:
+        check_writable(args.output, "--output")
     texts = read_lines(args.file)
     if args.file.endswith(".jsonl"):
         texts = [_text(line, args.text_column, f"{args.file}, row {n}") for n, line in enumerate(texts, start=1)]
@@ -49,7 +52,8 @@ def run(args: Namespace) -> None:
     if args.output is not None:
         import numpy as np
 
-        np.save(args.output, vectors.numpy())
+        with written_file(args.output) as file:
+            np.save(file, vectors.numpy())
         return
     for text, vector in zip(texts, vectors.tolist(), strict=True):
         print(json.dumps({"text": text, "embedding": vector}, ensure_ascii=False))

@@ -14,6 +14,7 @@ from jsonargparse import ArgumentParser, Namespace
 
 from cottention.cli.main import new_parser
 from cottention.errors import SettingsError
+from cottention.files import write_text
 
 if TYPE_CHECKING:
     from cottention.evaluation.glue import GlueScores
@@ -92,7 +93,7 @@ def _runs(args: Namespace) -> None:
     text = tables.markdown()
     print(json.dumps(tables.to_dict(), indent=2) if args.json else text, end="\n" if args.json else "")
     if args.markdown:
-        Path(args.markdown).write_text(text, encoding="utf-8")
+        write_text(args.markdown, text)
     if args.submission:
         from cottention.generation import load_model_and_tokenizer
 

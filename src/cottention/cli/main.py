@@ -17,8 +17,9 @@ from importlib import import_module
 import jsonargparse
 
 import cottention
-from cottention.cli._messages import explain, one_line
+from cottention.cli._messages import explain
 from cottention.errors import CottentionError, did_you_mean
+from cottention.files import one_line
 from cottention.logging import setup_cli_logging
 
 COMMANDS: dict[str, tuple[str, str]] = {
@@ -40,7 +41,6 @@ COMMANDS: dict[str, tuple[str, str]] = {
 _USER_MISTAKE = 2
 _INTERRUPTED = 130  # 128 + SIGINT, what a shell reports
 _PIPE_CLOSED = 141  # 128 + SIGPIPE
-_FILE_ERRORS = (FileNotFoundError, PermissionError, IsADirectoryError, NotADirectoryError, FileExistsError)
 
 
 def entry_point() -> None:
@@ -116,10 +116,13 @@ def _guarded(command: str, rest: Sequence[str]) -> int:
         _complain(command, explain(str(error), _names(parser)))
     except CottentionError as error:
         _complain(command, one_line(str(error)))
-    except _FILE_ERRORS as error:
-        if error.filename is None:
+    except BrokenPipeError:
+        raise  # for `main`, which ends quietly
+    except OSError as error:
+        if error.errno is None:  # of a library, which means something else by it
             raise
-        _complain(command, f"{os.fsdecode(error.filename)}: {error.strerror}")
+        where = "" if error.filename is None else f"{_shown(error.filename)}: "
+        _complain(command, f"{where}{one_line(error)}")
     except KeyboardInterrupt:
         _complain(command, "interrupted")
         return _INTERRUPTED
@@ -129,6 +132,10 @@ def _guarded(command: str, rest: Sequence[str]) -> int:
             return leaving.code or 0
         raise
     return _USER_MISTAKE
+
+
+def _shown(filename: object) -> str:
+    return os.fsdecode(filename) if isinstance(filename, (str, bytes, os.PathLike)) else str(filename)
 
 
 def _complain(command: str, message: str) -> None:

@@ -20,7 +20,7 @@ from cottention.convert.configs import Architecture, AttentionType, TranslatedCo
 from cottention.convert.report import LeftOut
 from cottention.convert.weights import listed
 from cottention.errors import CheckpointError
-from cottention.generation.source import one_line
+from cottention.files import one_line
 
 # Constants that older versions of the stock classes stored among the weights.
 _CONSTANT_BUFFERS = re.compile(

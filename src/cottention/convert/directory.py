@@ -15,14 +15,13 @@ from safetensors import SafetensorError
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from cottention.convert.assemble import same_bits
-from cottention.convert.atomic import written_whole
 from cottention.convert.configs import TranslatedConfig
 from cottention.convert.report import REPORT_NAME, ConversionReport, LeftOut
 from cottention.convert.tokenizers import TOKENIZER_FILES
 from cottention.convert.weights import WEIGHT_FILES, listed, read_weights
 from cottention.errors import CheckpointError
+from cottention.files import one_line, settle, write_text, written_directory
 from cottention.generation.loading import quiet_progress
-from cottention.generation.source import one_line
 
 HUB_FILES = (
     "config.json",
@@ -40,6 +39,24 @@ _WHY_LEFT_OUT = {
     "training_args.bin": "a pickled object, which could run code",
     "generation_config.json": "made anew from config.json",
 }
+
+
+def check_destination(destination: Path, *, overwrite: bool) -> None:
+    """Clear up after killed calls, then refuse a destination that must not be replaced.
+
+    Raises:
+        CheckpointError: it holds something and `overwrite` is not set, or it holds no model.
+    """
+    settle(destination.absolute())
+    if not destination.exists() or (destination.is_dir() and not any(destination.iterdir())):
+        return
+    if not destination.is_dir():
+        raise CheckpointError(f"{destination} is a file; expected the directory to write")
+    if not overwrite:
+        raise CheckpointError(f"{destination} exists already; pass --overwrite (overwrite=True) to replace it")
+    if not (destination / "config.json").is_file():
+        # --overwrite replaces a model. A home directory named by mistake must survive it.
+        raise CheckpointError(f"{destination} is not a model directory (no config.json): not replaced")
 
 
 def check_apart(source: Path, destination: Path) -> None:
@@ -139,12 +156,13 @@ def write_model(
         CheckpointError: `destination` cannot be written, or holds something else than what was written.
     """
     try:
-        with written_whole(destination, overwrite=overwrite) as partial:
+        check_destination(destination, overwrite=overwrite)
+        with written_directory(destination) as partial:
             with quiet_progress():
                 model.save_pretrained(partial)
             if tokenizer is not None:
                 tokenizer.save_pretrained(partial)
-            (partial / REPORT_NAME).write_text(json.dumps(report.to_dict(), indent=2) + "\n", encoding="utf-8")
+            write_text(partial / REPORT_NAME, json.dumps(report.to_dict(), indent=2) + "\n")
             _verify(partial, model)
     except (OSError, SafetensorError) as error:
         raise CheckpointError(f"cannot write {destination}: {one_line(error)}") from error

@@ -14,14 +14,14 @@ from pathlib import Path
 
 from cottention import models
 from cottention.convert.assemble import build_model, detect_attention_type, settle_special_tokens
-from cottention.convert.atomic import check_destination
 from cottention.convert.configs import AttentionType, TrainingSettings, read_training_settings, translate_config
-from cottention.convert.directory import HUB_FILES, check_apart, report_on, write_model
+from cottention.convert.directory import HUB_FILES, check_apart, check_destination, report_on, write_model
 from cottention.convert.report import ConversionReport, LeftOut
 from cottention.convert.tokenizers import read_tokenizer
 from cottention.convert.weights import read_weights
 from cottention.errors import CheckpointError
-from cottention.generation.source import one_line, resolve_directory
+from cottention.files import one_line
+from cottention.generation.source import resolve_directory
 
 _CLASSES = {"bert": ("BertForPreTraining",), "gptj": ("GPTJForCausalLM",)}
 

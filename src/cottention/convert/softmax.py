@@ -21,9 +21,8 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from cottention import models
 from cottention.convert.assemble import build_model, detect_attention_type, settle_special_tokens
-from cottention.convert.atomic import check_destination
 from cottention.convert.configs import Architecture, AttentionType, TranslatedConfig, translate_config
-from cottention.convert.directory import HUB_FILES, check_apart, report_on, write_model
+from cottention.convert.directory import HUB_FILES, check_apart, check_destination, report_on, write_model
 from cottention.convert.distil import DistillationSettings, check_window, distil
 from cottention.convert.distil_report import DistillationReport
 from cottention.convert.report import ConversionReport

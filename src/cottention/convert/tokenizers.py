@@ -23,7 +23,7 @@ from cottention.convert.configs import Architecture
 from cottention.convert.weights import listed
 from cottention.data.tokenizer_files import check_files, check_ids, damage_told_as, try_encoding
 from cottention.errors import CheckpointError
-from cottention.generation.source import one_line
+from cottention.files import one_line
 from cottention.json_files import LARGEST_TABLE, read_json_object
 
 TOKENIZER_FILES = (

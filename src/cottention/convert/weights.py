@@ -24,7 +24,7 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from cottention.errors import CheckpointError
-from cottention.generation.source import one_line
+from cottention.files import one_line
 from cottention.models.directory import shards_of
 
 WEIGHT_FILES = ("model.safetensors", "pytorch_model.bin")

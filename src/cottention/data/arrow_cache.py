@@ -4,8 +4,9 @@ A producer yields Arrow tables of some megabytes; they are appended to one file 
 from everything that decides its content. The same request later maps the file that is there. `datasets` could write
 such a file from a generator of rows; whole tables are quicker by far, and an error keeps its own type and message.
 A file appears under its name only when it is complete (written beside, then renamed), so half of a corpus is never
-taken for all of it, and two processes that build the same file do no harm. What a killed run has written beside is
-removed by another run a day later.
+taken for all of it, and two processes that build the same file do no harm. Behind Arrow's end mark stands a hash of
+the content, which is compared before the file is used: a damaged one is written anew. What a killed run has written
+beside is removed by another run a day later.
 
     dataset = cached_dataset(tables(), features, key=["corpus", 1, path])
 """
@@ -26,8 +27,12 @@ from datasets import config as datasets_config
 from datasets.fingerprint import Hasher
 
 from cottention.errors import DataError
+from cottention.files import WholeFile
 from cottention.logging import get_logger
+from cottention.seals import file_damage
 
+_SEAL = b"cottention seal\n"  # the SHA-256 of all that is before it follows
+_DIGEST_BYTES = 32
 _ABANDONED_S = 24 * 3600  # a run that is alive writes every few seconds
 
 logger = get_logger(__name__)
@@ -48,7 +53,7 @@ def cached_dataset(tables: Iterable[pa.Table], features: Features, *, key: Seque
         DataError: the cache cannot be used (no permission, no space).
     """
     fingerprint = Hasher.hash(list(key))
-    path = Path(datasets_config.HF_DATASETS_CACHE) / "cottention" / f"{fingerprint}.arrow"
+    path = datasets_cache() / "cottention" / f"{fingerprint}.arrow"
     dataset = _mapped(path)
     if dataset is None:
         _write(tables, features.arrow_schema, path)
@@ -56,6 +61,11 @@ def cached_dataset(tables: Iterable[pa.Table], features: Features, *, key: Seque
     # By default the fingerprint holds the file's time; the key says more and is the same on every machine and rank.
     dataset._fingerprint = fingerprint
     return dataset
+
+
+def datasets_cache() -> Path:
+    """Where `datasets` keeps what it has made."""
+    return Path(datasets_config.HF_DATASETS_CACHE)
 
 
 def fingerprint_of(dataset: Dataset) -> str:
@@ -79,37 +89,47 @@ def _mapped(path: Path) -> Dataset | None:
     with using_cache():
         if not path.is_file():
             return None
-        try:
-            return Dataset.from_file(str(path))
-        except (pa.ArrowInvalid, OSError) as error:
-            if isinstance(error, PermissionError):
-                raise
-            logger.warning("%s is damaged and is written anew", path)
-            return None
+        problem = _damage(path)
+        if problem is None:
+            try:
+                return Dataset.from_file(str(path))
+            except (pa.ArrowInvalid, OSError) as error:
+                if isinstance(error, PermissionError):
+                    raise
+                problem = "cannot be mapped"
+        logger.warning("%s is damaged (it %s) and is written anew", path, problem)
+        return None
+
+
+def _damage(path: Path) -> str | None:
+    size = path.stat().st_size
+    with path.open("rb") as file:
+        file.seek(max(0, size - len(_SEAL) - _DIGEST_BYTES))
+        seal = file.read()
+    if not seal.startswith(_SEAL):
+        return "has no seal at its end"
+    digest, remember = seal.removeprefix(_SEAL).hex(), datasets_cache() / "cottention-intact"
+    return file_damage(path, size, digest, num_hashed=size - len(seal), remember=remember)
 
 
 def _write(tables: Iterable[pa.Table], schema: pa.Schema, path: Path) -> None:
-    partial = path.with_name(f"{path.stem}-{uuid.uuid4().hex}.partial")
     with using_cache():
         path.parent.mkdir(parents=True, exist_ok=True)
         _remove_abandoned(path.parent)
-        # Arrow's own file keeps nothing back that closing would have to write, so closing on a full disk is no error.
-        file = pa.OSFile(str(partial), "wb")
+        file = WholeFile(path, partial=path.with_name(f"{path.stem}-{uuid.uuid4().hex}.partial"))
     try:
-        with file:
-            with using_cache():
-                writer = pa.ipc.new_stream(file, schema)
-            # Producing and writing are kept apart, so that an unreadable source is not reported as an unwritable cache.
-            for table in tables:
-                with using_cache():
-                    writer.write_table(table.cast(schema))
-            with using_cache():
-                writer.close()
-                os.fsync(file.fileno())
         with using_cache():
-            partial.replace(path)
+            writer = pa.ipc.new_stream(file, schema)
+        # Producing and writing are kept apart, so that an unreadable source is not reported as an unwritable cache.
+        for table in tables:
+            with using_cache():
+                writer.write_table(table.cast(schema))
+        with using_cache():
+            writer.close()
+            file.write(_SEAL + bytes.fromhex(file.sha256))
+            file.finish()
     finally:
-        partial.unlink(missing_ok=True)
+        file.abandon()
 
 
 def _remove_abandoned(folder: Path) -> None:

@@ -15,8 +15,9 @@ import pyarrow as pa
 from tqdm import tqdm
 from transformers import PreTrainedTokenizerBase
 
-from cottention.data.parallel import available_cores, ordered_map
+from cottention.data.parallel import ordered_map
 from cottention.data.shards import CorpusWriter
+from cottention.files import usable_cores
 from cottention.logging import get_logger
 
 _SMALL = 16 << 20  # bytes: below it, starting processes takes longer than the work
@@ -145,4 +146,4 @@ def processes_for(num_proc: int | None, num_bytes: int | None) -> int:
     """How many processes: as asked for, else one for little text and one per core for more."""
     if num_proc is not None:
         return num_proc
-    return 1 if num_bytes is not None and num_bytes < _SMALL else available_cores()
+    return 1 if num_bytes is not None and num_bytes < _SMALL else usable_cores()

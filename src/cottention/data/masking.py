@@ -17,9 +17,8 @@ import numpy as np
 from transformers import PreTrainedTokenizerBase
 
 from cottention.errors import SettingsError
+from cottention.files import IGNORE_INDEX as IGNORED
 
-IGNORED = -100
-"""Label of a position that is no target, as in Hugging Face and torch."""
 _BECOMES_MASK = 0.8
 _BECOMES_RANDOM = 0.9
 _CONTINUES = "##"  # WordPiece's mark of a piece that continues a word

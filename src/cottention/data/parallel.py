@@ -27,11 +27,6 @@ Result = TypeVar("Result")
 _IN_FLIGHT = 2  # tasks per process: one at work, one waiting
 
 
-def available_cores() -> int:
-    """The cores this process may use, which in a container are fewer than the machine has."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-
-
 def ordered_map(
     work: Callable[[Task], Result], tasks: Iterable[Task], *, num_proc: int | None = None
 ) -> Iterator[Result]:

@@ -7,9 +7,12 @@
     shard-00000.arrow     the format of `Dataset.from_file`; written beside, renamed when complete
     tokenizer/            where the rows are tokens
 
-A directory without a manifest is no corpus. While one is built it holds progress.json: the settings, and which shards
-are done after how many tasks. The same command goes on from there, and its result is, byte for byte, that of a build
-never interrupted; another command does not touch it. A lock keeps two builds out of one directory.
+A directory without a manifest is no corpus. The manifest has the SHA-256 of shards, of the tokenizer's files and of
+itself, which are compared when the corpus is opened; a shard is read for that once on a machine.
+
+While a corpus is built it holds progress.json: the settings, and which shards are done after how many tasks. The same
+command goes on from there, and its result is, byte for byte, that of a build never interrupted; another command does
+not touch it. A lock keeps two builds out of one directory.
 
     with CorpusWriter(path, kind="bert-sentences", features=FEATURES, settings=settings) as writer:
         for table, counts in results_from(writer.num_tasks):
@@ -20,7 +23,7 @@ never interrupted; another command does not touch it. A lock keeps two builds ou
 from __future__ import annotations
 
 import contextlib
-import fcntl
+import hashlib
 import json
 import os
 import shutil
@@ -35,7 +38,11 @@ import pyarrow as pa
 from datasets import Dataset, Features, concatenate_datasets
 from datasets.fingerprint import Hasher
 
+from cottention.data.arrow_cache import datasets_cache
 from cottention.errors import DataError, SettingsError, did_you_mean
+from cottention.files import WholeFile, one_line, write_text
+from cottention.locks import LOCK, sole_writer
+from cottention.seals import first_damage, sha256
 
 KINDS = {
     "bert-sentences": "cottention data build bert",
@@ -51,8 +58,8 @@ SHARD_BYTES = 128 << 20
 
 _MANIFEST = "manifest.json"
 _PROGRESS = "progress.json"
-_LOCK = ".lock"
 _TOKENIZER = "tokenizer"
+_SEAL = "sha256"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -102,9 +109,18 @@ def open_corpus(path: str | os.PathLike[str], *, kind: str | None = None) -> Cor
             f"{folder} holds {found}, made by `{KINDS[found]}`; {kind} is needed here, made by `{KINDS[kind]}`"
         )
     try:
-        parts = [_mapped(folder / shard["name"], shard) for shard in manifest["shards"]]
+        shards = manifest["shards"]
+        _check_manifest(folder, manifest)
+        for shard in shards:
+            _check_size(folder / shard["name"], shard)
+        _check_content(folder, manifest)
+        parts = [_mapped(folder / shard["name"], shard) for shard in shards]
     except KeyError as error:
         raise DataError(f"{folder / _MANIFEST} is damaged: {error} is missing; build the corpus again") from error
+    except (TypeError, AttributeError) as error:
+        raise DataError(f"{folder / _MANIFEST} is damaged: {error}; build the corpus again") from error
+    if not parts:
+        raise DataError(f"{folder / _MANIFEST} is damaged: it names no shards; build the corpus again")
     dataset = concatenate_datasets(parts)
     # By default a fingerprint holds the files' names and times; the manifest says more, and the same everywhere.
     dataset._fingerprint = Hasher.hash(["corpus", manifest])
@@ -151,15 +167,10 @@ class CorpusWriter:
         self._tasks_added = 0
         self._counts_added: Counter[str] = Counter()
         self._shard: _Shard | None = None
-        with self._writing():
-            self.directory.mkdir(parents=True, exist_ok=True)
-            self._lock = _locked(self.directory)
-        try:
-            with self._writing():
-                self._take_up(overwrite)
-        except BaseException:
-            self._leave()
-            raise
+        with contextlib.ExitStack() as held, self._writing():
+            held.enter_context(sole_writer(self.directory))
+            self._take_up(overwrite)
+            self._held = held.pop_all()
 
     def __enter__(self) -> CorpusWriter:
         return self
@@ -169,7 +180,7 @@ class CorpusWriter:
     ) -> None:
         if self._shard is not None:
             self._shard.abandon()
-        self._leave()
+        self._held.close()
 
     @property
     def num_rows(self) -> int:
@@ -207,7 +218,8 @@ class CorpusWriter:
         with self._writing():
             self._close_shard()
             manifest = {**self.header, **(note or {}), "counts": dict(self.counts), "rows": self.num_rows}
-            _write_json(self.directory / _MANIFEST, {**manifest, "shards": self.shards})
+            manifest |= {"shards": self.shards, "tokenizer_files": _tokenizer_files(self.tokenizer_path)}
+            _write_json(self.directory / _MANIFEST, {**manifest, _SEAL: _hash(manifest)})
             (self.directory / _PROGRESS).unlink(missing_ok=True)
         self.is_finished = True
 
@@ -228,12 +240,17 @@ class CorpusWriter:
                 f"{self.directory} {what} with {difference}; choose another directory, or overwrite this one"
             )
         self.is_finished = state == _MANIFEST
-        self.counts = Counter(before["counts"])
-        self._counts_added = Counter(before["counts"])
-        self.shards = before["shards"]
-        self.num_tasks = self._tasks_added = before.get("num_tasks", 0)
-        for shard in self.shards:
-            _check_size(self.directory / shard["name"], shard)
+        try:
+            self.counts = Counter(before["counts"])
+            self._counts_added = Counter(before["counts"])
+            self.shards = list(before["shards"])
+            self.num_tasks = self._tasks_added = int(before.get("num_tasks", 0))
+            for shard in self.shards:
+                _check_size(self.directory / shard["name"], shard)
+        except (KeyError, TypeError, AttributeError) as error:
+            raise DataError(
+                f"{self.directory / state} is damaged: {error!r}; remove the directory and build the corpus again"
+            ) from error
 
     def _remove(self) -> None:
         if not any((self.directory / name).is_file() for name in (_MANIFEST, _PROGRESS)):
@@ -242,7 +259,7 @@ class CorpusWriter:
         for path in self.directory.iterdir():
             if path.name == _TOKENIZER:
                 shutil.rmtree(path)
-            elif _is_ours(path.name) and path.name != _LOCK:
+            elif _is_ours(path.name) and path.name != LOCK:
                 path.unlink()
 
     def _close_shard(self) -> None:
@@ -253,32 +270,22 @@ class CorpusWriter:
         progress = {**self.header, "counts": dict(self.counts), "num_tasks": self.num_tasks, "shards": self.shards}
         _write_json(self.directory / _PROGRESS, progress)
 
-    def _leave(self) -> None:
-        """Give the lock back, and take an empty directory away."""
-        with contextlib.suppress(OSError):
-            (self.directory / _LOCK).unlink()
-        os.close(self._lock)
-        with contextlib.suppress(OSError):
-            self.directory.rmdir()
-
     @contextlib.contextmanager
     def _writing(self) -> Iterator[None]:
         try:
             yield
         except OSError as error:
-            reason = os.strerror(error.errno) if error.errno else error
-            raise DataError(f"cannot write {self.directory}: {reason}") from error
+            raise DataError(f"cannot write {self.directory}: {one_line(error)}") from error
 
 
 class _Shard:
     """One file of Arrow, under another name until it is complete."""
 
     def __init__(self, path: Path, schema: pa.Schema) -> None:
-        self.path, self.schema = path, schema
-        self.partial = path.with_suffix(".partial")
+        self.schema = schema
         self.num_rows = 0
         self.num_bytes = 0
-        self.file = pa.OSFile(os.fsencode(self.partial), "wb")
+        self.file = WholeFile(path, partial=path.with_suffix(".partial"))
         self.writer = pa.ipc.new_stream(self.file, schema)
 
     def write(self, table: pa.Table) -> None:
@@ -288,15 +295,12 @@ class _Shard:
 
     def finish(self) -> dict[str, Any]:
         self.writer.close()
-        os.fsync(self.file.fileno())
-        self.file.close()
-        self.partial.replace(self.path)
-        return {"name": self.path.name, "rows": self.num_rows, "bytes": self.path.stat().st_size}
+        self.file.finish()
+        file = self.file
+        return {"name": file.path.name, "rows": self.num_rows, "bytes": file.num_bytes, "sha256": file.sha256}
 
     def abandon(self) -> None:
-        with contextlib.suppress(OSError):
-            self.file.close()
-        self.partial.unlink(missing_ok=True)
+        self.file.abandon()
 
 
 def described_counts(counts: Mapping[str, int]) -> str:
@@ -319,7 +323,6 @@ def _no_corpus(folder: Path) -> str:
 
 
 def _mapped(path: Path, shard: Mapping[str, Any]) -> Dataset:
-    _check_size(path, shard)
     try:
         dataset = Dataset.from_file(str(path))
     except (pa.ArrowInvalid, OSError) as error:
@@ -336,29 +339,39 @@ def _check_size(path: Path, shard: Mapping[str, Any]) -> None:
         raise DataError(f"{path} {what}; remove the directory and build the corpus again")
 
 
-def _locked(folder: Path) -> int:
-    """Lock a directory until the descriptor is closed, by us or by our death.
+def _check_manifest(folder: Path, manifest: Mapping[str, Any]) -> None:
+    """Compare a manifest with its own hash; those of older versions have none."""
+    content = {name: value for name, value in manifest.items() if name != _SEAL}
+    if manifest.keys() & {_SEAL, "tokenizer_files"} and manifest.get(_SEAL) != _hash(content):
+        raise DataError(
+            f"{folder / _MANIFEST} was changed after it was written; remove the directory and build the corpus again"
+        )
 
-    Raises:
-        DataError: another process holds it.
-    """
-    while True:
-        lock = os.open(folder / _LOCK, os.O_CREAT | os.O_RDWR, 0o644)
-        try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            # A build that just ended may have removed the file that we opened: then this is no lock for those to come.
-            if os.path.samestat(os.fstat(lock), (folder / _LOCK).stat()):
-                return lock
-        except BlockingIOError:
-            os.close(lock)
-            raise DataError(f"another build is writing {folder}; wait for it, or choose another directory") from None
-        except FileNotFoundError:
-            pass
-        os.close(lock)
+
+def _check_content(folder: Path, manifest: Mapping[str, Any]) -> None:
+    """Compare shards and tokenizer with their hashes; process 0 of a machine does it for all of them."""
+    if int(os.environ.get("LOCAL_RANK", "0")) > 0:
+        return
+    files = [(folder / shard["name"], shard) for shard in manifest["shards"] if "sha256" in shard]
+    files += [(folder / _TOKENIZER / name, entry) for name, entry in manifest.get("tokenizer_files", {}).items()]
+    sealed = [(path, entry["bytes"], entry["sha256"]) for path, entry in files]
+    damaged = first_damage(sealed, remember=datasets_cache() / "cottention-intact")
+    if damaged is not None:
+        path, problem = damaged
+        raise DataError(f"{path} is damaged: it {problem}; remove the directory and build the corpus again")
+
+
+def _tokenizer_files(folder: Path) -> dict[str, dict[str, Any]]:
+    paths = sorted(folder.iterdir()) if folder.is_dir() else []
+    return {path.name: {"bytes": path.stat().st_size, "sha256": sha256(path)} for path in paths}
+
+
+def _hash(content: Mapping[str, Any]) -> str:
+    return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
 
 
 def _is_ours(name: str) -> bool:
-    return name in (_MANIFEST, _PROGRESS, _LOCK, _TOKENIZER) or name.startswith("shard-") or name.endswith(".partial")
+    return name in (_MANIFEST, _PROGRESS, LOCK, _TOKENIZER) or name.startswith("shard-") or name.endswith(".partial")
 
 
 def _difference(now: Mapping[str, Any], before: Mapping[str, Any]) -> str:
@@ -379,17 +392,14 @@ def _read_json(path: Path) -> dict[str, Any]:
         content = json.loads(path.read_text(encoding="utf-8"))
     except OSError as error:
         raise DataError(f"cannot read {path}: {error.strerror}") from error
-    except ValueError as error:
-        raise DataError(f"{path} is damaged: {error}; remove the directory and build the corpus again") from error
+    except (ValueError, RecursionError) as error:
+        raise DataError(
+            f"{path} is damaged: {one_line(error)}; remove the directory and build the corpus again"
+        ) from error
     if not isinstance(content, dict):
         raise DataError(f"{path} is damaged: no JSON object; remove the directory and build the corpus again")
     return content
 
 
 def _write_json(path: Path, content: Mapping[str, Any]) -> None:
-    partial = path.with_suffix(".partial")
-    with partial.open("w", encoding="utf-8") as file:
-        file.write(json.dumps(content, indent=2, ensure_ascii=False) + "\n")
-        file.flush()
-        os.fsync(file.fileno())
-    partial.replace(path)
+    write_text(path, json.dumps(content, indent=2, ensure_ascii=False) + "\n")

@@ -26,6 +26,7 @@ from transformers import AutoTokenizer, PreTrainedTokenizerBase, PreTrainedToken
 from cottention.data.tokenization import check_has_text
 from cottention.data.tokenizer_files import damage_told_as, open_tokenizer
 from cottention.errors import DataError, SettingsError, did_you_mean
+from cottention.files import one_line
 from cottention.logging import get_logger
 
 END_OF_TEXT = "<|endoftext|>"
@@ -265,8 +266,4 @@ def _from_hub(name: str) -> Path:
         status = getattr(error.response, "status_code", "an error")
         raise DataError(f"no folder {name} here, and the hub answers {status} to this name") from error
     except (HFValidationError, OSError) as error:
-        raise DataError(f"no folder {name} here, and it is no hub name: {_first_line(error)}") from error
-
-
-def _first_line(error: BaseException) -> str:
-    return next((line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__)
+        raise DataError(f"no folder {name} here, and it is no hub name: {one_line(error)}") from error

@@ -23,6 +23,7 @@ from typing import Any, TypeVar
 from transformers import PreTrainedTokenizerBase
 
 from cottention.errors import CheckpointError, CottentionError
+from cottention.files import one_line
 from cottention.json_files import LARGEST_TABLE, read_json
 
 _Tokenizer = TypeVar("_Tokenizer", bound=PreTrainedTokenizerBase)
@@ -84,7 +85,7 @@ def damage_told_as(what: str, error: type[CottentionError] = CheckpointError) ->
         except BaseException as problem:
             if not is_damage(problem):
                 raise
-            raise error(f"{what}: {_first_line(problem)}") from problem
+            raise error(f"{what}: {one_line(problem)}") from problem
 
 
 def try_encoding(tokenizer: PreTrainedTokenizerBase) -> None:
@@ -190,8 +191,3 @@ def _panics_silent() -> Iterator[None]:
             held.seek(0)
             if not panicked and (written := held.read()):
                 os.write(2, written)
-
-
-def _first_line(problem: BaseException, limit: int = 200) -> str:
-    text = next((line.strip() for line in str(problem).splitlines() if line.strip()), type(problem).__name__)
-    return text if len(text) <= limit else f"{text[: limit - 3]}..."

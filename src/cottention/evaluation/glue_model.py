@@ -21,6 +21,7 @@ from cottention.data.glue_batches import GlueCollator, encode_glue, packs_best
 from cottention.data.glue_tasks import DIAGNOSTIC, GlueTask
 from cottention.errors import DataError, SettingsError
 from cottention.evaluation.glue import GlueScores, glue_logits, glue_scores, predictions_of
+from cottention.files import write_text
 from cottention.logging import get_logger
 
 _SUFFIXES = {"test_matched": "-m", "test_mismatched": "-mm"}
@@ -110,7 +111,7 @@ def write_submission(
         path = folder / f"{title}.tsv"
         try:
             folder.mkdir(parents=True, exist_ok=True)
-            path.write_text("index\tprediction\n" + "".join(lines), encoding="utf-8")
+            write_text(path, "index\tprediction\n" + "".join(lines))
         except OSError as error:
             raise DataError(f"cannot write {path}: {error.strerror}") from error
         written.append(path)

@@ -24,6 +24,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from cottention.errors import CottentionError, DataError, SettingsError, did_you_mean
 from cottention.evaluation.perplexity import check_context
+from cottention.files import one_line
 from cottention.models.configuration import check_vocabulary
 
 _SEED = 1234  # of few-shot examples and bootstraps; lm-eval's own default
@@ -163,7 +164,7 @@ def _load(tasks: list[str], include_path: str | Path | None) -> Any:
     except CottentionError:
         raise
     except (OSError, ValueError, TypeError, KeyError, AttributeError, RuntimeError) as error:
-        raise DataError(f"the tasks {', '.join(tasks)} cannot be loaded: {_one_line(error)}") from error
+        raise DataError(f"the tasks {', '.join(tasks)} cannot be loaded: {one_line(error)}") from error
 
 
 def _run(
@@ -222,7 +223,3 @@ def _quiet() -> Iterator[None]:
         logger.setLevel(before)
         if not was_set:
             del os.environ["DISABLE_MULTIPROC"]
-
-
-def _one_line(error: BaseException) -> str:
-    return next((line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__)

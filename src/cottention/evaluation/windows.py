@@ -22,9 +22,7 @@ from datasets import Dataset
 from torch import Tensor
 
 from cottention.data.tokenization import arrow_batches
-
-IGNORED = -100
-"""Target of a position that asks for nothing, as in Hugging Face and torch."""
+from cottention.files import IGNORE_INDEX as IGNORED
 
 _BATCHES_SORTED = 64  # windows of so many batches are sorted by length, so that short documents share their padding
 

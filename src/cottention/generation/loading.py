@@ -22,7 +22,8 @@ from transformers.utils import logging as transformers_logging
 from cottention import models
 from cottention.data.tokenizer_files import check_ids, is_damage, open_tokenizer
 from cottention.errors import CheckpointError, CottentionError, SettingsError
-from cottention.generation.source import one_line, resolve_directory
+from cottention.files import one_line
+from cottention.generation.source import resolve_directory
 from cottention.json_files import read_json
 from cottention.models.auto import REMOTE_MODULE
 

@@ -2,8 +2,8 @@
 
 The file is safetensors: each layer's state and count, the last tokens, which tokens occurred, and in its metadata what
 made it. A state means nothing to another model, even one of the same shape, so config, weights (a sample of every
-tensor) and tokenizer are fingerprinted and compared. Softmax models are refused: their keys and values grow with the
-text, and reading it again is what they are for.
+tensor) and tokenizer are fingerprinted and compared; a hash of the content tells damage. Softmax models are refused:
+their keys and values grow with the text, and reading it again is what they are for.
 
     state = read_text(model, tokenizer, document)
     save_state("document.state", state, model, tokenizer)
@@ -15,24 +15,24 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 from pathlib import Path
 from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
+from safetensors.torch import save
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from cottention.errors import CheckpointError, SettingsError
+from cottention.files import one_line, written_file
 from cottention.generation.encoding import encode
 from cottention.generation.reading import TAIL, ReadState, read_one
-from cottention.generation.source import one_line
 from cottention.models import CosineCache
 from cottention.models.configuration import check_vocabulary
 
-_FORMAT = "cottention-state-1"
+_FORMAT = "cottention-state-2"
+_FORMAT_UNSEALED = "cottention-state-1"
 _NOT_OF_THE_MODEL = ("transformers_version", "_name_or_path", "dtype", "architectures", "use_cache")
 _SAMPLED = 64  # numbers of each weight tensor
 
@@ -94,7 +94,6 @@ def save_state(path: str | Path, state: ReadState, model: PreTrainedModel, token
     Raises:
         CheckpointError: it cannot be written.
     """
-    target = Path(path).expanduser()
     tensors = {
         **state.cache.to_tensors(),
         "tail": torch.tensor(state.tail),
@@ -102,15 +101,12 @@ def save_state(path: str | Path, state: ReadState, model: PreTrainedModel, token
     }
     tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
     metadata = {"format": _FORMAT, "num_tokens": str(state.num_tokens), **_fingerprints(model, tokenizer)}
-    partial = target.with_name(f".{target.name}.{os.getpid()}.partial")
+    metadata["content_sha256"] = _content_hash(tensors, metadata)
     try:
-        save_file(tensors, partial, metadata=metadata)
-        with partial.open("rb+") as file:
-            os.fsync(file.fileno())
-        partial.replace(target)
-    except (OSError, SafetensorError) as error:
-        partial.unlink(missing_ok=True)
-        raise CheckpointError(f"cannot write the state {path}: {_reason(error)}") from error
+        with written_file(Path(path).expanduser()) as file:
+            file.write(save(tensors, metadata=metadata))
+    except OSError as error:
+        raise CheckpointError(f"cannot write the state {path}: {one_line(error)}") from error
 
 
 def load_state(path: str | Path, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> ReadState:
@@ -129,13 +125,18 @@ def load_state(path: str | Path, model: PreTrainedModel, tokenizer: PreTrainedTo
     try:
         with safe_open(Path(path).expanduser(), framework="pt") as file:  # pyright: ignore[reportArgumentType]
             metadata = file.metadata() or {}
-            if metadata.get("format") != _FORMAT:
+            if metadata.get("format") not in (_FORMAT, _FORMAT_UNSEALED):
                 raise CheckpointError(f"{path} is not a saved state (its format is not {_FORMAT!r})")
             for name, fingerprint in _fingerprints(model, tokenizer).items():
                 if metadata.get(name) != fingerprint:
                     raise CheckpointError(f"{path} is the state of another model: {_WHAT_DIFFERS[name]}")
             tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118  # it is no mapping
         _check_shapes(tensors, model, path)
+        sealed = metadata.pop("content_sha256", None)
+        if metadata["format"] == _FORMAT and sealed != _content_hash(tensors, metadata):
+            raise CheckpointError(
+                f"the state {path} is damaged: it was changed after it was written; read the text again"
+            )
         tail, occurred = tensors.pop("tail"), tensors.pop("occurred")
         return ReadState(
             cache=CosineCache.from_tensors({name: tensor.to(model.device) for name, tensor in tensors.items()}),
@@ -146,7 +147,7 @@ def load_state(path: str | Path, model: PreTrainedModel, tokenizer: PreTrainedTo
     except CheckpointError:
         raise
     except (OSError, SafetensorError, KeyError, ValueError) as error:
-        raise CheckpointError(f"the state {path} cannot be read: {_reason(error)}") from error
+        raise CheckpointError(f"the state {path} cannot be read: {one_line(error)}") from error
 
 
 _WHAT_DIFFERS = {
@@ -173,6 +174,15 @@ def _fingerprints(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) ->
     }
 
 
+def _content_hash(tensors: dict[str, Tensor], metadata: dict[str, str]) -> str:
+    digest = hashlib.sha256(json.dumps(metadata, sort_keys=True).encode())
+    for name, tensor in sorted(tensors.items()):
+        digest.update(f"{name} {tuple(tensor.shape)} {tensor.dtype}".encode())
+        flat = tensor.clone(memory_format=torch.contiguous_format).flatten()
+        digest.update(flat.view(torch.uint8).numpy().tobytes())
+    return digest.hexdigest()
+
+
 def _hash_of(described: Any) -> str:
     return hashlib.sha256(json.dumps(described, sort_keys=True, default=str).encode()).hexdigest()
 
@@ -189,7 +199,3 @@ def _check_shapes(tensors: dict[str, Tensor], model: PreTrainedModel, path: str 
     tail = tensors.get("tail")
     if found != expected or tail is None or tail.dim() != 1 or not 1 <= len(tail) <= TAIL:
         raise CheckpointError(f"the state {path} is damaged: its tensors are not those of a state of this model")
-
-
-def _reason(error: Exception) -> str:
-    return error.strerror if isinstance(error, OSError) and error.strerror else one_line(error)

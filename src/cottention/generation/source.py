@@ -13,6 +13,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from cottention.errors import CheckpointError, did_you_mean
+from cottention.files import one_line
 
 _HUB_NAME = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
 # A machine behind a firewall answers nothing at all; the libraries' own default is 10 s per attempt.
@@ -77,9 +78,3 @@ def _download(name: str, file_patterns: Sequence[str], revision: str | None) -> 
     except (HFValidationError, OSError) as error:
         raise CheckpointError(f"cannot fetch {where} from the Hugging Face Hub: {one_line(error)}") from error
     return Path(snapshot)
-
-
-def one_line(error: BaseException, limit: int = 200) -> str:
-    """The first line of an exception's text, for a message that must stay one line."""
-    text = next((line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__)
-    return text if len(text) <= limit else f"{text[: limit - 3]}..."

@@ -17,7 +17,8 @@ from jaxtyping import Float, Int
 from torch import Tensor
 from torch.nn.functional import linear
 
-from cottention.models.losses import IGNORE_INDEX, averaged
+from cottention.files import IGNORE_INDEX
+from cottention.models.losses import averaged
 
 # A CPU's cache holds the logits of some hundred tokens. A GPU has work with more, and adds up the weights' gradient,
 # which a chunk reads and writes as a whole, less often.

@@ -17,8 +17,7 @@ from torch import Tensor, nn
 from torch.nn.functional import binary_cross_entropy_with_logits, mse_loss, pad
 
 from cottention.errors import did_you_mean
-
-IGNORE_INDEX = -100
+from cottention.files import IGNORE_INDEX
 
 
 def cross_entropy(logits: Tensor, labels: Tensor, num_items_in_batch: Tensor | int | None = None) -> Tensor:

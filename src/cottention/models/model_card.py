@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import json
 import math
-import os
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -22,6 +21,7 @@ from huggingface_hub.errors import HfHubHTTPError, HFValidationError, OfflineMod
 from safetensors import SafetensorError, safe_open
 
 from cottention.errors import CheckpointError
+from cottention.files import one_line, write_text
 from cottention.models.auto import REMOTE_MODULE
 
 _KINDS = {
@@ -93,10 +93,8 @@ def write_model_card(
     )
     body = "\n".join(_body(name, directory, config, figures, recipe, data))
     text = str(ModelCard(f"---\n{card.to_yaml()}\n---\n\n{body}"))
-    partial, target = directory / f".README.md.{os.getpid()}.partial", directory / "README.md"
-    partial.write_text(text, encoding="utf-8")
-    partial.replace(target)
-    return target
+    write_text(directory / "README.md", text)
+    return directory / "README.md"
 
 
 def push_model(model_dir: str | Path, repo_id: str, *, private: bool = True, token: str | None = None) -> str:
@@ -124,8 +122,7 @@ def push_model(model_dir: str | Path, repo_id: str, *, private: bool = True, tok
             repo_id=repo_id, folder_path=directory, allow_patterns=list(_UPLOADED), commit_message="Upload model"
         )
     except (HfHubHTTPError, HFValidationError, OfflineModeIsEnabled, OSError) as error:
-        reason = next((line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__)
-        raise CheckpointError(f"cannot upload {model_dir} as {repo_id}: {reason}") from error
+        raise CheckpointError(f"cannot upload {model_dir} as {repo_id}: {one_line(error)}") from error
     return str(commit.commit_url)
 
 

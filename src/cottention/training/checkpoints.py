@@ -1,7 +1,7 @@
 """Checkpoints that survive a crash: written beside, flushed to disk, renamed; read only after their checksums agree.
 
-A checkpoint is a directory `checkpoint-STEP` whose MANIFEST.json lists every file with size and SHA-256. A directory
-without a manifest, or with a file that differs from it, is damaged.
+A checkpoint is a directory `checkpoint-STEP` whose seal, MANIFEST.json, lists every file with size and SHA-256. A
+directory without one, with a file that differs from it, or without one of the parts that a run needs is damaged.
 
     with atomic_directory(folder / "checkpoint-200", sealed=True) as staging:
         ...write files into staging...
@@ -10,25 +10,36 @@ without a manifest, or with a file that differs from it, is damaged.
 
 from __future__ import annotations
 
-import hashlib
 import json
-import os
 import re
 import shutil
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from fnmatch import fnmatch
 from pathlib import Path
+from typing import Any
 
 from safetensors import SafetensorError
 
 from cottention.errors import CheckpointError
+from cottention.files import one_line, write_text, written_directory
 from cottention.logging import get_logger
+from cottention.seals import MANIFEST as MANIFEST  # for those who look into a checkpoint
+from cottention.seals import WEIGHTS, damage
+from cottention.seals import seal as _write_manifest
 
-MANIFEST = "MANIFEST.json"
+RUN_STATE = "run_state.json"
+"""What a run adds to the Trainer's files."""
+
+PARTS = (("config.json",), WEIGHTS, ("optimizer.pt",), ("scheduler.pt",), ("rng_state*.pth",), (RUN_STATE,))
+"""What a run goes on from, beside trainer_state.json; of the names in brackets one has to be there."""
+
+_TRAINER_STATE = "trainer_state.json"
 _NAME = re.compile(r"checkpoint-[0-9]+")
-_BLOCK_BYTES = 1 << 20
 
 logger = get_logger(__name__)
+
+write_atomically = write_text
 
 
 @contextmanager
@@ -39,39 +50,22 @@ def atomic_directory(target: Path, *, sealed: bool) -> Iterator[Path]:
     a half-written one. The new directory already has its final name, below `staging_area(target.parent)`.
 
     Args:
-        target: the directory to make.
+        target: the directory to make, in a folder that nobody else writes.
         sealed: add a manifest, by which `damage` finds out later whether all is as it was written.
     """
-    staging = staging_area(target.parent) / target.name
-    shutil.rmtree(staging, ignore_errors=True)
-    staging.mkdir(parents=True)
+    area = staging_area(target.parent)
     try:
-        yield staging
-        if sealed:
-            _write_manifest(staging)
-        _flush_tree(staging)
-        if target.exists():
-            shutil.rmtree(target)
-        staging.rename(target)
-        _flush(target.parent)
+        with written_directory(target, staging=area / target.name) as staging:
+            yield staging
+            if sealed:
+                _write_manifest(staging)
     finally:
-        shutil.rmtree(staging.parent, ignore_errors=True)
+        shutil.rmtree(area, ignore_errors=True)
 
 
 def staging_area(folder: Path) -> Path:
     """Where directories on their way into `folder` are written."""
     return folder / ".writing"
-
-
-def write_atomically(path: Path, text: str) -> None:
-    """Replace a small text file in one step."""
-    staging = path.with_name(f".writing-{path.name}")
-    with staging.open("w", encoding="utf-8") as file:
-        file.write(text)
-        file.flush()
-        os.fsync(file.fileno())
-    staging.replace(path)
-    _flush(path.parent)
 
 
 @contextmanager
@@ -84,7 +78,7 @@ def writing_to(folder: Path) -> Iterator[None]:
     try:
         yield
     except OSError as error:
-        raise _unwritable(folder, error.strerror or str(error)) from error
+        raise _unwritable(folder, one_line(error)) from error
     except SafetensorError as error:
         raise _unwritable(folder, str(error)) from error
     except RuntimeError as error:
@@ -98,29 +92,6 @@ def _unwritable(folder: Path, reason: str) -> CheckpointError:
     return CheckpointError(f"cannot write to {folder}: {reason}; what was saved before is intact")
 
 
-def damage(folder: Path) -> str | None:
-    """Say what is wrong with a sealed directory, in a few words; None when nothing is."""
-    try:
-        entries = json.loads((folder / MANIFEST).read_text(encoding="utf-8"))
-        sealed = {folder / name: (entry["bytes"], entry["sha256"]) for name, entry in entries.items()}
-    except FileNotFoundError:
-        return f"{MANIFEST} is missing"
-    except (OSError, ValueError, AttributeError, TypeError, KeyError):
-        return f"{MANIFEST} cannot be read"
-    for path, (num_bytes, digest) in sealed.items():
-        name = path.relative_to(folder)
-        if not path.is_file():
-            return f"{name} is missing"
-        if path.stat().st_size != num_bytes:
-            return f"{name} has {path.stat().st_size} bytes instead of {num_bytes}"
-        try:
-            if _sha256(path) != digest:
-                return f"{name} was changed after it was written"
-        except OSError as error:
-            return f"{name} cannot be read: {error.strerror}"
-    return None
-
-
 def list_checkpoints(folder: Path) -> list[Path]:
     """Checkpoint directories, oldest first."""
     if not folder.is_dir():
@@ -129,21 +100,62 @@ def list_checkpoints(folder: Path) -> list[Path]:
     return sorted(found, key=checkpoint_step)
 
 
-def newest_intact_checkpoint(folder: Path) -> Path | None:
-    """Return the newest checkpoint whose files are as they were written; report the damaged ones on the way.
+def newest_intact_checkpoint(folder: Path, parts: Sequence[Sequence[str]] = ()) -> Path | None:
+    """Return the newest checkpoint that a run can go on from; report the damaged ones on the way.
+
+    Args:
+        folder: where checkpoints lie.
+        parts: what one must hold, see `PARTS`; none: only what its manifest says.
 
     Raises:
         CheckpointError: there are checkpoints and every one is damaged.
     """
     checkpoints = list_checkpoints(folder)
     for path in reversed(checkpoints):
-        problem = damage(path)
+        problem = damage(path) or (_lacks(path, parts) if parts else None)
         if problem is None:
             return path
         logger.warning("checkpoint %s is damaged (%s): trying the one before", path, problem)
     if checkpoints:
         raise CheckpointError(f"every checkpoint in {folder} is damaged; --overwrite starts again")
     return None
+
+
+def _lacks(path: Path, parts: Sequence[Sequence[str]]) -> str | None:
+    """What keeps an intact checkpoint from being gone on from: transformers starts again without a word, or half."""
+    names = [entry.name for entry in path.iterdir()]
+    for patterns in parts:
+        if not any(fnmatch(name, pattern) for name in names for pattern in patterns):
+            return f"{patterns[0]} is missing"
+    step = _json_object(path / _TRAINER_STATE).get("global_step")
+    if step != checkpoint_step(path):
+        return f"{_TRAINER_STATE} is not that of step {checkpoint_step(path)}"
+    return None
+
+
+def read_run_state(checkpoint: Path, kinds: dict[str, type | tuple[type, ...]]) -> dict[str, Any]:
+    """What a run added to a checkpoint.
+
+    Args:
+        checkpoint: the directory.
+        kinds: the names that it must have, and the type of each.
+
+    Raises:
+        CheckpointError: it is not what a run wrote.
+    """
+    state = _json_object(checkpoint / RUN_STATE)
+    for name, kind in kinds.items():
+        if not isinstance(state.get(name), kind):
+            raise CheckpointError(f"{checkpoint / RUN_STATE} is damaged: no {name}; remove that checkpoint")
+    return state
+
+
+def _json_object(path: Path) -> dict[str, Any]:
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError, RecursionError):
+        return {}
+    return content if isinstance(content, dict) else {}
 
 
 def rotate(folder: Path, keep: int) -> None:
@@ -164,31 +176,3 @@ def checkpoint_name(step: int) -> str:
 def checkpoint_step(path: Path) -> int:
     """Updates that the checkpoint in a directory of this name has seen."""
     return int(path.name.rpartition("-")[2])
-
-
-def _write_manifest(folder: Path) -> None:
-    files = sorted(path for path in folder.rglob("*") if path.is_file())
-    entries = {str(path.relative_to(folder)): {"bytes": path.stat().st_size, "sha256": _sha256(path)} for path in files}
-    (folder / MANIFEST).write_text(json.dumps(entries, indent=1), encoding="utf-8")
-
-
-def _flush_tree(folder: Path) -> None:
-    for path in [*folder.rglob("*"), folder]:
-        _flush(path)
-
-
-def _sha256(path: Path) -> str:
-    digest = hashlib.sha256()
-    with path.open("rb") as file:
-        while block := file.read(_BLOCK_BYTES):
-            digest.update(block)
-    return digest.hexdigest()
-
-
-def _flush(path: Path) -> None:
-    """fsync a file or a directory: only then a rename cannot overtake the data."""
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)

@@ -15,7 +15,8 @@ from torch import Tensor
 from torch.nn.functional import cross_entropy
 from transformers import PreTrainedModel
 
-_NOT_A_TARGET = -100
+from cottention.files import IGNORE_INDEX
+
 _SUMS = (
     *("nats", "right", "targets"),
     *("hidden_nats", "hidden_right", "hidden"),
@@ -107,7 +108,7 @@ def _share(sums: Mapping[str, float], part: str, whole: str) -> float:
 
 def _bert_sums(outputs: Any, batch: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """Sums over the targets of a batch; `outputs` has the scores of those alone."""
-    is_target = batch["labels"] != _NOT_A_TARGET
+    is_target = batch["labels"] != IGNORE_INDEX
     targets, shown = batch["labels"][is_target], batch["input_ids"][is_target]
     logits = outputs.prediction_logits if "prediction_logits" in outputs else outputs.logits
     nats, right = _nats(logits, targets), logits.argmax(-1) == targets
@@ -141,7 +142,7 @@ def _nats(logits: Tensor, targets: Tensor) -> Tensor:
 def count_targets(batch: Mapping[str, Any], arch: str) -> Tensor:
     """Number of tokens that a batch asks the model to predict, as a 0-d tensor."""
     if "shift_labels" in batch:
-        return (batch["shift_labels"] != _NOT_A_TARGET).sum()
+        return (batch["shift_labels"] != IGNORE_INDEX).sum()
     # A GPT's labels are shifted inside: what stands first in a row is nobody's target.
     labels = batch["labels"][..., 1:] if arch == "gpt" else batch["labels"]
-    return (labels != _NOT_A_TARGET).sum()
+    return (labels != IGNORE_INDEX).sum()

@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from cottention.models.losses import IGNORE_INDEX
+from cottention.files import IGNORE_INDEX
 from cottention.training.carried import CarriedStates
 from cottention.training.lanes import collate_lanes, read_windows
 

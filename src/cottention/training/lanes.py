@@ -23,7 +23,7 @@ from torch import Tensor
 from torch.utils.data import Dataset
 
 from cottention.errors import DataError
-from cottention.models.losses import IGNORE_INDEX
+from cottention.files import IGNORE_INDEX
 from cottention.training.stream import ExampleStream
 
 

@@ -14,7 +14,7 @@ import os
 from pathlib import Path
 from typing import Any
 
-from cottention.training.checkpoints import write_atomically
+from cottention.files import write_text, written_file
 
 
 class MetricsLog:
@@ -29,7 +29,7 @@ class MetricsLog:
         """
         self.path = path
         kept = [line for line in read_metrics(path) if 0 < line["step"] <= resume_step]
-        write_atomically(path, "".join(_line(entry) for entry in kept))
+        write_text(path, "".join(_line(entry) for entry in kept))
 
     def write(self, entry: dict[str, Any]) -> None:
         """Append one line and hand it to the operating system, so that a killed process loses none."""
@@ -90,7 +90,8 @@ def draw_loss_curve(metrics: list[dict[str, Any]], path: Path, *, title: str) ->
     axes.grid(alpha=0.3)
     if train or held_out:
         axes.legend()
-    figure.savefig(path)
+    with written_file(path) as file:
+        figure.savefig(file, format="png")
 
 
 def short_number(value: float) -> str:

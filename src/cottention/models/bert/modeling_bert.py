@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from transformers.modeling_outputs import BaseModelOutputWithPooling, MaskedLMOutput
 from transformers.utils.generic import ModelOutput
 
+from cottention.files import IGNORE_INDEX
 from cottention.models.bert.configuration_bert import CottentionBertConfig
 from cottention.models.bert.layers_bert import (
     CottentionBertEmbeddings,
@@ -25,7 +26,7 @@ from cottention.models.bert.layers_bert import (
     CottentionBertPooler,
     CottentionBertPredictionHead,
 )
-from cottention.models.losses import IGNORE_INDEX, cross_entropy, loss_settings
+from cottention.models.losses import cross_entropy, loss_settings
 from cottention.models.pretrained import (
     CottentionPreTrainedModel,
     attention_maps,

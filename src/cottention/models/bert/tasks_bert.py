@@ -16,9 +16,10 @@ from transformers.modeling_outputs import (
     TokenClassifierOutput,
 )
 
+from cottention.files import IGNORE_INDEX
 from cottention.models.bert.configuration_bert import CottentionBertConfig
 from cottention.models.bert.modeling_bert import CottentionBertModel, CottentionBertPreTrainedModel
-from cottention.models.losses import IGNORE_INDEX, classification_loss, cross_entropy, loss_settings
+from cottention.models.losses import classification_loss, cross_entropy, loss_settings
 from cottention.models.pretrained import wants_dict
 
 
