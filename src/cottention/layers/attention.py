@@ -9,6 +9,7 @@ Both go where an nn.MultiheadAttention would: tokens in, tokens of the same widt
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import torch
@@ -284,8 +285,11 @@ class SoftmaxAttention(_ProjectedAttention):
         initial_state: KeyValueState | None = None,
         output_final_state: bool = False,
         maps: list[Tensor] | None = None,
+        extend: Callable[[Tensor, Tensor], tuple[Tensor, Tensor]] | None = None,
     ) -> tuple[Float[Tensor, "B T D"], KeyValueState | None]:
         """Attend; the arguments are those of `CosineAttention.forward`, the state holds every key and value.
+
+        `extend` is for caches of another kind than the state: it takes these tokens' keys and values and returns all.
 
         Raises:
             ValueError: arguments contradict each other or the layer's settings.
@@ -304,6 +308,8 @@ class SoftmaxAttention(_ProjectedAttention):
         if wants_state:
             state = _extended(initial_state, k, v, attention_mask)
             k, v, attention_mask = state
+        if extend is not None:
+            k, v = extend(k, v)
         o = self.attend(q, k, v, attention_mask=attention_mask, cu_seqlens=cu_seqlens, maps=maps)
         return self.merge(o), state if output_final_state else None
 

@@ -51,6 +51,11 @@ def linear_cross_entropy(
     return averaged(total, num_items_in_batch, (targets != IGNORE_INDEX).sum().clamp(min=1))
 
 
+def chunk_length(device: torch.device) -> int:
+    """Tokens whose logits exist at the same time."""
+    return _CPU_TOKENS if device.type == "cpu" else _GPU_TOKENS
+
+
 class _LinearCrossEntropy(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None, labels: Tensor, dtype: torch.dtype) -> Tensor:
@@ -60,7 +65,7 @@ class _LinearCrossEntropy(torch.autograd.Function):
         dx = torch.empty_like(x) if wanted[0] else None
         dweight = torch.zeros_like(weight, dtype=exact) if wanted[1] else None
         dbias = torch.zeros_like(bias, dtype=exact) if bias is not None and wanted[2] else None
-        step = _CPU_TOKENS if x.device.type == "cpu" else _GPU_TOKENS
+        step = chunk_length(x.device)
         with torch.autocast(x.device.type, enabled=False):
             w, b = weight.to(dtype), None if bias is None else bias.to(dtype)
             for start in range(0, x.shape[0], step):

@@ -31,10 +31,15 @@ def cross_entropy(logits: Tensor, labels: Tensor, num_items_in_batch: Tensor | i
     Returns:
         A scalar; 0 when there is no label at all.
     """
-    logits = _at_least_float32(logits).flatten(0, -2)
-    labels = labels.to(logits.device).flatten()
-    total = nn.functional.cross_entropy(logits, labels, ignore_index=IGNORE_INDEX, reduction="sum")
+    labels = labels.to(logits.device)
+    total = summed_cross_entropy(logits, labels)
     return averaged(total, num_items_in_batch, (labels != IGNORE_INDEX).sum().clamp(min=1))
+
+
+def summed_cross_entropy(logits: Tensor, labels: Tensor) -> Tensor:
+    """Sum over the labels that are not -100; for the arguments see `cross_entropy`."""
+    logits = _at_least_float32(logits).flatten(0, -2)
+    return nn.functional.cross_entropy(logits, labels.flatten(), ignore_index=IGNORE_INDEX, reduction="sum")
 
 
 def causal_lm_loss(

@@ -5,6 +5,7 @@ x = CottentionBertLayer(config)(x, attention_mask, cu_seqlens=None)      # x: [B
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -31,15 +32,14 @@ class CottentionBertEmbeddings(nn.Module):
 
     def forward(
         self,
-        words: Float[Tensor, "B T D"],
+        input_ids: Int[Tensor, "B T"] | None,
+        inputs_embeds: Float[Tensor, "B T D"] | None,
         token_type_ids: Int[Tensor, "B T"] | None,
         position_ids: Int[Tensor, "B T"],
     ) -> Float[Tensor, "B T D"]:
         """Embed; token types default to 0."""
-        if token_type_ids is None:
-            types = self.token_type_embeddings.weight[0]
-        else:
-            types = self.token_type_embeddings(token_type_ids)
+        words = self.word_embeddings(input_ids) if inputs_embeds is None else inputs_embeds
+        types = self.token_type_embeddings(torch.zeros_like(position_ids) if token_type_ids is None else token_type_ids)
         return self.dropout(self.LayerNorm(words + types + self.position_embeddings(position_ids)))
 
 
@@ -174,6 +174,23 @@ class CottentionBertEncoder(nn.Module):
         super().__init__()
         self.layer = nn.ModuleList([CottentionBertLayer(config) for _ in range(config.num_hidden_layers)])
 
+    def forward(
+        self,
+        x: Float[Tensor, "B T D"],
+        attention_mask: Tensor | None,
+        cu_seqlens: Tensor | None,
+        maps: list[Tensor] | None,
+        hidden_states: list[Tensor] | None,
+        checkpoint: Callable[..., Tensor] | None = None,
+    ) -> Float[Tensor, "B T D"]:
+        """The last layer's tokens; `hidden_states` takes up every layer's, `checkpoint` runs a layer and keeps less."""
+        for layer in self.layer:
+            arguments = (x, attention_mask, cu_seqlens, maps)
+            x = layer(*arguments) if checkpoint is None else checkpoint(layer.__call__, *arguments)
+            if hidden_states is not None:
+                hidden_states.append(x)
+        return x
+
 
 class CottentionBertPooler(nn.Module):
     """tanh of a linear map of each text's first token."""
@@ -224,3 +241,7 @@ class CottentionBertHeads(nn.Module):
         self.predictions = CottentionBertPredictionHead(config)
         if next_sentence:
             self.seq_relationship = nn.Linear(config.hidden_size, 2)
+
+    def forward(self, x: Tensor, pooled: Tensor | None = None) -> tuple[Tensor, Tensor | None]:
+        """Scores of words, of tokens `[..., D]`; and of sentence pairs `[N, 2]`, of pooled ones `[N, D]`."""
+        return self.predictions(x), None if pooled is None else self.seq_relationship(pooled)

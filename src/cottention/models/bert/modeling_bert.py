@@ -119,26 +119,22 @@ class CottentionBertModel(CottentionBertPreTrainedModel):
         """
         check_inputs(input_ids, inputs_embeds, attention_mask, cu_seqlens)
         maps = attention_maps(self.config, output_attentions, cu_seqlens)
-        words = self.embeddings.word_embeddings(input_ids) if inputs_embeds is None else inputs_embeds
-        T = words.shape[1]
+        tokens = input_ids if inputs_embeds is None else inputs_embeds
+        assert tokens is not None
+        T = tokens.shape[1]
         limit = self.config.max_position_embeddings
         check_length(longest_text(cu_seqlens, position_ids, T), limit, "max_position_embeddings")
         if position_ids is None:
-            position_ids = default_positions(T, cu_seqlens, words.device)
-        x = self.embeddings(words, token_type_ids, position_ids)
+            position_ids = default_positions(T, cu_seqlens, tokens.device)
+        x = self.embeddings(input_ids, inputs_embeds, token_type_ids, position_ids)
         keep = self.config.output_hidden_states if output_hidden_states is None else output_hidden_states
-        hidden_states = (x,)
-        for layer in self.encoder.layer:
-            if self.gradient_checkpointing and self.training:
-                x = self._gradient_checkpointing_func(layer.__call__, x, attention_mask, cu_seqlens, maps)
-            else:
-                x = layer(x, attention_mask, cu_seqlens, maps)
-            if keep:
-                hidden_states += (x,)
+        checkpoint = self._gradient_checkpointing_func if self.gradient_checkpointing and self.training else None
+        hidden_states = [x] if keep else None
+        x = self.encoder(x, attention_mask, cu_seqlens, maps, hidden_states, checkpoint)
         output = BaseModelOutputWithPooling(
             last_hidden_state=x,
             pooler_output=None if self.pooler is None else self.pooler(x, cu_seqlens),
-            hidden_states=hidden_states if keep else None,
+            hidden_states=None if hidden_states is None else tuple(hidden_states),
             attentions=None if maps is None else tuple(maps),
         )
         return output if wants_dict(self.config, return_dict) else output.to_tuple()
@@ -186,16 +182,14 @@ class _TiedHead(CottentionBertPreTrainedModel):
         self.cls.predictions.decoder = new_embeddings
         self.cls.predictions.bias = new_embeddings.bias
 
-    def _predictions(
-        self, x: Tensor, labels: Tensor | None, sparse_prediction: bool | None
-    ) -> tuple[Tensor, Tensor | None]:
-        """Words' scores, and the labels that belong to them: all `[B, T]`, or the labelled positions alone."""
+    def _scored(self, x: Tensor, labels: Tensor | None, sparse_prediction: bool | None) -> tuple[Tensor, Tensor | None]:
+        """Tokens whose words are scored, and their labels: all `[B, T]`, or the labelled positions alone."""
         if sparse_prediction is None:
             sparse_prediction = self.config.sparse_prediction and self.training
         if labels is not None and sparse_prediction:
             is_target = labels.to(x.device) != IGNORE_INDEX
-            x, labels = x[is_target], labels[is_target]  # [targets, D], [targets]
-        return self.cls.predictions(x), labels
+            return x[is_target], labels[is_target]  # [targets, D], [targets]
+        return x, labels
 
 
 class CottentionBertForPreTraining(_TiedHead):
@@ -265,8 +259,8 @@ class CottentionBertForPreTraining(_TiedHead):
             return_dict=True,
             cu_seqlens=cu_seqlens,
         )
-        prediction_logits, labels = self._predictions(outputs.last_hidden_state, labels, sparse_prediction)
-        seq_relationship_logits = self.cls.seq_relationship(outputs.pooler_output)
+        x, labels = self._scored(outputs.last_hidden_state, labels, sparse_prediction)
+        prediction_logits, seq_relationship_logits = self.cls(x, outputs.pooler_output)
         mlm_loss = nsp_loss = None
         if labels is not None:
             mlm_loss = cross_entropy(prediction_logits, labels, settings.get("num_items_in_batch"))
@@ -366,7 +360,8 @@ class CottentionBertForMaskedLM(_TiedHead):
             return_dict=True,
             cu_seqlens=cu_seqlens,
         )
-        logits, labels = self._predictions(outputs.last_hidden_state, labels, sparse_prediction)
+        x, labels = self._scored(outputs.last_hidden_state, labels, sparse_prediction)
+        logits, _ = self.cls(x)
         loss = None if labels is None else cross_entropy(logits, labels, **settings)
         output = MaskedLMOutput(
             loss=loss, logits=logits, hidden_states=outputs.hidden_states, attentions=outputs.attentions

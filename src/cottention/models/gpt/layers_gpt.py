@@ -85,11 +85,12 @@ class CottentionGPTBlock(nn.Module):
             )
             layer.advance(state, x.shape[1])
             return o
-        q, k, v = attn.project(x, rotary=rotary)
-        k, v = cache.update(k.transpose(1, 2), v.transpose(1, 2), self.layer_idx)  # [B, H, S, K]
-        return attn.merge(
-            attn.attend(q, k.transpose(1, 2), v.transpose(1, 2), attention_mask=attention_mask, maps=maps)
-        )
+
+        def extend(k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
+            k, v = cache.update(k.transpose(1, 2), v.transpose(1, 2), self.layer_idx)  # [B, H, S, K]
+            return k.transpose(1, 2), v.transpose(1, 2)
+
+        return attn(x, attention_mask=attention_mask, rotary=rotary, extend=extend, maps=maps)[0]
 
 
 def _attention(config: CottentionGPTConfig) -> CosineAttention | SoftmaxAttention:

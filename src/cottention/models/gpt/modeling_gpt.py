@@ -10,7 +10,7 @@ from a `CosineCache` of constant size and past n_positions; a softmax model keep
 from __future__ import annotations
 
 from functools import wraps
-from typing import Any, ClassVar, cast
+from typing import Any, ClassVar
 
 from jaxtyping import Float, Int
 from torch import Tensor, nn
@@ -20,9 +20,9 @@ from transformers.modeling_outputs import BaseModelOutputWithPast, CausalLMOutpu
 
 from cottention.layers import RotaryTable, rotary_table
 from cottention.models.cache import CosineCache
+from cottention.models.fused_loss import head_cross_entropy
 from cottention.models.gpt.configuration_gpt import CottentionGPTConfig
 from cottention.models.gpt.layers_gpt import CottentionGPTBlock
-from cottention.models.linear_cross_entropy import linear_cross_entropy
 from cottention.models.losses import causal_lm_loss, loss_settings, next_tokens
 from cottention.models.pretrained import (
     CottentionPreTrainedModel,
@@ -240,7 +240,7 @@ class CottentionGPTForCausalLM(CottentionGPTPreTrainedModel, GenerationMixin):
     _tied_weights_keys: ClassVar[dict[str, str]] = {"lm_head.weight": "transformer.wte.weight"}
     accepts_loss_kwargs = True
     fused_loss: bool = False
-    """Compute the loss without the logits (`linear_cross_entropy`), which then are None; for training."""
+    """Compute the loss without the logits (`head_cross_entropy`), which then are None; for training."""
 
     def __init__(self, config: CottentionGPTConfig) -> None:
         super().__init__(config)
@@ -322,8 +322,7 @@ class CottentionGPTForCausalLM(CottentionGPTPreTrainedModel, GenerationMixin):
         logits = loss = None
         if has_labels and self.fused_loss:
             targets = next_tokens(labels, settings.get("shift_labels"), cu_seqlens)
-            head, num_items = cast(nn.Linear, self.lm_head), settings.get("num_items_in_batch")
-            loss = linear_cross_entropy(x, head.weight, head.bias, targets, num_items)
+            loss = head_cross_entropy(self.lm_head, x, targets, settings.get("num_items_in_batch"))
         else:
             kept = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
             logits = self.lm_head(x[:, kept] if not isinstance(logits_to_keep, int) or logits_to_keep else x)
