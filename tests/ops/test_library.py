@@ -52,15 +52,15 @@ def test_causal_operator_passes_opcheck(packed: bool, asks_states: bool) -> None
     case = make_case(T=20, K=3, V=2, lengths=lengths, with_state=asks_states, mask=None if packed else "holes")
     state = case.initial_state or (None, None)
     q, k, v, m = (x.requires_grad_() for x in (case.q, case.k, case.v, case.norm_const) if x is not None)
-    arguments = (q, k, v, m, case.attention_mask, case.cu_seqlens, *state, asks_states, 8)
-    torch.library.opcheck(torch.ops.cottention.chunk_causal.default, arguments)
+    arguments = ("chunk", q, k, v, m, case.attention_mask, case.cu_seqlens, *state, asks_states, 8, 16)
+    torch.library.opcheck(torch.ops.cottention.causal.default, arguments)
 
 
 def test_bidirectional_operator_passes_opcheck() -> None:
     case = make_case(T=20, K=3, V=2, causal=False, mask="holes")
     q, k, v, m = (x.requires_grad_() for x in (case.q, case.k, case.v, case.norm_const) if x is not None)
-    arguments = (q, k, v, m, case.attention_mask, None, 8)
-    torch.library.opcheck(torch.ops.cottention.chunk_bidirectional.default, arguments)
+    arguments = ("chunk", q, k, v, m, case.attention_mask, None, 8, 16)
+    torch.library.opcheck(torch.ops.cottention.bidirectional.default, arguments)
 
 
 def _everything(implementation: str) -> Callable[..., tuple[Tensor, Tensor, Tensor, Tensor]]:

@@ -160,12 +160,12 @@ def calls_of(kind: str, K: int, V: int, *, form: str, causal: bool = True) -> Ca
         m, mask = empty(H, dtype=torch.float32), empty(B, T, dtype=torch.bool)
         inputs = (q, k, v, m, mask, None)
         if not causal:
-            _, kv = passes.bidirectional(*inputs, segment, None)
-            passes.bidirectional_backward(do, *inputs, kv, segment, None)
+            _, kv = passes.bidirectional(*inputs, 0, segment)
+            passes.bidirectional_backward(do, *inputs, kv, 0, segment)
             return
         state = (empty(B, H, K, V, dtype=torch.float32), empty(B, dtype=torch.int64)) if segment else (None, None)
-        states = passes.causal(*inputs, *state, bool(segment), segment, None)[3]
-        passes.causal_backward(do, state[0], *inputs, *state, states, segment, None)
+        states = passes.causal(*inputs, *state, bool(segment), 0, segment)[3]
+        passes.causal_backward(do, state[0], *inputs, *state, states, 0, segment)
 
     return call
 

@@ -30,7 +30,7 @@ from cottention.benchmarks.settings import DecodeSettings
 from cottention.errors import SettingsError, did_you_mean
 from cottention.ops import CosineState, cosine_attention, cosine_attention_step
 from cottention.ops.native.binding import suits_native
-from cottention.ops.state import plain_step
+from cottention.ops.plain import plain_step
 
 BASELINE = "torch"
 """What the others are compared with: the same step in plain torch operators."""

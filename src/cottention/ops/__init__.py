@@ -7,21 +7,21 @@ o, _ = cosine_attention(q, k, v, norm_const, causal=True)       # q, k: [B, T, H
 from __future__ import annotations
 
 import difflib
+from functools import partial
 
 import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from cottention.logging import get_logger, log_once
-from cottention.ops import chunk_library as chunk_library
+from cottention.ops import chunk, triton
 from cottention.ops.autocast import as_autocast_would
-from cottention.ops.chunk import chunk_cosine_attention
+from cottention.ops.dispatch import attend
 from cottention.ops.naive import naive_cosine_attention
-from cottention.ops.native.attention import native_cosine_attention
+from cottention.ops.native import kernels as native
 from cottention.ops.native.binding import suits_native
-from cottention.ops.state import CosineState, cosine_attention_step
-from cottention.ops.triton import triton_cosine_attention
-from cottention.ops.triton import why_not as why_not_triton
+from cottention.ops.state import CosineState
+from cottention.ops.step import cosine_attention_step
 from cottention.ops.validation import check_arguments
 
 __all__ = ["IMPLEMENTATIONS", "CosineState", "cosine_attention", "cosine_attention_step"]
@@ -29,9 +29,9 @@ __all__ = ["IMPLEMENTATIONS", "CosineState", "cosine_attention", "cosine_attenti
 # Every implementation that can be asked for by name; all take checked arguments and give the same numbers.
 IMPLEMENTATIONS = {
     "naive": naive_cosine_attention,
-    "chunk": chunk_cosine_attention,
-    "native": native_cosine_attention,
-    "triton": triton_cosine_attention,
+    "chunk": partial(attend, "chunk", chunk.cut),
+    "native": partial(attend, "native", native.cut),
+    "triton": partial(attend, "triton", triton.cut),
 }
 
 _logger = get_logger(__name__)
@@ -57,9 +57,13 @@ def cosine_attention(
     bidirectional:  o_t = sum_j        (q_hat_t . k_hat_j) v_j / max(n ** sigmoid(m), 1)
 
     q_hat and k_hat are q and k divided by their L2 norm, c_j counts the real tokens up to j, n all real tokens of
-    the sequence. There is no softmax, no 1/sqrt(K) and no dropout. Differentiable in q, k, v, norm_const and
-    initial_state.kv. States and sums are float32 (float64 for float64 inputs). Under autocast q, k and v are taken in
-    the autocast dtype, as scaled_dot_product_attention takes them (float64 stays).
+    the sequence. There is no softmax, no 1/sqrt(K) and no dropout. States and sums are float32 (float64 for float64
+    inputs). Under autocast q, k and v are taken in the autocast dtype, as scaled_dot_product_attention takes them
+    (float64 stays).
+
+    Differentiable in q, k, v, norm_const and initial_state.kv, any number of times, in forward mode and under
+    torch.func. Beyond first gradients every implementation but "naive" is computed by autograd over a chunked form in
+    plain operators: in O(T) memory, which holds some multiple of what a first gradient needs.
 
     Args:
         q: queries `[B, T, H, K]`; float64, float32, bfloat16 or float16; any strides.
@@ -120,7 +124,7 @@ def choose_implementation(implementation: str, q: Tensor, v: Tensor) -> str:
     """
     if implementation == "auto":
         if q.is_cuda:
-            name = "triton" if why_not_triton(q.device, q.dtype, q.shape[3], v.shape[3]) is None else "chunk"
+            name = "triton" if triton.why_not(q.device, q.dtype, q.shape[3], v.shape[3]) is None else "chunk"
         else:
             name = "native" if suits_native(q) else "chunk"
         if not torch.compiler.is_compiling():

@@ -11,7 +11,7 @@ Chunks are worked on a segment at a time. In a segment all chunks run at once, t
 Backward saves the inputs and that carried state alone and recomputes the rest segment by segment, so the extra memory
 beyond inputs and gradients is one segment plus T / segment states.
 
-    o, state = chunk_cosine_attention(q, k, v, norm_const, causal=True)
+    o, state = cosine_attention(q, k, v, norm_const, causal=True, implementation="chunk")
 """
 
 from __future__ import annotations
@@ -19,37 +19,30 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from cottention.ops.autocast import without_autocast
+from cottention.ops.dispatch import num_saved
 from cottention.ops.grid import ChunkGrid
 from cottention.ops.segments import Divisor, Segments, StateScan, chunks_per_segment
-from cottention.ops.state import CosineState, accumulation_dtype
+from cottention.ops.state import accumulation_dtype
 
 
-def chunk_cosine_attention(
-    q: Tensor,  # [B, T, H, K]
-    k: Tensor,  # [B, S, H, K]
-    v: Tensor,  # [B, S, H, V]
-    norm_const: Tensor | None,  # [H]
+def cut(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
     *,
     causal: bool,
-    attention_mask: Tensor | None = None,  # [B, S] bool
-    cu_seqlens: Tensor | None = None,  # [N+1]
-    initial_state: CosineState | None = None,
-    output_final_state: bool = False,
-    chunk_size: int | None = None,
-) -> tuple[Tensor, CosineState | None]:
-    """Same numbers as `naive_cosine_attention`, in linear time and memory. See `cosine_attention` for the arguments."""
+    cu_seqlens: Tensor | None,
+    has_states: bool,
+    chunk_size: int | None,
+) -> tuple[int, int]:
+    """Tokens of a chunk and of a segment of chunks."""
     if chunk_size is None:
         # 64: least arithmetic per token near K = V = 64 and measured fastest from K = 32 to 128. Without the causal
         # tile only the waste of the last chunk counts, so chunks are long unless sequences are packed.
         chunk_size = 64 if causal or cu_seqlens is not None else 512
-    if not causal:
-        o, _ = torch.ops.cottention.chunk_bidirectional(q, k, v, norm_const, attention_mask, cu_seqlens, chunk_size)
-        return o, None
-    kv, seen = (None, None) if initial_state is None else initial_state
-    o, final_kv, final_seen, _ = torch.ops.cottention.chunk_causal(
-        q, k, v, norm_const, attention_mask, cu_seqlens, kv, seen, output_final_state, chunk_size
-    )
-    return o, CosineState(final_kv, final_seen) if output_final_state else None
+    B, _, H, K = q.shape
+    return chunk_size, chunk_size * chunks_per_segment(B * H, chunk_size, K + v.shape[3], accumulation_dtype(q.dtype))
 
 
 class _Causal:
@@ -64,12 +57,13 @@ class _Causal:
         cu_seqlens: Tensor | None,
         seen: Tensor | None,
         chunk_size: int,
+        segment_tokens: int,
     ) -> None:
         H, K = q.shape[2:]
         V = v.shape[3]
         self.dtype = accumulation_dtype(q.dtype)
         self.grid = ChunkGrid(q, chunk_size, cu_seqlens)
-        self.segments = Segments(self.grid, self.dtype, H, K + V, mask)
+        self.segments = Segments(self.grid, self.dtype, segment_tokens // chunk_size, mask)
         count, self.total = self.grid.counts(mask, seen)
         self.divisor = Divisor(norm_const, count, self.segments)
         self.state_shape = (self.grid.num_sequences, H, K, V)
@@ -79,19 +73,8 @@ class _Causal:
         return torch.empty(self.state_shape, dtype=self.dtype, device=self.grid.device)
 
 
-def num_carries(q: Tensor, v: Tensor, cu_seqlens: Tensor | None, uses_states: bool, chunk_size: int) -> int:
-    """Carried states that `causal_forward` returns, one a segment at most: from shapes alone, for tracing."""
-    B, T, H, K = q.shape
-    num_chunks = -(-T // chunk_size)
-    if cu_seqlens is not None:
-        num_chunks += cu_seqlens.shape[0] - 1  # each sequence may end in a chunk that is not full
-    elif not uses_states and num_chunks <= 1:
-        return 0
-    step = chunks_per_segment(B * H, chunk_size, K + v.shape[3], accumulation_dtype(q.dtype))
-    return -(-num_chunks // step)
-
-
-def causal_forward(
+@without_autocast
+def causal(
     q: Tensor,
     k: Tensor,
     v: Tensor,
@@ -102,14 +85,15 @@ def causal_forward(
     seen: Tensor | None,
     output_final_state: bool,
     chunk_size: int,
+    segment_tokens: int,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """o `[B, T, H, V]`, final kv and seen (empty unless asked for), and the state carried into each segment."""
-    call = _Causal(q, v, norm_const, mask, cu_seqlens, seen, chunk_size)
+    call = _Causal(q, v, norm_const, mask, cu_seqlens, seen, chunk_size, segment_tokens)
     segments, ranges = call.segments, call.segments.ranges()
     asks_states = kv is not None or output_final_state
     uses_states = asks_states or call.grid.max_chunks > 1
-    carries_shape = (num_carries(q, v, cu_seqlens, asks_states, chunk_size), *call.carry_shape)
-    carries = q.new_empty(carries_shape, dtype=call.dtype)
+    num_carries = num_saved(q, cu_seqlens, segment_tokens) // max(1, call.grid.num_rows)
+    carries = q.new_zeros((num_carries, *call.carry_shape), dtype=call.dtype)  # packed ones may use fewer
     scan = StateScan(call.grid, kv, call.states(), backward=False) if uses_states else None
     o = q.new_empty(*q.shape[:3], v.shape[3])
     for i, (a, b) in enumerate(ranges):
@@ -118,14 +102,16 @@ def causal_forward(
         value, _ = call.divisor.values(v, a, b)
         out = (q_hat @ k_hat.mT).tril_() @ value  # [R, H, G, C, V]
         if scan is not None:
-            carries[i] = scan.carry
+            if num_carries:
+                carries[i] = scan.carry
             out += q_hat @ scan(k_hat.mT @ value, a, b)
         segments.store(o, out, a, b)
     if scan is None or not output_final_state:
-        return o, q.new_empty(0, dtype=call.dtype), call.total.new_empty(0), carries
-    return o, scan.reached.contiguous(), call.total, carries
+        return o, q.new_empty(0, dtype=call.dtype), call.total.new_empty(0), carries.flatten(0, 1)
+    return o, scan.reached.contiguous(), call.total, carries.flatten(0, 1)
 
 
+@without_autocast
 def causal_backward(
     do: Tensor,
     dfinal: Tensor | None,
@@ -139,10 +125,12 @@ def causal_backward(
     seen: Tensor | None,
     carries: Tensor,
     chunk_size: int,
+    segment_tokens: int,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     """dq, dk, dv, dm and the gradient of the initial kv (the last two empty where there is none)."""
-    call = _Causal(q, v, norm_const, mask, cu_seqlens, seen, chunk_size)
+    call = _Causal(q, v, norm_const, mask, cu_seqlens, seen, chunk_size, segment_tokens)
     segments, ranges = call.segments, call.segments.ranges()
+    carries = carries.unflatten(0, (-1, call.grid.num_rows)) if len(carries) else carries
     dq, dk, dv = (torch.empty(x.shape, dtype=x.dtype, device=x.device) for x in (q, k, v))
     uses_states = kv is not None or dfinal is not None or call.grid.max_chunks > 1
     scan = StateScan(call.grid, kv, call.states(), backward=False) if uses_states else None
@@ -156,7 +144,8 @@ def causal_backward(
         dq_hat, dk_hat = dscores @ k_hat, dscores.mT @ q_hat
         dvalue = (q_hat @ k_hat.mT).tril_().mT @ grad
         if scan is not None and dscan is not None:
-            scan.carry = carries[i]
+            if len(carries):
+                scan.carry = carries[i]
             before = scan(k_hat.mT @ value, a, b)  # [R, H, G, K, V]
             after = dscan(q_hat.mT @ grad, a, b)
             dq_hat += grad @ before.mT
@@ -181,6 +170,7 @@ class _Bidirectional:
         mask: Tensor | None,
         cu_seqlens: Tensor | None,
         chunk_size: int,
+        segment_tokens: int,
     ) -> None:
         H, K = q.shape[2:]
         V = v.shape[3]
@@ -188,8 +178,9 @@ class _Bidirectional:
         is_self_attention = q.shape[1] == k.shape[1]
         self.grid = ChunkGrid(k, chunk_size, cu_seqlens)
         self.query_grid = self.grid if is_self_attention else ChunkGrid(q, chunk_size, None)
-        self.keys = Segments(self.grid, self.dtype, H, K + V, mask)
-        self.queries = Segments(self.query_grid, self.dtype, H, K + V, mask if is_self_attention else None)
+        num_chunks = segment_tokens // chunk_size
+        self.keys = Segments(self.grid, self.dtype, num_chunks, mask)
+        self.queries = Segments(self.query_grid, self.dtype, num_chunks, mask if is_self_attention else None)
         _, total = self.grid.counts(mask, None)
         self.divisor = Divisor(norm_const, self.grid.total_at_each_token(total), self.keys)
         self.state_shape = (self.grid.num_sequences, H, K, V)
@@ -198,7 +189,8 @@ class _Bidirectional:
         return torch.zeros(self.state_shape, dtype=self.dtype, device=self.grid.device)
 
 
-def bidirectional_forward(
+@without_autocast
+def bidirectional(
     q: Tensor,
     k: Tensor,
     v: Tensor,
@@ -206,9 +198,10 @@ def bidirectional_forward(
     mask: Tensor | None,
     cu_seqlens: Tensor | None,
     chunk_size: int,
+    segment_tokens: int,
 ) -> tuple[Tensor, Tensor]:
     """o `[B, T, H, V]` and each sequence's state over all its keys `[N, H, K, V]`."""
-    call = _Bidirectional(q, k, v, norm_const, mask, cu_seqlens, chunk_size)
+    call = _Bidirectional(q, k, v, norm_const, mask, cu_seqlens, chunk_size, segment_tokens)
     kv = call.states()
     for a, b in call.keys.ranges():
         k_hat, _ = call.keys.unit(k, a, b)
@@ -221,6 +214,7 @@ def bidirectional_forward(
     return o, kv
 
 
+@without_autocast
 def bidirectional_backward(
     do: Tensor,
     q: Tensor,
@@ -231,9 +225,10 @@ def bidirectional_backward(
     cu_seqlens: Tensor | None,
     kv: Tensor,
     chunk_size: int,
+    segment_tokens: int,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """dq, dk, dv and dm (empty without norm_const)."""
-    call = _Bidirectional(q, k, v, norm_const, mask, cu_seqlens, chunk_size)
+    call = _Bidirectional(q, k, v, norm_const, mask, cu_seqlens, chunk_size, segment_tokens)
     dq, dk, dv = (torch.empty(x.shape, dtype=x.dtype, device=x.device) for x in (q, k, v))
     dkv = call.states()
     for a, b in call.queries.ranges():

@@ -1,6 +1,6 @@
 """The pieces of the chunked form: unit vectors, divisors and state prefix sums, a segment of chunks at a time.
 
-segments = Segments(grid, dtype, num_heads=H, width=K + V, real=mask)
+segments = Segments(grid, dtype, num_chunks=16, real=mask)
 for a, b in segments.ranges():
     q_hat, norm = segments.unit(q, a, b)         # [R, H, G, C, K], [R, H, G, C, 1] with G = b - a
 """
@@ -33,14 +33,13 @@ class Segments:
 
     grid: ChunkGrid
     dtype: torch.dtype
-    num_heads: int
-    width: int  # numbers per token and head that a segment holds at once, K + V
+    num_chunks: int  # of a segment
     real: Tensor | None  # [B, T] bool; None: all
 
     def ranges(self) -> list[tuple[int, int]]:
         """The segments in order, as chunk ranges (a, b)."""
-        step = chunks_per_segment(self.grid.num_rows * self.num_heads, self.grid.chunk_size, self.width, self.dtype)
-        return [(a, min(a + step, self.grid.num_chunks)) for a in range(0, self.grid.num_chunks, step)]
+        total, step = self.grid.num_chunks, self.num_chunks
+        return [(a, min(a + step, total)) for a in range(0, total, step)]
 
     def load(self, x: Tensor, a: int, b: int) -> Tensor:
         """Chunks of x as a fresh `[R, H, G, C, D]`, zero at padding."""

@@ -4,23 +4,20 @@ Everything is fused into the loads: unit vectors, padding, count ** sigmoid(m). 
 plain prefix sum of K x V states, so that all segments run at once whatever B and H are; inside a segment the state
 stays in registers. docs/kernels-gpu.md describes the kernels and what they compile to.
 
-    o, state = triton_cosine_attention(q, k, v, norm_const, causal=True)        # q on a GPU
+    o, state = cosine_attention(q, k, v, norm_const, causal=True, implementation="triton")        # q on a GPU
 """
 
 from __future__ import annotations
 
 import importlib.util
 import os
-from typing import Any
 
 import torch
 from torch import Tensor
 
-from cottention.ops.state import CosineState
-from cottention.ops.triton import library as library
 from cottention.ops.triton.config import MAX_HEAD_DIM, choose, pad, segment_length
 
-__all__ = ["triton_cosine_attention", "why_not"]
+__all__ = ["cut", "why_not"]
 
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 _HAS_TRITON = importlib.util.find_spec("triton") is not None
@@ -45,37 +42,29 @@ def why_not(device: torch.device, dtype: torch.dtype, K: int, V: int) -> str | N
     return None
 
 
-def triton_cosine_attention(
-    q: Tensor,  # [B, T, H, K]
-    k: Tensor,  # [B, S, H, K]
-    v: Tensor,  # [B, S, H, V]
-    norm_const: Tensor | None,  # [H]
+def cut(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
     *,
     causal: bool,
-    attention_mask: Tensor | None = None,  # [B, S] bool
-    cu_seqlens: Tensor | None = None,  # [N+1]
-    initial_state: CosineState | None = None,
-    output_final_state: bool = False,
-    chunk_size: int | None = None,
-) -> tuple[Tensor, CosineState | None]:
-    """Same numbers as `naive_cosine_attention`. See `cosine_attention` for the arguments.
+    cu_seqlens: Tensor | None,
+    has_states: bool,
+    chunk_size: int | None,
+) -> tuple[int, int]:
+    """Tokens of a chunk (0: as the table says) and of a segment (-1: sequences are whole, 0: the quadratic form).
 
     `chunk_size` can only make tiles shorter than the table says, and is taken as a power of two of at least 16.
+
+    Raises:
+        TypeError: the kernels do not take q's dtype.
+        ValueError: they cannot run for another reason.
     """
     K, V = q.shape[3], v.shape[3]
     reason = why_not(q.device, q.dtype, K, V)
     if reason is not None:
         error = TypeError if q.dtype not in _DTYPES and q.device.type == _DEVICE else ValueError
         raise error(f'implementation="triton" cannot run here: {reason}')
-    sequences = q.shape[0] if cu_seqlens is None else cu_seqlens.shape[0] - 1
-    has_states = initial_state is not None or output_final_state
     config = choose(q.device, q.dtype, max(pad(K), pad(V)))
-    length = segment_length(config, sequences, q.shape[2], q.shape[1], k.shape[1], K, V, causal, has_states)
-    arguments: tuple[Any, ...] = (q, k, v, norm_const, attention_mask, cu_seqlens)
-    if not causal:
-        return torch.ops.cottention.triton_bidirectional(*arguments, length, chunk_size)[0], None
-    kv, seen = (None, None) if initial_state is None else initial_state
-    o, final_kv, final_seen, _ = torch.ops.cottention.triton_causal(
-        *arguments, kv, seen, output_final_state, length, chunk_size
-    )
-    return o, CosineState(final_kv, final_seen) if output_final_state else None
+    N = q.shape[0] if cu_seqlens is None else cu_seqlens.shape[0] - 1
+    return chunk_size or 0, segment_length(config, N, q.shape[2], q.shape[1], k.shape[1], K, V, causal, has_states)

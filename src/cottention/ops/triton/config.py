@@ -10,13 +10,16 @@ replaces entries for the whole process, backward included (autograd runs it in a
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, replace
+from functools import wraps
 from typing import Any
 
 import torch
+from torch import Tensor
 
+from cottention.ops.autocast import without_autocast
 from cottention.ops.triton.table import TABLE, WIDTHS
 
 # Programs of one wave, two a multiprocessor: below that, more segments pay for their states.
@@ -56,7 +59,7 @@ class Config:
     short_up_to: int = 512
     """Tokens up to which the quadratic form may run while it does not fill the device."""
     segment_tokens: int | None = None
-    """Tokens of a segment; None: by the rule."""
+    """Tokens of a segment, 0 for the quadratic form; None: by the rule."""
     precision: str | None = None
     """Products of float32 tiles: ieee, tf32x3 or tf32. None: ieee, unless torch.set_float32_matmul_precision says high
     or medium."""
@@ -143,7 +146,7 @@ def arithmetic(dtype: torch.dtype) -> str:
 def segment_length(
     config: Config, sequences: int, H: int, T: int, S: int, K: int, V: int, causal: bool, states: bool
 ) -> int:
-    """Tokens of a segment; 0: the quadratic form.
+    """Tokens of a segment; -1: each sequence is one, 0: the quadratic form.
 
     Quadratic where that is less arithmetic, T (K + V) / 2 a token (twice that without the causal half) against 2 K V
     and half a chunk, or where T is at most `short_up_to` and heads and tiles do not fill the device.
@@ -153,17 +156,30 @@ def segment_length(
     fills = programs >= config.num_programs
     longest = max(T, S)
     if config.segment_tokens is not None:
-        return config.segment_tokens
+        return -1 if config.segment_tokens >= longest else config.segment_tokens
     if not states:
         equal = 2 * K * V // (K + V)
         equal = 2 * equal + config.forward.block_tokens if causal else equal
         if longest <= equal or (longest <= config.short_up_to and not fills):
             return 0
     if fills:
-        return _round_up(longest)
+        return -1
     fair = -(-programs * longest // (2 * config.num_programs))
-    return _round_up(max(fair, _TOKENS_PER_STATE_ROW * max(pad(K), pad(V))))
+    length = round_up(max(fair, _TOKENS_PER_STATE_ROW * max(pad(K), pad(V))))
+    return -1 if length >= longest else length
 
 
-def _round_up(tokens: int) -> int:
+def round_up(tokens: int) -> int:
+    """The next length of a segment that every tile divides."""
     return -(-tokens // _SEGMENT_MULTIPLE) * _SEGMENT_MULTIPLE
+
+
+def on_device(function: Callable[..., Any]) -> Callable[..., Any]:
+    """Run a function of a tensor and more where Triton launches on that tensor's device, without autocast."""
+
+    @wraps(function)
+    def wrapper(first: Tensor, *others: Any) -> Any:
+        with torch.cuda.device(first.device) if first.is_cuda else nullcontext():
+            return function(first, *others)
+
+    return without_autocast(wrapper)

@@ -1,6 +1,6 @@
-"""Runs the kernels: from checked tensors to outputs, states and gradients. Under `library`, which registers all this.
+"""Runs the kernels: from checked tensors to outputs, states and gradients. Under `passes`.
 
-A causal call is the quadratic kernel alone (segment_tokens 0), or one linear pass (segments as long as the sequences),
+A causal call is the quadratic kernel alone (segment_tokens 0), or one linear pass (-1: the segments are the sequences),
 or segment states, their prefix sum and a linear pass. Bidirectional calls sum the states of all segments first.
 """
 
@@ -16,7 +16,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from cottention.ops.triton.config import Config, Tiles, arithmetic, choose, compiler_options, pad
+from cottention.ops.triton.config import Config, Tiles, arithmetic, choose, compiler_options, pad, round_up
 from cottention.ops.triton.linear import linear_kernel, scan_kernel, state_kernel, unit_gradient_kernel
 from cottention.ops.triton.quadratic import quadratic_kernel
 
@@ -83,8 +83,8 @@ class Call:
         mask: Tensor | None,
         cu_seqlens: Tensor | None,
         seen: Tensor | None,
+        chunk_size: int,
         segment_tokens: int,
-        chunk_size: int | None,
         *,
         causal: bool,
     ) -> None:
@@ -111,7 +111,7 @@ class Call:
 
     def cut(self, T: int) -> Segments:
         """The segments of T tokens."""
-        return cut(self.B, T, self.cu_seqlens, self.segment_tokens)
+        return cut(self.B, T, self.cu_seqlens, self.segment_tokens if self.segment_tokens > 0 else round_up(T))
 
     def new_states(self, count: int) -> Tensor:
         """Room for `count` states, in float32."""
@@ -135,7 +135,7 @@ class Call:
         if backward and tiles.tile >= BK:
             tile = max(tile, BK)  # gradients of q and k are projected where a program has all of K
         block = tiles.block_tokens
-        if self.chunk_size is not None:
+        if self.chunk_size:
             block = max(16, min(block, 1 << (self.chunk_size.bit_length() - 1)))
         return {
             "H": self.H,

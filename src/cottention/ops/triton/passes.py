@@ -1,6 +1,6 @@
 """Forward and backward as sequences of launches: which kernels run, in which order, on which buffers.
 
-o, final_kv, final_seen, states = causal(q, k, v, m, mask, cu_seqlens, kv, seen, True, 512, None)
+o, final_kv, final_seen, states = causal(q, k, v, m, mask, cu_seqlens, kv, seen, True, 0, 512)
 """
 
 from __future__ import annotations
@@ -8,9 +8,13 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from cottention.ops.triton.config import Tiles, pad
+from cottention.ops.dispatch import num_saved
+from cottention.ops.triton.config import Tiles, on_device, pad
 from cottention.ops.triton.launch import Call, Segments
-from cottention.ops.triton.library import num_states
+from cottention.ops.triton.step import run_step, run_step_in_place
+
+# `dispatch` looks for all kernels here.
+step, step_ = run_step, run_step_in_place
 
 _OUTPUT, _GRADIENTS, _OF_QUERIES, _OF_KEYS = (0, 1), (1, 3), (1, 1), (2, 2)  # roles: the first, and how many
 
@@ -76,6 +80,7 @@ def _nothing(call: Call, dkv: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor, T
     return dq, dk, dv, call.q.new_empty(0, dtype=torch.float32) if m is None else torch.zeros_like(m), dkv
 
 
+@on_device
 def causal(
     q: Tensor,
     k: Tensor,
@@ -86,14 +91,16 @@ def causal(
     kv: Tensor | None,
     seen: Tensor | None,
     output_final_state: bool,
+    chunk_size: int,
     segment_tokens: int,
-    chunk_size: int | None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """o `[B, T, H, V]`, final kv and seen (empty unless asked for), and the states before segments (if there are)."""
-    call = Call(q, k, v, norm_const, mask, cu_seqlens, seen, segment_tokens, chunk_size, causal=True)
+    call = Call(q, k, v, norm_const, mask, cu_seqlens, seen, chunk_size, segment_tokens, causal=True)
     o = q.new_empty((*q.shape[:3], call.V))
     final = call.new_states(call.num_sequences if output_final_state else 0)
-    states = call.new_states(num_states(call.B, call.T, cu_seqlens, segment_tokens))
+    states = q.new_empty(0, dtype=torch.float32)
+    if segment_tokens > 0:
+        states = call.new_states(num_saved(q, cu_seqlens, segment_tokens))
     if o.numel() == 0:
         final.zero_() if kv is None or not output_final_state else final.copy_(kv)
     elif segment_tokens == 0:
@@ -112,6 +119,7 @@ def causal(
     return o, final if output_final_state else q.new_empty(0, dtype=torch.float32), final_seen, states
 
 
+@on_device
 def causal_backward(
     do: Tensor,
     dfinal: Tensor | None,
@@ -124,11 +132,11 @@ def causal_backward(
     kv: Tensor | None,
     seen: Tensor | None,
     states: Tensor,
+    chunk_size: int,
     segment_tokens: int,
-    chunk_size: int | None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     """dq, dk, dv, dm and the gradient of the initial kv (the last two empty where there is none)."""
-    call = Call(q, k, v, norm_const, mask, cu_seqlens, seen, segment_tokens, chunk_size, causal=True)
+    call = Call(q, k, v, norm_const, mask, cu_seqlens, seen, chunk_size, segment_tokens, causal=True)
     dkv = q.new_empty(0, dtype=torch.float32) if kv is None else call.new_states(call.num_sequences)
     if q.numel() == 0:
         if kv is not None:
@@ -154,6 +162,7 @@ def causal_backward(
     return *gradients.finished(), dkv
 
 
+@on_device
 def bidirectional(
     q: Tensor,
     k: Tensor,
@@ -161,23 +170,25 @@ def bidirectional(
     norm_const: Tensor | None,
     mask: Tensor | None,
     cu_seqlens: Tensor | None,
+    chunk_size: int,
     segment_tokens: int,
-    chunk_size: int | None,
 ) -> tuple[Tensor, Tensor]:
     """o `[B, T, H, V]` and each sequence's state over all its keys `[N, H, K, V]` (empty in the quadratic form)."""
-    call = Call(q, k, v, norm_const, mask, cu_seqlens, None, segment_tokens, chunk_size, causal=False)
+    call = Call(q, k, v, norm_const, mask, cu_seqlens, None, chunk_size, segment_tokens, causal=False)
     o = q.new_empty((*q.shape[:3], call.V))
     if o.numel() == 0 or k.numel() == 0 or segment_tokens == 0:
         if k.numel() == 0:
             o.zero_()
         elif o.numel():
             call.quadratic(_OUTPUT, outputs=(o, None, None, None, None))
-        return o, call.new_states(0 if segment_tokens == 0 else call.num_sequences).zero_()
+        nothing = q.new_empty(0, dtype=torch.float32)
+        return o, nothing if segment_tokens == 0 else call.new_states(call.num_sequences).zero_()
     kv = _sum_over_sequences(call, call.cut(call.S), None)
     call.linear(_OUTPUT, call.cut(call.T), outputs=(o, None, None, None, None), states=kv)
     return o, kv
 
 
+@on_device
 def bidirectional_backward(
     do: Tensor,
     q: Tensor,
@@ -187,11 +198,11 @@ def bidirectional_backward(
     mask: Tensor | None,
     cu_seqlens: Tensor | None,
     kv: Tensor,
+    chunk_size: int,
     segment_tokens: int,
-    chunk_size: int | None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """dq, dk, dv and dm (empty without norm_const)."""
-    call = Call(q, k, v, norm_const, mask, cu_seqlens, None, segment_tokens, chunk_size, causal=False)
+    call = Call(q, k, v, norm_const, mask, cu_seqlens, None, chunk_size, segment_tokens, causal=False)
     if q.numel() == 0 or k.numel() == 0:
         return _nothing(call, kv)[:4]
     if segment_tokens == 0:

@@ -14,14 +14,11 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from cottention.ops.autocast import without_autocast
 from cottention.ops.state import CosineState
-from cottention.ops.triton.config import compiler_options, pad
-from cottention.ops.triton.library import on_device
+from cottention.ops.triton.config import compiler_options, on_device, pad
 
 # A tile of the state that 4 warps hold in 32 registers a thread, in rows long enough to be read at full width.
 _TILE_ELEMENTS = 4096
-_INPUTS = "Tensor q, Tensor k, Tensor v, Tensor? norm_const, Tensor? real"
 
 
 def step(
@@ -33,18 +30,15 @@ def step(
     real: Tensor | None = None,  # [B] bool
 ) -> tuple[Tensor, CosineState]:
     """Output `[B, H, V]` in q's dtype, and the new state. Not differentiable."""
-    if state is None:
-        B, H, K = q.shape
-        state = CosineState.zeros(B, H, K, v.shape[2], device=q.device)
-    o, kv, seen = torch.ops.cottention.triton_step(q, k, v, norm_const, real, *state)
-    return o, CosineState(kv, seen)
+    o, *new = torch.ops.cottention.step("triton", q, k, v, norm_const, real, *(state or (None, None)))
+    return o, CosineState(*new)
 
 
 def step_in_place(
     q: Tensor, k: Tensor, v: Tensor, norm_const: Tensor | None, state: CosineState, real: Tensor | None = None
 ) -> Tensor:
     """Output `[B, H, V]`; the state becomes that after the token, in its own memory."""
-    return torch.ops.cottention.triton_step_in_place(q, k, v, norm_const, real, *state)
+    return torch.ops.cottention.step_("triton", q, k, v, norm_const, real, *state)
 
 
 def _launch(
@@ -59,9 +53,10 @@ def _launch(
 ) -> Tensor:
     from cottention.ops.triton.step_kernel import step_kernel  # Triton is needed from here on
 
+    o = v.new_empty(v.shape)
+    q, k, v = (x.squeeze(1) if x.dim() == 4 else x for x in (q, k, v))  # [B, H, K or V]
     B, H, K = q.shape
     V = v.shape[2]
-    o = q.new_empty((B, H, V))
     tile = min(pad(V), max(16, _TILE_ELEMENTS // pad(K)))
     real = None if real is None else real.contiguous().view(torch.uint8)
     if o.numel():
@@ -72,47 +67,34 @@ def _launch(
     return o
 
 
-@without_autocast
-def _step(
-    q: Tensor, k: Tensor, v: Tensor, norm_const: Tensor | None, real: Tensor | None, kv: Tensor, seen: Tensor
+@on_device
+def run_step(
+    q: Tensor,  # [B, H, K] or [B, 1, H, K]
+    k: Tensor,  # like q
+    v: Tensor,  # [B, H, V] or [B, 1, H, V]
+    norm_const: Tensor | None,
+    real: Tensor | None,
+    kv: Tensor | None,
+    seen: Tensor | None,
 ) -> tuple[Tensor, Tensor, Tensor]:
+    """o, kv and seen after one token."""
+    if kv is None or seen is None:
+        B, (H, K) = q.shape[0], q.shape[-2:]
+        kv, seen = CosineState.zeros(B, H, K, v.shape[-1], device=q.device)
+    assert kv is not None
+    assert seen is not None
     new = torch.empty(kv.shape, dtype=kv.dtype, device=kv.device)
-    with on_device(q):
-        o = _launch(q, k, v, norm_const, real, kv.contiguous(), seen.contiguous(), new)
-        return o, new, seen + (1 if real is None else real)
+    o = _launch(q, k, v, norm_const, real, kv.contiguous(), seen.contiguous(), new)
+    return o, new, seen + (1 if real is None else real)
 
 
-@without_autocast
-def _step_in_place(
+@on_device
+def run_step_in_place(
     q: Tensor, k: Tensor, v: Tensor, norm_const: Tensor | None, real: Tensor | None, kv: Tensor, seen: Tensor
 ) -> Tensor:
+    """o; kv and seen are written over."""
     if not (kv.is_contiguous() and seen.is_contiguous()):
         raise ValueError(f"a state must be contiguous to be written in place; got strides {list(kv.stride())}")
-    with on_device(q):
-        o = _launch(q, k, v, norm_const, real, kv, seen, kv)
-        seen += 1 if real is None else real
-        return o
-
-
-_step_operator = torch.library.custom_op(
-    "cottention::triton_step",
-    _step,
-    mutates_args=(),
-    schema=f"({_INPUTS}, Tensor kv, Tensor seen) -> (Tensor, Tensor, Tensor)",
-)
-_in_place_operator = torch.library.custom_op(
-    "cottention::triton_step_in_place",
-    _step_in_place,
-    mutates_args=("kv", "seen"),
-    schema=f"({_INPUTS}, Tensor(a!) kv, Tensor(b!) seen) -> Tensor",
-)
-
-
-@_step_operator.register_fake
-def _(q, k, v, norm_const, real, kv, seen):
-    return q.new_empty((*q.shape[:2], v.shape[2])), kv.new_empty(kv.shape), seen.new_empty(seen.shape)
-
-
-@_in_place_operator.register_fake
-def _(q, k, v, norm_const, real, kv, seen):
-    return q.new_empty((*q.shape[:2], v.shape[2]))
+    o = _launch(q, k, v, norm_const, real, kv, seen, kv)
+    seen += 1 if real is None else real
+    return o

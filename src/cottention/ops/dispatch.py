@@ -1,0 +1,308 @@
+"""The operation as one pair of operators, `cottention::causal` and `cottention::bidirectional`, beside the step.
+
+Each takes the name of the implementation whose kernels run: one schema, one description of shapes for tracing and one
+rule for gradients serve chunk, native and triton alike. An implementation is a function `cut`, which says how a call is
+cut or raises, and a module with functions of the operators' names; none of them knows that there are operators.
+
+    o, kv, seen, saved = torch.ops.cottention.causal("chunk", q, k, v, m, mask, cu_seqlens, kv0, seen0, True, 64, 1024)
+
+A fused forward has a fused backward and no other derivative. So a call under a function transform or with forward-mode
+tangents, and a backward whose result is to be differentiated again (create_graph=True), go through `plain.py` instead.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import cache
+from importlib import import_module
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.autograd import forward_ad
+
+from cottention.ops.plain import plain_bidirectional, plain_causal, plain_step
+from cottention.ops.state import CosineState, accumulation_dtype
+
+_HOMES = {
+    "chunk": "cottention.ops.chunk",
+    "native": "cottention.ops.native.kernels",
+    "triton": "cottention.ops.triton.passes",  # imports Triton
+}
+
+# Defined by hand: at short lengths the checks around a custom_op would take longer than the arithmetic.
+_operators = torch.library.Library("cottention", "FRAGMENT")
+_INPUTS = "Tensor q, Tensor k, Tensor v, Tensor? norm_const, Tensor? mask, Tensor? cu_seqlens"
+_STATE = "Tensor? kv, Tensor? seen"
+# segment_tokens: backward keeps the states between segments of so many tokens; -1: sequences are whole, 0: no states
+_CUTS = "SymInt chunk_size, SymInt segment_tokens"
+_TOKEN = "Tensor q, Tensor k, Tensor v, Tensor? norm_const, Tensor? real"
+_SCHEMAS = {
+    "causal": f"({_INPUTS}, {_STATE}, bool output_final_state, {_CUTS}) -> (Tensor, Tensor, Tensor, Tensor)",
+    "causal_backward": f"(Tensor grad, Tensor? grad_kv, {_INPUTS}, {_STATE}, Tensor saved, {_CUTS})"
+    " -> (Tensor, Tensor, Tensor, Tensor, Tensor)",
+    "bidirectional": f"({_INPUTS}, {_CUTS}) -> (Tensor, Tensor)",
+    "bidirectional_backward": f"(Tensor grad, {_INPUTS}, Tensor saved, {_CUTS}) -> (Tensor, Tensor, Tensor, Tensor)",
+    "step": f"({_TOKEN}, {_STATE}) -> (Tensor, Tensor, Tensor)",
+    "step_": f"({_TOKEN}, Tensor(a!) kv, Tensor(b!) seen) -> Tensor",
+}
+
+
+def attend(
+    implementation: str,
+    cut: Callable[..., tuple[int, int]],  # the call -> tokens of a chunk and of a segment
+    q: Tensor,  # [B, T, H, K]
+    k: Tensor,  # [B, S, H, K]
+    v: Tensor,  # [B, S, H, V]
+    norm_const: Tensor | None,  # [H]
+    *,
+    causal: bool,
+    attention_mask: Tensor | None = None,  # [B, S] bool
+    cu_seqlens: Tensor | None = None,  # [N+1]
+    initial_state: CosineState | None = None,
+    output_final_state: bool = False,
+    chunk_size: int | None = None,
+) -> tuple[Tensor, CosineState | None]:
+    """A call of an implementation: the numbers of `naive`. For the arguments see `cosine_attention`."""
+    has_states = initial_state is not None or output_final_state
+    cuts = cut(q, k, v, causal=causal, cu_seqlens=cu_seqlens, has_states=has_states, chunk_size=chunk_size)
+    inputs = (q, k, v, norm_const, attention_mask, cu_seqlens)
+    if not causal:
+        return torch.ops.cottention.bidirectional.default(implementation, *inputs, *cuts)[0], None
+    kv, seen = (None, None) if initial_state is None else initial_state
+    o, kv, seen, _ = torch.ops.cottention.causal.default(implementation, *inputs, kv, seen, output_final_state, *cuts)
+    return o, CosineState(kv, seen) if output_final_state else None
+
+
+def is_transformed(*inputs: Any) -> bool:
+    """Whether torch.func transforms the present call, or a tensor carries a forward-mode tangent."""
+    if torch._C._are_functorch_transforms_active():
+        return True
+    if forward_ad._current_level < 0:
+        return False
+    return any(isinstance(x, Tensor) and forward_ad.unpack_dual(x).tangent is not None for x in inputs)
+
+
+def wants_gradient(*inputs: Any) -> bool:
+    """Whether autograd records a call of these inputs."""
+    if torch.is_grad_enabled():
+        for x in inputs:  # any(...) would take longer than all else here
+            if isinstance(x, Tensor) and x.requires_grad:
+                return True
+    return False
+
+
+def below_autograd(operator: Callable[..., Any], *inputs: Any) -> Any:
+    """Run the kernel alone: what torch.library's own register_autograd does, at a third of its cost."""
+    with torch._C._AutoDispatchBelowAutograd():
+        return operator(*inputs)
+
+
+@cache
+def _kernel(name: str, implementation: str) -> Callable[..., Any]:
+    """The function that computes an operator."""
+    return getattr(import_module(_HOMES[implementation]), name)
+
+
+def _define(name: str, schema: str) -> None:
+    _operators.define(f"{name}(str implementation, {schema[1:]}")
+
+    def run(implementation: str, *inputs: Any) -> Any:
+        return _kernel(name, implementation)(*inputs)
+
+    _operators.impl(name, run, "CompositeExplicitAutograd")
+
+
+for _name, _schema in _SCHEMAS.items():
+    _define(_name, _schema)
+
+
+# Shapes, for tracing.
+
+
+def _shapes_of(name: str) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
+    return torch.library.register_fake(f"cottention::{name}")
+
+
+def num_saved(q: Tensor, cu_seqlens: Tensor | None, segment_tokens: int) -> int:
+    """States between segments that a causal call keeps for backward: from shapes alone, for packed ones a bound."""
+    B, T = q.shape[:2]
+    return B * -(-T // segment_tokens) if cu_seqlens is None else T // segment_tokens + cu_seqlens.shape[0] - 1
+
+
+def _states_like(q: Tensor, v: Tensor, num: int) -> Tensor:
+    return q.new_empty((num, *q.shape[-2:], v.shape[-1]), dtype=accumulation_dtype(q.dtype))
+
+
+def _nothing_like(q: Tensor) -> Tensor:
+    return q.new_empty(0, dtype=accumulation_dtype(q.dtype))
+
+
+def _num_sequences(q: Tensor, cu_seqlens: Tensor | None) -> int:
+    return q.shape[0] if cu_seqlens is None else cu_seqlens.shape[0] - 1
+
+
+@_shapes_of("causal")
+def _(_, q, k, v, norm_const, mask, cu_seqlens, kv, seen, output_final_state, chunk_size, segment_tokens):
+    o = q.new_empty((*q.shape[:3], v.shape[3]))
+    saved = _nothing_like(q)
+    if segment_tokens > 0:
+        saved = _states_like(q, v, num_saved(q, cu_seqlens, segment_tokens))
+    if not output_final_state:
+        return o, _nothing_like(q), q.new_empty(0, dtype=torch.int64), saved
+    N = _num_sequences(q, cu_seqlens)
+    return o, _states_like(q, v, N), q.new_empty(N, dtype=torch.int64), saved
+
+
+@_shapes_of("causal_backward")
+def _(_, grad, grad_kv, q, k, v, norm_const, mask, cu_seqlens, kv, *others):
+    return *_gradients_like(q, k, v, norm_const), _nothing_like(q) if kv is None else kv.new_empty(kv.shape)
+
+
+@_shapes_of("bidirectional")
+def _(_, q, k, v, norm_const, mask, cu_seqlens, chunk_size, segment_tokens):
+    saved = _states_like(q, v, _num_sequences(q, cu_seqlens)) if segment_tokens else _nothing_like(q)
+    return q.new_empty((*q.shape[:3], v.shape[3])), saved
+
+
+@_shapes_of("bidirectional_backward")
+def _(_, grad, q, k, v, norm_const, *others):
+    return _gradients_like(q, k, v, norm_const)
+
+
+def _gradients_like(q: Tensor, k: Tensor, v: Tensor, norm_const: Tensor | None) -> tuple[Tensor, ...]:
+    dm = _nothing_like(q) if norm_const is None else norm_const.new_empty(norm_const.shape)
+    return q.new_empty(q.shape), k.new_empty(k.shape), v.new_empty(v.shape), dm
+
+
+@_shapes_of("step")
+def _(_, q, k, v, norm_const, real, kv, seen):
+    B = q.shape[0]
+    return v.new_empty(v.shape), _states_like(q, v, B), q.new_empty(B, dtype=torch.int64)
+
+
+@_shapes_of("step_")
+def _(_, q, k, v, norm_const, real, kv, seen):
+    return v.new_empty(v.shape)
+
+
+# Derivatives.
+
+
+class _Causal(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, *inputs: Any) -> tuple[Tensor, ...]:
+        ctx.implementation, *tensors, ctx.output_final_state, chunk_size, segment_tokens = inputs
+        ctx.cuts = chunk_size, segment_tokens
+        outputs = below_autograd(torch.ops.cottention.causal.default, *inputs)
+        ctx.save_for_backward(*tensors, outputs[3])
+        ctx.mark_non_differentiable(*outputs[2:])
+        ctx.set_materialize_grads(False)
+        return outputs
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor | None, grad_kv: Tensor | None, *_: Any) -> tuple[Any, ...]:
+        *tensors, saved = ctx.saved_tensors
+        q, v, norm_const, kv = tensors[0], tensors[2], tensors[3], tensors[6]
+        grad_kv = grad_kv if ctx.output_final_state else None
+        if grad is None and grad_kv is None:
+            return (None,) * 12
+        if torch.is_grad_enabled() or is_transformed(grad, grad_kv, *tensors):
+            found = _plain_gradients(plain_causal, tensors, (grad, grad_kv), ctx.needs_input_grad[1:])
+        else:
+            if grad is None:
+                grad = q.new_zeros((*q.shape[:3], v.shape[3]))
+            dq, dk, dv, dm, dkv = torch.ops.cottention.causal_backward.default(
+                ctx.implementation, grad, grad_kv, *tensors, saved, *ctx.cuts
+            )
+            dm, dkv = None if norm_const is None else dm, None if kv is None else dkv
+            found = (dq, dk, dv, dm, None, None, dkv, None)
+        return None, *found, None, None, None
+
+
+class _Bidirectional(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, *inputs: Any) -> tuple[Tensor, ...]:
+        ctx.implementation, *tensors, chunk_size, segment_tokens = inputs
+        ctx.cuts = chunk_size, segment_tokens
+        o, saved = below_autograd(torch.ops.cottention.bidirectional.default, *inputs)
+        ctx.save_for_backward(*tensors, saved)
+        ctx.mark_non_differentiable(saved)
+        ctx.set_materialize_grads(False)
+        return o, saved
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor | None, _: Any) -> tuple[Any, ...]:
+        if grad is None:
+            return (None,) * 9
+        *tensors, saved = ctx.saved_tensors
+        if torch.is_grad_enabled() or is_transformed(grad, *tensors):
+            found = _plain_gradients(plain_bidirectional, tensors, (grad,), ctx.needs_input_grad[1:])
+        else:
+            dq, dk, dv, dm = torch.ops.cottention.bidirectional_backward.default(
+                ctx.implementation, grad, *tensors, saved, *ctx.cuts
+            )
+            found = dq, dk, dv, None if tensors[3] is None else dm, None, None
+        return None, *found, None, None
+
+
+def _plain_gradients(
+    plain: Callable[..., tuple[Tensor, ...]],
+    tensors: list[Tensor | None],
+    grads: tuple[Tensor | None, ...],  # of the first outputs
+    wanted: tuple[bool, ...],
+) -> tuple[Tensor | None, ...]:
+    """Gradients that can be differentiated themselves, by any kind of derivative."""
+    create_graph = torch.is_grad_enabled()
+    found: list[Tensor | None] = [None] * len(tensors)
+    with torch.enable_grad():
+        # Through views of the inputs: one of them may have been computed from another.
+        own = [x.view_as(x) if x is not None and needed else x for x, needed in zip(tensors, wanted, strict=False)]
+        sources = {i: x for i, x in enumerate(own) if x is not None and wanted[i]}
+        for o, grad in zip(plain(*own), grads, strict=False):
+            if grad is not None and o.requires_grad:
+                reached = torch.autograd.grad(
+                    o, list(sources.values()), grad, retain_graph=True, create_graph=create_graph, allow_unused=True
+                )
+                for i, gradient in zip(sources, reached, strict=True):
+                    found[i] = _sum(found[i], gradient)
+    return tuple(found)
+
+
+def _sum(x: Tensor | None, y: Tensor | None) -> Tensor | None:
+    return y if x is None else x if y is None else x + y
+
+
+def _through_plain_causal(_: str, *inputs: Any) -> tuple[Tensor, ...]:
+    o, kv, seen = plain_causal(*inputs[:8])
+    nothing = _nothing_like(o)
+    return (o, kv, seen, nothing) if inputs[8] else (o, nothing, torch.empty_like(nothing, dtype=torch.int64), nothing)
+
+
+def _through_plain_bidirectional(_: str, *inputs: Any) -> tuple[Tensor, ...]:
+    return plain_bidirectional(*inputs[:6])
+
+
+def _through_plain_step(_: str, q, k, v, norm_const, real, kv, seen) -> tuple[Tensor, ...]:
+    o, state = plain_step(q, k, v, norm_const, None if kv is None else CosineState(kv, seen), real)
+    return o, *state
+
+
+def _differentiate(name: str, plain: Callable[..., Any], function: type[torch.autograd.Function] | None) -> None:
+    """Let an operator have the gradients of a function whose forward calls it, and all others of its plain form."""
+    operator = getattr(torch.ops.cottention, name).default
+
+    def call(*inputs: Any) -> Any:
+        if is_transformed(*inputs):
+            return plain(*inputs)
+        if wants_gradient(*inputs):
+            return plain(*inputs) if function is None else function.apply(*inputs)
+        return below_autograd(operator, *inputs)
+
+    _operators.impl(name, call, "Autograd")
+    _operators.impl(name, plain, "FuncTorchBatched")
+
+
+_differentiate("causal", _through_plain_causal, _Causal)
+_differentiate("bidirectional", _through_plain_bidirectional, _Bidirectional)
+_differentiate("step", _through_plain_step, None)

@@ -1,0 +1,113 @@
+"""The native kernels as functions of tensors: what `dispatch` runs for implementation="native".
+
+o, kv, seen, _ = causal(q, k, v, m, mask, cu_seqlens, kv0, seen0, True, 0, -1)
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from cottention.ops.native.binding import check_native, run, run_step
+
+
+def cut(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    *,
+    causal: bool,
+    cu_seqlens: Tensor | None,
+    has_states: bool,
+    chunk_size: int | None,
+) -> tuple[int, int]:
+    """Tokens of a chunk, 0: as the kernels choose; sequences are whole.
+
+    Raises:
+        RuntimeError: the kernels were not built.
+        ValueError: tensors are not on the CPU.
+        TypeError: tensors are float64.
+    """
+    check_native(q)
+    return chunk_size or 0, -1
+
+
+def _states(q: Tensor, v: Tensor, num: int) -> Tensor:
+    return torch.empty((num, *q.shape[-2:], v.shape[-1]), dtype=torch.float32, device=q.device)
+
+
+def _num_sequences(q: Tensor, cu_seqlens: Tensor | None) -> int:
+    return q.shape[0] if cu_seqlens is None else cu_seqlens.shape[0] - 1
+
+
+def causal(q, k, v, norm_const, mask, cu_seqlens, kv, seen, output_final_state, chunk_size, segment_tokens):
+    """o `[B, T, H, V]`, the final kv and seen (empty unless asked for); nothing is kept for backward."""
+    o, saved = q.new_empty((*q.shape[:3], v.shape[3])), torch.empty(0)
+    options = {"causal": True, "chunk_size": chunk_size, "mask": mask, "cu_seqlens": cu_seqlens, "kv": kv, "seen": seen}
+    if not output_final_state:
+        run("forward", q, k, v, norm_const, **options, o=o)
+        return o, torch.empty(0), torch.empty(0, dtype=torch.int64), saved
+    N = _num_sequences(q, cu_seqlens)
+    final_kv, final_seen = _states(q, v, N), torch.empty(N, dtype=torch.int64)
+    run("forward", q, k, v, norm_const, **options, o=o, final_kv=final_kv, final_seen=final_seen)
+    return o, final_kv, final_seen, saved
+
+
+def causal_backward(grad, grad_kv, q, k, v, norm_const, mask, cu_seqlens, kv, seen, saved, chunk_size, segment_tokens):
+    """dq, dk, dv, dm and the gradient of the initial kv (the last two empty where there is none)."""
+    gradients = _Gradients(q, k, v, norm_const)
+    dkv = torch.empty(0 if kv is None else kv.shape, dtype=torch.float32)
+    options = {"causal": True, "chunk_size": chunk_size, "mask": mask, "cu_seqlens": cu_seqlens, "kv": kv, "seen": seen}
+    options |= {"grad": grad, "grad_final": grad_kv, "dkv": None if kv is None else dkv}
+    run("backward", q, k, v, norm_const, **options, **gradients.buffers)
+    return *gradients.finished(), dkv
+
+
+def bidirectional(q, k, v, norm_const, mask, cu_seqlens, chunk_size, segment_tokens):
+    """o `[B, T, H, V]` and each sequence's state over all its keys `[N, H, K, V]`, which backward needs again."""
+    o, kv = q.new_empty((*q.shape[:3], v.shape[3])), _states(q, v, _num_sequences(q, cu_seqlens))
+    options = {"causal": False, "chunk_size": chunk_size, "mask": mask, "cu_seqlens": cu_seqlens}
+    run("forward", q, k, v, norm_const, **options, final_kv=kv, o=o)
+    return o, kv
+
+
+def bidirectional_backward(grad, q, k, v, norm_const, mask, cu_seqlens, kv, chunk_size, segment_tokens):
+    """dq, dk, dv and dm (empty without norm_const)."""
+    gradients = _Gradients(q, k, v, norm_const)
+    options = {"causal": False, "chunk_size": chunk_size, "mask": mask, "cu_seqlens": cu_seqlens, "kv": kv}
+    run("backward", q, k, v, norm_const, **options, grad=grad, **gradients.buffers)
+    return gradients.finished()
+
+
+class _Gradients:
+    """What a backward writes; the kernels give dm in float32."""
+
+    def __init__(self, q: Tensor, k: Tensor, v: Tensor, norm_const: Tensor | None) -> None:
+        self._norm_const = norm_const
+        dq, dk, dv = (x.new_empty(x.shape) for x in (q, k, v))
+        dm = None if norm_const is None else torch.empty(norm_const.shape, dtype=torch.float32)
+        self.buffers = {"dq": dq, "dk": dk, "dv": dv, "dm": dm}
+
+    def finished(self) -> tuple[Tensor, ...]:
+        dq, dk, dv, dm = self.buffers.values()
+        if self._norm_const is None:
+            return dq, dk, dv, torch.empty(0, dtype=torch.float32)
+        return dq, dk, dv, dm.to(self._norm_const.dtype)
+
+
+def step(q, k, v, norm_const, real, kv, seen):
+    """o, kv and seen after one token, `[B, H, K or V]` or `[B, 1, H, K or V]`."""
+    o = torch.empty_like(v, memory_format=torch.contiguous_format)
+    if kv is None:
+        final_kv, final_seen = _states(q, v, q.shape[0]), torch.empty(q.shape[0], dtype=torch.int64)
+    else:
+        final_kv, final_seen = (torch.empty_like(x, memory_format=torch.contiguous_format) for x in (kv, seen))
+    run_step(q, k, v, norm_const, real, kv, seen, final_kv, final_seen, o)
+    return o, final_kv, final_seen
+
+
+def step_(q, k, v, norm_const, real, kv, seen):
+    """o; kv and seen, which must be contiguous, are written over."""
+    o = torch.empty_like(v, memory_format=torch.contiguous_format)
+    run_step(q, k, v, norm_const, real, kv, seen, kv, seen, o)
+    return o

@@ -1,0 +1,100 @@
+"""One token of causal cosine attention, the step of a decoding loop.
+
+o, state = cosine_attention_step(q, k, v, norm_const, state)        # q, k: [B, H, K], v: [B, H, V]
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from cottention.ops.autocast import as_autocast_would
+from cottention.ops.dispatch import below_autograd, is_transformed, wants_gradient
+from cottention.ops.native.binding import suits_native
+from cottention.ops.plain import plain_step
+from cottention.ops.state import CosineState
+from cottention.ops.triton import why_not as why_not_triton
+from cottention.ops.validation import check_step_arguments
+
+
+def cosine_attention_step(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    norm_const: Tensor | None,
+    state: CosineState | None,
+    *,
+    attention_mask: Tensor | None = None,
+    in_place: bool = False,
+) -> tuple[Tensor, CosineState]:
+    """One token of causal cosine attention in O(K V) time, whatever came before.
+
+    S_t = S_{t-1} + k_hat_t (v_t / max(c_t ** sigmoid(m), 1))^T;  o_t = S_t^T q_hat_t
+
+    Args:
+        q: `[B, H, K]`, or `[B, 1, H, K]` as `cosine_attention` takes it; float64, float32, bfloat16 or float16.
+        k: like q.
+        v: `[B, H, V]` or `[B, 1, H, V]`.
+        norm_const: `[H]` or `[1, H, 1, 1]`, the exponent before the sigmoid; None divides by nothing.
+        state: of the B sequences so far; None before the first token. It is left as it was unless `in_place`.
+        attention_mask: `[B]` or `[B, 1]`, 1 = real; a padded row gives 0 and keeps its state. None: all real.
+        in_place: write the new state over `state`, which is returned; for decoding loops that own it. Not where a
+            derivative is wanted.
+    Returns:
+        Output in q's dtype and shape (V for K), and the new state.
+    Raises:
+        ValueError: shapes disagree, or in_place without a state, or with one whose derivative is wanted.
+        TypeError: dtypes are mixed or not floating point.
+    Source: arXiv 2409.18747, section 3 (recurrent form). Differs: the count is kept per sequence and skips padding.
+    """
+    q, k, v = as_autocast_would(q, k, v)
+    norm_const = check_step_arguments(q, k, v, norm_const, state, attention_mask)
+    inputs = (q, k, v, norm_const, *(state or ()))
+    is_differentiated = wants_gradient(*inputs) or is_transformed(*inputs)
+    if in_place and (state is None or is_differentiated):
+        found = "state=None" if state is None else "inputs that require a gradient, have a tangent or are transformed"
+        raise ValueError(f"in_place needs a state to write over and no gradient; got {found}")
+    implementation = None if is_differentiated else _fused_implementation(q, v)
+    if implementation is None:
+        o, new = plain_step(q, k, v, norm_const, state, attention_mask)
+    else:
+        real = None if attention_mask is None else attention_mask.reshape(-1).to(torch.bool)
+        o, new = _fused_step(implementation, q, k, v, norm_const, real, state, in_place)
+    if in_place and state is not None and new is not state:
+        state.kv.copy_(new.kv)
+        state.seen.copy_(new.seen)
+        new = state
+    return o, new
+
+
+def _fused_implementation(q: Tensor, v: Tensor) -> str | None:
+    """Whose kernel makes the step; None where there is none."""
+    if q.is_cuda:
+        return "triton" if why_not_triton(q.device, q.dtype, q.shape[-1], v.shape[-1]) is None else None
+    return "native" if suits_native(q) and not torch.compiler.is_compiling() else None
+
+
+def _fused_step(
+    implementation: str,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    norm_const: Tensor | None,
+    real: Tensor | None,
+    state: CosineState | None,
+    in_place: bool,
+) -> tuple[Tensor, CosineState]:
+    # No derivative is wanted of what comes here: an eager call spares the way through autograd.
+    run = _directly if torch.compiler.is_compiling() else below_autograd
+    token = (q, k, v, norm_const, real)
+    if in_place and state is not None and state.kv.is_contiguous() and state.seen.is_contiguous():
+        return run(torch.ops.cottention.step_.default, implementation, *token, *state), state
+    o, *new = run(torch.ops.cottention.step.default, implementation, *token, *(state or (None, None)))
+    return o, CosineState(*new)
+
+
+def _directly(operator: Callable[..., Any], *inputs: Any) -> Any:
+    return operator(*inputs)
