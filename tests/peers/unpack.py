@@ -17,14 +17,14 @@ from pathlib import Path
 REPOSITORY = Path(__file__).resolve().parents[2]
 
 
-def tests_folder() -> Path:
+def unpacked_tests() -> Path:
     """Where the tests of the installed transformers are, or will be."""
     return REPOSITORY / "build" / "peers" / f"transformers-{version('transformers')}" / "tests"
 
 
 def unpack() -> None:
     """Download and unpack them, unless they are there."""
-    folder = tests_folder()
+    folder = unpacked_tests()
     if folder.is_dir():
         return
     root = folder.parent

@@ -18,7 +18,7 @@ from typing import Any
 import pytest
 
 import cottention.models
-from tests.peers.unpack import tests_folder
+from tests.peers.unpack import unpacked_tests
 
 _PACKAGE = "transformers_tests"
 # What the tests that we have import of files that the distributions of 5.0 to 5.24 lack.
@@ -55,11 +55,11 @@ def _import(name: str) -> Any:
         return import_module(f"{_PACKAGE}.{name}")
 
 
-if not tests_folder().is_dir():
+if not unpacked_tests().is_dir():
     pytest.skip("transformers' tests are not here: `make test-peers` fetches them", allow_module_level=True)
 pytest.importorskip("parameterized", reason="`make test-peers` installs it")
 
-_module("", __path__=[str(tests_folder())])
+_module("", __path__=[str(unpacked_tests())])
 for _name, _contents in STAND_INS.items():
     _module(_name.partition(".")[0], __path__=[])
     _module(_name, **_contents)
