@@ -7,6 +7,7 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor
+from torch.autograd import functional
 from torch.nn.functional import linear
 
 from cottention.models import CottentionGPTForCausalLM
@@ -92,6 +93,113 @@ def test_compiles_without_a_graph_break() -> None:
     torch.testing.assert_close(
         found, _loss_and_gradients(linear_cross_entropy(x, weight, bias, labels), x, weight, bias)
     )
+
+
+_ROUTES: dict[str, Any] = {
+    "hvp": lambda f, x, t: functional.hvp(f, x, t)[1],
+    "hessian": lambda f, x, t: [h for row in functional.hessian(f, x) for h in row],
+    "forward-mode jacobian": lambda f, x, t: functional.jacobian(f, x, strategy="forward-mode", vectorize=True),
+    "func.grad": lambda f, x, t: torch.func.grad(f, (0, 1, 2))(*x),
+    "func.hessian": lambda f, x, t: [h for row in torch.func.hessian(f, (0, 1, 2))(*x) for h in row],
+    "func.jvp": lambda f, x, t: torch.func.jvp(f, x, t),
+    "func.jacrev": lambda f, x, t: torch.func.jacrev(f, (0, 1, 2))(*x),
+    "vmap of grad": lambda f, x, t: torch.vmap(torch.func.grad(f, (0, 1, 2)))(
+        *(torch.stack(pair) for pair in zip(x, t, strict=True))
+    ),
+}
+_forward_mode = pytest.mark.filterwarnings("ignore:.*torch.jit.script:DeprecationWarning")  # torch's own, at first use
+
+
+def _penalty(loss: Tensor, inputs: Any, *, by_backward: bool) -> list[Tensor]:
+    """Gradients of the squared norm of the gradients."""
+    if by_backward:
+        loss.backward(create_graph=True)
+        gradients = [each.grad for each in inputs]
+    else:
+        gradients = torch.autograd.grad(loss, inputs, create_graph=True)
+    return list(torch.autograd.grad(torch.stack([g.square().sum() for g in gradients]).sum(), inputs))
+
+
+@_forward_mode
+@pytest.mark.usefixtures("chunk")
+@pytest.mark.parametrize("route", _ROUTES)
+def test_each_route_gives_the_derivatives_of_the_plain_loss(route: str) -> None:
+    x, weight, bias, labels = _inputs()
+    assert bias is not None
+    inputs = (x[0, :, :5].detach(), weight[:, :5].detach(), bias.detach())
+    tangents = tuple(torch.randn_like(each) for each in inputs)
+    found = _ROUTES[route](lambda x, w, b: linear_cross_entropy(x, w, b, labels[0]), inputs, tangents)
+    expected = _ROUTES[route](lambda x, w, b: cross_entropy(linear(x, w, b), labels[0]), inputs, tangents)
+    assert any(each.abs().max() > 0 for each in expected)
+    torch.testing.assert_close(tuple(found), tuple(expected), rtol=1e-10, atol=1e-12)
+
+
+@pytest.mark.filterwarnings("ignore:Using backward.. with create_graph=True:UserWarning")
+@pytest.mark.parametrize("by_backward", [False, True])
+def test_a_gradient_penalty_is_that_of_the_plain_loss(by_backward: bool) -> None:
+    x, weight, bias, labels = _inputs()
+    assert bias is not None
+    found = _penalty(linear_cross_entropy(x, weight, bias, labels), (x, weight, bias), by_backward=by_backward)
+    for each in (x, weight, bias):
+        each.grad = None
+    expected = _penalty(cross_entropy(linear(x, weight, bias), labels), (x, weight, bias), by_backward=by_backward)
+    torch.testing.assert_close(found, expected, rtol=1e-10, atol=1e-12)
+
+
+@_forward_mode
+@pytest.mark.filterwarnings("ignore:.*should not be instantiated:DeprecationWarning")
+@pytest.mark.parametrize("route", ["func.grad", "func.jvp", "vmap of grad"])
+def test_a_compiled_transform_gives_the_same(route: str) -> None:
+    x, weight, bias, labels = _inputs()
+    assert bias is not None
+    inputs = (x[0].detach(), weight.detach(), bias.detach())
+    tangents = tuple(torch.randn_like(each) for each in inputs)
+
+    def run(x: Any, t: Any) -> Any:
+        return tuple(_ROUTES[route](lambda x, w, b: linear_cross_entropy(x, w, b, labels[0]), x, t))
+
+    torch.testing.assert_close(torch.compile(run, backend="aot_eager")(inputs, tangents), run(inputs, tangents))
+
+
+@pytest.mark.parametrize("wrong", [-1, -101, 29, 10**6])
+def test_a_label_out_of_range_raises_as_the_plain_loss_does(wrong: int) -> None:
+    x, weight, bias, labels = _inputs()
+    labels[1, 2] = wrong
+    with pytest.raises(IndexError, match="out of bounds"):
+        cross_entropy(linear(x, weight, bias), labels)
+    with pytest.raises(IndexError, match=f"labels must be -100 or from 0 to 28; got {wrong}, which is out of bounds"):
+        linear_cross_entropy(x, weight, bias, labels)
+    with pytest.raises(IndexError, match="out of bounds"):
+        torch.func.grad(linear_cross_entropy, 0)(x, weight, bias, labels)
+
+
+@pytest.mark.parametrize("checkpointing", [False, True])
+@pytest.mark.parametrize("fused", [False, True])
+def test_a_whole_gpt_has_the_curvature_of_naive(fused: bool, checkpointing: bool) -> None:
+    ids = some_tokens(2, 12)
+    results = []
+    for implementation in ("naive", "auto", "native"):
+        model = randomised(CottentionGPTForCausalLM(gpt_config())).train()
+        if implementation == "native":
+            model = model.float()
+        model.set_implementation(implementation)
+        model.fused_loss = fused and implementation != "naive"
+        if checkpointing and implementation != "naive":
+            enable = getattr(model, "activation_checkpointing_enable", None) or model.gradient_checkpointing_enable
+            enable()
+        parameters = [p for p in model.parameters() if p.requires_grad]
+        directions = [
+            torch.cos(torch.arange(p.numel(), dtype=torch.float64)).view_as(p).to(p.dtype) for p in parameters
+        ]
+        loss = model(ids, labels=ids).loss
+        first = torch.autograd.grad(loss, parameters, create_graph=True)
+        along = torch.stack([(g * t).sum() for g, t in zip(first, directions, strict=True)]).sum()
+        product = torch.autograd.grad(along, parameters, retain_graph=True)
+        penalty = torch.autograd.grad(loss + torch.stack([g.square().sum() for g in first]).sum(), parameters)
+        results.append(torch.cat([g.flatten().double() for g in (*product, *penalty)]))
+    naive, auto, native = results
+    assert (auto - naive).norm() < 1e-9 * naive.norm()
+    assert (native - naive).norm() < 1e-3 * naive.norm()  # float32, twice through unit vectors
 
 
 @pytest.mark.parametrize("how", ["labels", "shift_labels", "cu_seqlens"])

@@ -2,7 +2,8 @@
 
 For a vocabulary of 50,400 the float32 logits of 16 windows of 1024 tokens take 3.3 GB, their gradient as much again.
 Here each chunk's logits become its loss and, while they are there, its gradients, so nothing is computed twice and what
-stays is a gradient of the size of the weights. The same idea is in Liger-Kernel and in PyTorch 2.13's
+stays is a gradient of the size of the weights. Derivatives beyond the first, forward mode and torch.func go through the
+plain loss, logits and all. The same idea is in Liger-Kernel and in PyTorch 2.13's
 `linear_cross_entropy`; this one runs on every PyTorch of ours, under autocast and in torch.compile.
 
     loss = linear_cross_entropy(hidden, lm_head.weight, lm_head.bias, targets, num_targets)
@@ -15,10 +16,11 @@ from typing import Any
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor
-from torch.nn.functional import linear
+from torch.nn.functional import cross_entropy, linear
 
 from cottention.files import IGNORE_INDEX
 from cottention.models.losses import averaged
+from cottention.ops.derivatives import is_transformed, plain_gradients
 
 # A CPU's cache holds the logits of some hundred tokens. A GPU has work with more, and adds up the weights' gradient,
 # which a chunk reads and writes as a whole, less often.
@@ -42,18 +44,42 @@ def linear_cross_entropy(
         num_items_in_batch: divisor; None: the number of labels here, which gives the mean.
 
     Returns:
-        A scalar, differentiable once in x, weight and bias; 0 when there is no label at all.
+        A scalar, differentiable in x, weight and bias; 0 when there is no label at all.
+
+    Raises:
+        IndexError: a label is neither -100 nor a row of weight (on a GPU and when compiled: torch's own assertion).
     """
     device = x.device.type
     dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else weight.dtype
     rows, targets = x.flatten(0, -2), labels.to(x.device).flatten()
-    total = _LinearCrossEntropy.apply(rows, weight, bias, targets, dtype)
+    if is_transformed(rows, weight, bias):
+        total = _plain_loss(rows, weight, bias, targets, dtype)
+    else:
+        _check_labels(targets, weight.shape[0])
+        total = _LinearCrossEntropy.apply(rows, weight, bias, targets, dtype)
     return averaged(total, num_items_in_batch, (targets != IGNORE_INDEX).sum().clamp(min=1))
 
 
 def chunk_length(device: torch.device) -> int:
     """Tokens whose logits exist at the same time."""
     return _CPU_TOKENS if device.type == "cpu" else _GPU_TOKENS
+
+
+def _check_labels(targets: Tensor, V: int) -> None:
+    if targets.device.type != "cpu" or torch.compiler.is_compiling():
+        return  # to look would make the device wait, or break the graph; gather asserts
+    wrong = (targets != IGNORE_INDEX) & ((targets < 0) | (targets >= V))
+    if wrong.any():
+        found = int(targets[wrong][0])
+        raise IndexError(f"labels must be {IGNORE_INDEX} or from 0 to {V - 1}; got {found}, which is out of bounds")
+
+
+def _plain_loss(x: Tensor, weight: Tensor, bias: Tensor | None, targets: Tensor, dtype: torch.dtype) -> Tensor:
+    """The sum of the losses by autograd's own operators."""
+    with torch.autocast(x.device.type, enabled=False):
+        logits = linear(x.to(dtype), weight.to(dtype), None if bias is None else bias.to(dtype))
+        exact = torch.float64 if weight.dtype == torch.float64 else torch.float32
+        return cross_entropy(logits.to(exact), targets, ignore_index=IGNORE_INDEX, reduction="sum")
 
 
 class _LinearCrossEntropy(torch.autograd.Function):
@@ -80,20 +106,29 @@ class _LinearCrossEntropy(torch.autograd.Function):
                     dweight += dlogits.T @ rows
                 if dbias is not None:
                     dbias += dlogits.sum(0, dtype=exact)
-        ctx.save_for_backward(dx, dweight, dbias)
-        ctx.dtypes = (x.dtype, weight.dtype, None if bias is None else bias.dtype)
+        ctx.save_for_backward(x, weight, bias, labels, dx, dweight, dbias)
+        ctx.dtype = dtype
         return total
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
-        found = zip(ctx.saved_tensors, ctx.dtypes, strict=True)
-        return *(None if each is None else (each * grads[0]).to(dtype) for each, dtype in found), None, None
+        *inputs, labels, dx, dweight, dbias = ctx.saved_tensors
+        if torch.is_grad_enabled() or is_transformed(*grads, *inputs):  # the gradient is to be differentiated
+
+            def plain(x: Tensor, weight: Tensor, bias: Tensor | None) -> tuple[Tensor]:
+                return (_plain_loss(x, weight, bias, labels, ctx.dtype),)
+
+            found = plain_gradients(plain, inputs, grads, ctx.needs_input_grad[:3])
+        else:
+            pairs = zip(inputs, (dx, dweight, dbias), strict=True)
+            found = [None if each is None else (each * grads[0]).to(x.dtype) for x, each in pairs]
+        return *found, None, None
 
 
 def _loss_and_gradient(logits: Tensor, target: Tensor, *, with_gradient: bool) -> tuple[Tensor, Tensor]:
     """Loss of a chunk, and d loss / d logits written over the logits."""
     real = target != IGNORE_INDEX
-    index = target.clamp(min=0)[:, None]
+    index = target.masked_fill(~real, 0)[:, None]
     total = logits.logsumexp(-1, keepdim=True)
     loss = torch.where(real[:, None], total - logits.gather(1, index), 0).sum()
     if with_gradient:

@@ -19,8 +19,8 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd import forward_ad
 
+from cottention.ops.derivatives import is_transformed, plain_gradients, wants_gradient
 from cottention.ops.plain import plain_bidirectional, plain_causal, plain_step
 from cottention.ops.state import CosineState, accumulation_dtype
 
@@ -72,24 +72,6 @@ def attend(
     kv, seen = (None, None) if initial_state is None else initial_state
     o, kv, seen, _ = torch.ops.cottention.causal.default(implementation, *inputs, kv, seen, output_final_state, *cuts)
     return o, CosineState(kv, seen) if output_final_state else None
-
-
-def is_transformed(*inputs: Any) -> bool:
-    """Whether torch.func transforms the present call, or a tensor carries a forward-mode tangent."""
-    if torch._C._are_functorch_transforms_active():
-        return True
-    if forward_ad._current_level < 0:
-        return False
-    return any(isinstance(x, Tensor) and forward_ad.unpack_dual(x).tangent is not None for x in inputs)
-
-
-def wants_gradient(*inputs: Any) -> bool:
-    """Whether autograd records a call of these inputs."""
-    if torch.is_grad_enabled():
-        for x in inputs:  # any(...) would take longer than all else here
-            if isinstance(x, Tensor) and x.requires_grad:
-                return True
-    return False
 
 
 def below_autograd(operator: Callable[..., Any], *inputs: Any) -> Any:
@@ -208,7 +190,7 @@ class _Causal(torch.autograd.Function):
         if grad is None and grad_kv is None:
             return (None,) * 12
         if torch.is_grad_enabled() or is_transformed(grad, grad_kv, *tensors):
-            found = _plain_gradients(plain_causal, tensors, (grad, grad_kv), ctx.needs_input_grad[1:])
+            found = plain_gradients(plain_causal, tensors, (grad, grad_kv), ctx.needs_input_grad[1:])
         else:
             if grad is None:
                 grad = q.new_zeros((*q.shape[:3], v.shape[3]))
@@ -237,40 +219,13 @@ class _Bidirectional(torch.autograd.Function):
             return (None,) * 9
         *tensors, saved = ctx.saved_tensors
         if torch.is_grad_enabled() or is_transformed(grad, *tensors):
-            found = _plain_gradients(plain_bidirectional, tensors, (grad,), ctx.needs_input_grad[1:])
+            found = plain_gradients(plain_bidirectional, tensors, (grad,), ctx.needs_input_grad[1:])
         else:
             dq, dk, dv, dm = torch.ops.cottention.bidirectional_backward.default(
                 ctx.implementation, grad, *tensors, saved, *ctx.cuts
             )
             found = dq, dk, dv, None if tensors[3] is None else dm, None, None
         return None, *found, None, None
-
-
-def _plain_gradients(
-    plain: Callable[..., tuple[Tensor, ...]],
-    tensors: list[Tensor | None],
-    grads: tuple[Tensor | None, ...],  # of the first outputs
-    wanted: tuple[bool, ...],
-) -> tuple[Tensor | None, ...]:
-    """Gradients that can be differentiated themselves, by any kind of derivative."""
-    create_graph = torch.is_grad_enabled()
-    found: list[Tensor | None] = [None] * len(tensors)
-    with torch.enable_grad():
-        # Through views of the inputs: one of them may have been computed from another.
-        own = [x.view_as(x) if x is not None and needed else x for x, needed in zip(tensors, wanted, strict=False)]
-        sources = {i: x for i, x in enumerate(own) if x is not None and wanted[i]}
-        for o, grad in zip(plain(*own), grads, strict=False):
-            if grad is not None and o.requires_grad:
-                reached = torch.autograd.grad(
-                    o, list(sources.values()), grad, retain_graph=True, create_graph=create_graph, allow_unused=True
-                )
-                for i, gradient in zip(sources, reached, strict=True):
-                    found[i] = _sum(found[i], gradient)
-    return tuple(found)
-
-
-def _sum(x: Tensor | None, y: Tensor | None) -> Tensor | None:
-    return y if x is None else x if y is None else x + y
 
 
 def _through_plain_causal(_: str, *inputs: Any) -> tuple[Tensor, ...]:

@@ -12,7 +12,8 @@ import torch
 from torch import Tensor
 
 from cottention.ops.autocast import as_autocast_would
-from cottention.ops.dispatch import below_autograd, is_transformed, wants_gradient
+from cottention.ops.derivatives import is_transformed, wants_gradient
+from cottention.ops.dispatch import below_autograd
 from cottention.ops.native.binding import suits_native
 from cottention.ops.plain import plain_step
 from cottention.ops.state import CosineState
