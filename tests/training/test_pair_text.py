@@ -136,3 +136,28 @@ def test_corpora_that_do_not_fit_are_refused(
 def test_a_tokenizer_too_large_for_the_model_is_refused(corpora: Path, tmp_path: Path) -> None:
     with pytest.raises(CottentionError, match=r"model\.vocab_size must be at least the tokenizer's 160; got 100"):
         pretrain(from_pairs(corpora, model__vocab_size=100), output_dir=tmp_path / "run")
+
+
+@pytest.fixture(scope="module")
+def one_is_large(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Pairs of 30 documents, of which one is two thirds of the text."""
+    folder = tmp_path_factory.mktemp("large")
+    for number in range(30):
+        text = " ".join(f"Sentence {row} of text {number} is here." for row in range(400 if number == 7 else 8))
+        (folder / f"{number:02}.txt").write_text(text)
+    build_sentences([str(folder)], folder / "sentences", num_proc=1)
+    tokenizer = train_tokenizer(
+        Dataset.from_dict({"text": ["Sentence of text is here. 0123456789"] * 9}), kind="wordpiece", vocab_size=90
+    )
+    for length in (32, 64):
+        tokenize_pairs(folder / "sentences", folder / f"pairs-{length}", tokenizer, max_length=length, num_proc=1)
+    return folder
+
+
+@pytest.mark.parametrize("seed", range(6))
+def test_a_large_document_is_not_the_share_of_thirty(one_is_large: Path, seed: int) -> None:
+    text = open_pairs(from_pairs(one_is_large, data__validation=0.15, training__seed=seed), None)
+    held_out = len(text.held_out) / (len(text.held_out) + len(text.train))
+    assert 0 < held_out < 0.3
+    assert text.long is not None
+    assert not documents_of(text.held_out) & documents_of(text.long)

@@ -142,6 +142,12 @@ def _add_reading(parser: ArgumentParser) -> None:
     )
     parser.add_argument("--text-column", default="text", help="column with the text in .jsonl, .parquet and on the Hub")
     parser.add_argument("--hub-split", default="train", help="split of datasets on the Hub")
+    parser.add_argument(
+        "--skip-malformed",
+        action="store_true",
+        help="leave out lines and rows of files that are not UTF-8 or not JSON, and count them by reason; without it "
+        "the first one ends the build",
+    )
 
 
 def _add_document_limit(parser: ArgumentParser) -> None:
@@ -172,7 +178,7 @@ def _output(chosen: Namespace) -> dict:
 def _reading(chosen: Namespace):
     from cottention.data.sources import ReadSettings
 
-    names = ("rows", "documents_by", "split_by", "text_column", "hub_split")
+    names = ("rows", "documents_by", "split_by", "text_column", "hub_split", "skip_malformed")
     return ReadSettings(**{name: chosen[name] for name in names})
 
 

@@ -27,6 +27,7 @@ Source = str | PathLike[str] | Sequence[str | PathLike[str]]
 # The end of the text that no held-out text was named for: a tenth, but not more than a minute's work on one core.
 _HELD_OUT_SHARE = 0.1
 _MOST_HELD_OUT_CHARACTERS = 100_000
+_LONGEST_WORD = 1000  # characters without a space: no word
 _SHORTEST = 16  # tokens of the shortest rows that a BERT learns from
 
 
@@ -82,7 +83,10 @@ def split_off_end(corpus: Dataset) -> tuple[Dataset, Dataset]:
     cut = int(ends[-1]) - min(int(ends[-1] * _HELD_OUT_SHARE), _MOST_HELD_OUT_CHARACTERS)
     index = int(np.searchsorted(ends, cut))
     row = corpus[index]
-    at = row["text"].rfind(" ", 0, cut - int(ends[index] - lengths[index]) + 1)
+    place = cut - int(ends[index] - lengths[index])
+    at = row["text"].rfind(" ", max(0, place - _LONGEST_WORD), place + 1)
+    if at < 0 and place > _LONGEST_WORD:  # text without spaces, as Chinese is, is cut where it should be
+        at = place
     head, tail = row["text"][: max(at, 0)], row["text"][max(at, 0) :].lstrip()
     # `select` takes no empty range at the end of a dataset.
     before = [corpus.select(range(index))] if index else []

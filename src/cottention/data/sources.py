@@ -26,16 +26,10 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from cottention.data.corpus import DEFAULT_CORPUS, files_of, load_corpus
-from cottention.data.readers import (
-    BLOCK,
-    SEPARATORS,
-    format_of,
-    no_column,
-    normalised_newlines,
-    read_records,
-    read_rows,
-    split_text,
-)
+from cottention.data.encodings import normalised_newlines
+from cottention.data.malformed import no_column
+from cottention.data.opening import check_regular
+from cottention.data.readers import BLOCK, SEPARATORS, format_of, read_records, read_rows, split_text
 from cottention.data.tokenization import arrow_batches
 from cottention.errors import DataError, SettingsError, did_you_mean
 
@@ -81,6 +75,8 @@ class ReadSettings:
     """Where the text of .jsonl, .parquet and Hub datasets is."""
     hub_split: str = "train"
     """Which split of a Hub dataset."""
+    skip_malformed: bool = False
+    """Leave out, and count by reason, the lines and rows of files that are not text; else the first one is refused."""
 
     def __post_init__(self) -> None:
         if self.rows not in ROWS:
@@ -141,7 +137,7 @@ class TextSource:
         """Yield text and whether it ends a document; long documents come in several rows.
 
         Args:
-            counts: what was read, and left out as empty, is added here.
+            counts: what was read, and left out as empty or malformed, is added here.
 
         Raises:
             DataError: something cannot be read.
@@ -150,11 +146,12 @@ class TextSource:
         def on_empty() -> None:
             counts.update(documents=1, documents_dropped_empty=1)
 
+        malformed = counts if self.settings.skip_malformed else None
         for part in self._parts:
             if self.settings.rows == "sentences":
-                yield from _joined(part.records(), self.settings.documents_by)
+                yield from _joined(part.records(malformed), self.settings.documents_by)
             else:
-                yield from part.rows(on_empty)
+                yield from part.rows(on_empty, malformed)
 
 
 @dataclass(frozen=True)
@@ -163,18 +160,31 @@ class _File:
     settings: ReadSettings
 
     def described(self) -> dict[str, Any]:
+        check_regular(self.path)
         digest = hashlib.sha256()
         with self.path.open("rb") as file:
             while chunk := file.read(_HASH_CHUNK):
                 digest.update(chunk)
-        return {"file": self.path.name, "bytes": self.path.stat().st_size, "sha256": digest.hexdigest()}
+        # A name may be of any bytes, a manifest is UTF-8.
+        name = os.fsencode(self.path.name).decode("utf-8", "backslashreplace")
+        return {"file": name, "bytes": self.path.stat().st_size, "sha256": digest.hexdigest()}
 
-    def rows(self, on_empty: Any) -> Iterator[tuple[str, bool]]:
-        settings = self.settings
-        return read_rows(self.path, split_by=settings.split_by, text_column=settings.text_column, on_empty=on_empty)
+    def rows(self, on_empty: Any, malformed: Counter[str] | None) -> Iterator[tuple[str, bool]]:
+        return read_rows(
+            self.path,
+            split_by=self.settings.split_by,
+            text_column=self.settings.text_column,
+            on_empty=on_empty,
+            malformed=malformed,
+        )
 
-    def records(self) -> Iterator[tuple[str | None, Any]]:
-        return read_records(self.path, text_column=self.settings.text_column, key_column=self.settings.key_column)
+    def records(self, malformed: Counter[str] | None) -> Iterator[tuple[str | None, Any]]:
+        return read_records(
+            self.path,
+            text_column=self.settings.text_column,
+            key_column=self.settings.key_column,
+            malformed=malformed,
+        )
 
 
 @dataclass(frozen=True)
@@ -185,11 +195,11 @@ class _Speeches:
     def described(self) -> dict[str, Any]:
         return {"package": DEFAULT_CORPUS, "version": metadata.version(DEFAULT_CORPUS), "part": self.name}
 
-    def rows(self, _on_empty: Any) -> Iterator[tuple[str, bool]]:
+    def rows(self, _on_empty: Any, _malformed: Counter[str] | None) -> Iterator[tuple[str, bool]]:
         for table in arrow_batches(load_corpus(self.name, split_by=self.settings.split_by)):
             yield from zip(table["text"].to_pylist(), table["ends_document"].to_pylist(), strict=True)
 
-    def records(self) -> Iterator[tuple[str | None, Any]]:
+    def records(self, _malformed: Counter[str] | None) -> Iterator[tuple[str | None, Any]]:
         raise SettingsError(f"the rows of {self.name!r} are documents, not sentences")
 
 
@@ -202,12 +212,12 @@ class _Hub:
     def described(self) -> dict[str, Any]:
         return {**self.dataset._asdict(), "commit": self.commit, "split": self.settings.hub_split}
 
-    def rows(self, on_empty: Any) -> Iterator[tuple[str, bool]]:
-        for text, _ in self.records():
+    def rows(self, on_empty: Any, malformed: Counter[str] | None) -> Iterator[tuple[str, bool]]:
+        for text, _ in self.records(malformed):
             yield from split_text([text or ""], self.settings.split_by, on_empty)
 
-    def records(self) -> Iterator[tuple[str | None, Any]]:
-        import datasets
+    def records(self, _malformed: Counter[str] | None) -> Iterator[tuple[str | None, Any]]:
+        import datasets  # which checks the rows itself: they have one schema
 
         name, config, revision = self.dataset
         text_column, key_column = self.settings.text_column, self.settings.key_column
@@ -226,6 +236,7 @@ class _Hub:
 @contextlib.contextmanager
 def _on_the_hub(name: str) -> Iterator[None]:
     """Turn what can go wrong between here and the Hub into one line."""
+    from huggingface_hub import constants as hub_constants
     from huggingface_hub.errors import HfHubHTTPError, HFValidationError
 
     try:
@@ -239,8 +250,9 @@ def _on_the_hub(name: str) -> Iterator[None]:
         raise DataError(f"no file or folder {name} here, and it is no name of a Hub dataset") from error
     # The bases are OSError, and the root of the errors of whichever HTTP library this version of the Hub's client uses.
     except HfHubHTTPError.__bases__ as error:  # pyright: ignore[reportGeneralTypeIssues]
+        why = " (HF_HUB_OFFLINE is set)" if hub_constants.HF_HUB_OFFLINE else ""
         raise DataError(
-            f"no file or folder {name} here, and the Hugging Face Hub cannot be reached for a dataset of this name"
+            f"no file or folder {name} here, and the Hugging Face Hub cannot be reached for a dataset of this name{why}"
         ) from error
     except ValueError as error:  # no such configuration, no such split
         raise DataError(f"{name}: {' '.join(str(error).split())}") from error
@@ -250,10 +262,17 @@ def _found(name: str, settings: ReadSettings) -> list[Any]:
     if name.partition(":")[0] == DEFAULT_CORPUS:
         load_corpus(name)
         return [_Speeches(name, settings)]
-    dataset = None if Path(name).expanduser().exists() else hub_dataset(name)
+    dataset = None if _is_here(name) else hub_dataset(name)
     if dataset is None:
         return [_File(path, settings) for path in files_of(name)]
     return [_Hub(dataset, _commit_of(dataset, name), settings)]
+
+
+def _is_here(name: str) -> bool:
+    try:
+        return Path(name).expanduser().exists()
+    except (OSError, RuntimeError):  # too long, or ~somebody: `files_of` says so
+        return True
 
 
 def hub_dataset(name: str) -> HubDataset | None:

@@ -12,7 +12,6 @@ from __future__ import annotations
 import os
 from typing import Any
 
-import numpy as np
 from datasets import Dataset
 from transformers import PreTrainedTokenizerBase
 
@@ -22,7 +21,8 @@ from cottention.data.shards import Corpus, is_corpus, open_corpus
 from cottention.data.tokenization import tokenize_documents
 from cottention.data.tokenizer import load_tokenizer
 from cottention.errors import DataError, SettingsError
-from cottention.training.recipe_sections import GPTDataSettings
+from cottention.training.recipe_sections import DataSettings, GPTDataSettings
+from cottention.training.splits import hold_out
 
 TRAINED = "train"
 """`data.tokenizer` of a recipe that trains its own, or takes that of its corpus of tokens."""
@@ -64,11 +64,16 @@ def corpus_tokens(
         return *hold_out(corpus.dataset, settings.validation, seed), tokenizer
     held_out = token_corpus(settings.validation)
     if held_out is None:
-        documents = open_source(settings.validation, split_by=settings.split_by, text_column=settings.text_column)
+        documents = open_source(settings.validation, **reading_options(settings))
         return corpus.dataset, tokenize_documents(documents, tokenizer), tokenizer
     if _hash(_tokenizer_of(held_out)) != _hash(tokenizer):
         raise SettingsError(f"{held_out.path} was made with another tokenizer than {corpus.path}; tokenise it again")
     return corpus.dataset, held_out.dataset, tokenizer
+
+
+def reading_options(settings: DataSettings) -> dict[str, Any]:
+    """How a recipe wants its text read, as `open_source` takes it."""
+    return {name: getattr(settings, name) for name in ("split_by", "text_column", "skip_malformed")}
 
 
 def open_source(source: str | list[str] | os.PathLike[str], **options: Any) -> Dataset:
@@ -84,39 +89,6 @@ def open_source(source: str | list[str] | os.PathLike[str], **options: Any) -> D
     if isinstance(source, str) and is_corpus(source):
         return open_corpus(source, kind="gpt-text").dataset
     return load_corpus(source, **options)
-
-
-def hold_out(documents: Dataset, fraction: float, seed: int, least: int = 1) -> tuple[Dataset, Dataset]:
-    """Split at random by whole documents.
-
-    Args:
-        documents: rows of text or tokens with the column ends_document; a long document has several.
-        fraction: of the documents, to hold out.
-        seed: decides which.
-        least: documents on each side, at least.
-
-    Raises:
-        DataError: there are too few documents.
-    """
-    numbers = _document_numbers(documents)
-    num_documents = int(numbers[-1]) + 1
-    if num_documents < 2 * least:
-        has, none = ("one document", "nothing") if num_documents == 1 else (f"{num_documents} documents", "no two")
-        raise DataError(
-            f"the corpus is {has}, of which {none} can be held out: set data.split_by to paragraph or line, "
-            "or name another text as data.validation"
-        )
-    num_held_out = min(max(least, round(fraction * num_documents)), num_documents - least)
-    is_held_out = np.zeros(num_documents, dtype=bool)
-    is_held_out[np.random.default_rng(seed).permutation(num_documents)[:num_held_out]] = True
-    rows = is_held_out[numbers]
-    return documents.select(np.flatnonzero(~rows)), documents.select(np.flatnonzero(rows))
-
-
-def _document_numbers(documents: Dataset) -> np.ndarray:
-    """To which document each row belongs."""
-    ends = np.asarray(documents.with_format("numpy")["ends_document"][:], dtype=bool)
-    return np.cumsum(ends) - ends
 
 
 def _tokenizer_of(corpus: Corpus) -> PreTrainedTokenizerBase:

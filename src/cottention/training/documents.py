@@ -7,7 +7,6 @@ tokenizer = open_tokenizer(recipe, train, run_dir)
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
 
 from datasets import Dataset
 from transformers import PreTrainedTokenizerBase
@@ -15,9 +14,10 @@ from transformers import PreTrainedTokenizerBase
 from cottention.data.corpus import DEFAULT_CORPUS, load_corpus
 from cottention.data.tokenizer import load_tokenizer, train_tokenizer
 from cottention.logging import get_logger
-from cottention.training.corpora import TRAINED, hold_out, open_source
+from cottention.training.corpora import TRAINED, open_source, reading_options
 from cottention.training.recipe import Recipe
 from cottention.training.recipe_sections import DataSettings
+from cottention.training.splits import hold_out
 
 logger = get_logger(__name__)
 
@@ -33,7 +33,7 @@ def open_documents(settings: DataSettings, *, seed: int, least: int = 1) -> tupl
     Raises:
         DataError: a source cannot be read, or has too few documents to hold some out.
     """
-    options: dict[str, Any] = {"split_by": settings.split_by, "text_column": settings.text_column}
+    options = reading_options(settings)
     limited = {**options, "max_document_chars": settings.max_document_chars}
     if isinstance(settings.validation, (int, float)):
         if settings.source == DEFAULT_CORPUS:

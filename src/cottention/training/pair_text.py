@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pyarrow.compute as pc
 from datasets import Dataset
 from transformers import PreTrainedTokenizerBase
 
@@ -28,6 +29,7 @@ from cottention.errors import DataError, SettingsError
 from cottention.training.corpora import TRAINED
 from cottention.training.documents import open_documents, open_tokenizer
 from cottention.training.recipe import BertRecipe
+from cottention.training.splits import choose
 
 _SENTENCES, _PAIRS = "bert-sentences", "bert-pairs"
 _NEEDED = ("cls_token", "sep_token", "mask_token", "pad_token")
@@ -96,7 +98,8 @@ def _from_corpora(
     seed, validation = recipe.training.seed, recipe.data.validation
     by_length = [_pairs_of(corpora, length, tokenizer, seed, "data.source") for length in lengths]
     if isinstance(validation, (int, float)):
-        split = [[_held_out_rows(part, origin, validation, seed) for part, origin in parts] for parts in by_length]
+        held_out_documents = _held_out_documents([part for parts in by_length for part in parts], validation, seed)
+        split = [[_rows_of(part, held_out_documents[origin]) for part, origin in parts] for parts in by_length]
         train = [
             [_selected(part, ~rows) for (part, _), rows in zip(parts, held, strict=True)]
             for parts, held in zip(by_length, split, strict=True)
@@ -174,14 +177,44 @@ def _origin(manifest: dict[str, Any]) -> str:
     return hash_of(repr(sorted((name, str(manifest[name])) for name in ("kind", "settings", "rows"))))
 
 
-def _held_out_rows(pairs: Dataset, origin: str, fraction: float, seed: int) -> np.ndarray:
-    """Which rows are of held-out documents: a question of seed, text and document number, so the same at any length."""
-    chosen = []
-    for table in arrow_batches(pairs.select_columns(["document"])):
-        numbers, rows = np.unique(table["document"].to_numpy(), return_inverse=True)
-        keys = [hash_of(f"{seed} {origin} {number}")[:12] for number in numbers]
-        chosen.append((np.array([int(key, 16) for key in keys]) < fraction * 16**12)[rows])
-    return np.concatenate(chosen)
+def _held_out_documents(parts: list[tuple[Dataset, str]], fraction: float, seed: int) -> dict[str, np.ndarray]:
+    """Which documents of each text are held out: a question of seed, text and number, so the same at any length."""
+    origins = list(dict.fromkeys(origin for _, origin in parts))
+    found = [(origin, *_documents_of([part for part, other in parts if other == origin])) for origin in origins]
+    draws = np.array([_draw(seed, origin, number) for origin, numbers, _ in found for number in numbers])
+    num_drawn = int((draws < fraction).sum())
+    if not num_drawn:
+        raise DataError(
+            f"the held-out text holds no sentence pair: data.validation = {fraction:g} of {len(draws):,} documents is "
+            "none; ask for more, or name another text as data.validation"
+        )
+    sizes = np.concatenate([size for *_, size in found])
+    chosen = choose(sizes, np.argsort(draws, kind="stable"), fraction, num_held_out=num_drawn)
+    ends = np.cumsum([len(numbers) for _, numbers, _ in found])[:-1]
+    return {origin: numbers[held] for (origin, numbers, _), held in zip(found, np.split(chosen, ends), strict=True)}
+
+
+def _draw(seed: int, origin: str, number: int) -> float:
+    return int(hash_of(f"{seed} {origin} {number}")[:12], 16) / 16**12
+
+
+def _documents_of(parts: list[Dataset]) -> tuple[np.ndarray, np.ndarray]:
+    """Numbers of the documents in pairs of one text, in order, and their tokens."""
+    documents, tokens = [], []
+    for part in parts:
+        for table in arrow_batches(part.select_columns(["document", "first", "second"])):
+            lengths = sum(pc.list_value_length(table[name]).to_numpy() for name in ("first", "second"))  # pyright: ignore
+            numbers, rows = np.unique(table["document"].to_numpy(), return_inverse=True)
+            documents.append(numbers)
+            tokens.append(np.bincount(rows, weights=lengths))
+    numbers, rows = np.unique(np.concatenate([np.empty(0, dtype=np.int64), *documents]), return_inverse=True)
+    return numbers, np.bincount(rows, weights=np.concatenate([np.empty(0), *tokens]), minlength=len(numbers))
+
+
+def _rows_of(pairs: Dataset, documents: np.ndarray) -> np.ndarray:
+    """Which rows are of these documents."""
+    tables = arrow_batches(pairs.select_columns(["document"]))
+    return np.concatenate([np.isin(table["document"].to_numpy(), documents) for table in tables])
 
 
 def _selected(pairs: Dataset, rows: np.ndarray) -> Dataset:

