@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
-from typing import AnyStr
+from typing import Any, AnyStr
 
 from cottention.errors import DataError, did_you_mean
 
@@ -62,13 +62,15 @@ def numbered_lines(
         what: what a line should be.
         malformed: where longer lines are counted; None: one is refused.
     """
-    held: list[AnyStr] = []
+    held: list[Any] = []  # a type checker cannot tell that all are of one type
+    empty: Any = newline[:0]
     num_held, number, is_left_out = 0, 1, False
     for chunk in chunks:
-        for index, piece in enumerate(chunk.split(newline)):
+        pieces: list[Any] = chunk.split(newline)
+        for index, piece in enumerate(pieces):
             if index:  # the line before ends here
                 if not is_left_out:
-                    yield number, held[0] if len(held) == 1 else newline[:0].join(held)
+                    yield number, held[0] if len(held) == 1 else empty.join(held)
                 held, num_held, number, is_left_out = [], 0, number + 1, False
             if is_left_out or not piece:
                 continue
@@ -79,7 +81,7 @@ def numbered_lines(
                 leave_out(MalformedError("too_long", message), malformed)
                 held, is_left_out = [], True
     if held:
-        yield number, newline[:0].join(held)
+        yield number, empty.join(held)
 
 
 def described_malformed(counts: Mapping[str, int]) -> str | None:
