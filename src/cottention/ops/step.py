@@ -35,6 +35,10 @@ def cosine_attention_step(
 
     S_t = S_{t-1} + k_hat_t (v_t / max(c_t ** sigmoid(m), 1))^T;  o_t = S_t^T q_hat_t
 
+    Each step rounds the state once, and a state has no room for what that loses: in float32 it is off by 1e-6 of its
+    largest entry after 1,000 tokens, 1e-5 after 100,000 and 3e-5 after a million. Where that is too much, give
+    `cosine_attention` the tokens in blocks, or the step float64 tensors.
+
     Args:
         q: `[B, H, K]`, or `[B, 1, H, K]` as `cosine_attention` takes it; float64, float32, bfloat16 or float16.
         k: like q.

@@ -29,6 +29,8 @@ struct Range {  // a range of tokens of one sequence and head
     Divisor divisor;
     const float* state;  // [K, V] before the range (gradients: after it); null: zeros
     float* state_out;    // [K, V] after the range (gradients: before it), or null
+    uint16_t* lost;      // room for what rounding takes from a sum, see product.h: round_up(K) x round_up(V) to 16
+    bool continues;      // lost holds what the range before it left there
     double* dp;          // the share of dp, or null
 };
 

@@ -50,9 +50,22 @@ struct State {
     }
     // How far a sum over `depth` numbers of the state has to go.
     int64_t depth_of(int64_t depth) const { return is_zero ? 0 : depth; }
+};
+
+// A state that tokens are added to, with what rounding took from it in the range's memory.
+struct Sum : State {
+    uint16_t* lost;
+
+    Sum(Scratch& scratch, const Range& range, int64_t K, int64_t V) : State(scratch, K, V), lost(range.lost) {
+        if (!range.continues) memset(lost, 0, size_t(round_up(K, kWidth) * ld) * sizeof *lost);
+    }
     // += x^T y for n tokens of x [n, K] and y [n, V].
     void add(const Block& x, const Block& y, int64_t n, Ahead& ahead) {
-        multiply(K, ld, {x.data, 1, x.ld, y.data, y.ld, n}, data, ld, true, ahead);
+        add<MultiplyAdd>({x.data, 1, x.ld, y.data, y.ld, n}, ahead);
+    }
+    template <class Arithmetic>
+    void add(const Product& product, Ahead& ahead) {
+        multiply<Arithmetic>(K, ld, product, data, lost, ld, ahead);
         is_zero = false;
     }
 };

@@ -130,7 +130,7 @@ class Plan {
         const int64_t size = kernels.scratch_size(call.K, call.V, chunk_);
         std::atomic<bool> failed{false};
         auto body = [&](int64_t i) {
-            float* scratch = scratch_of_thread.at_least(size + heads_ * state_size());
+            float* scratch = scratch_of_thread.at_least(size + heads_ * (waiting_size() + lost_size()));
             if (scratch == nullptr) {
                 failed = true;
             } else {
@@ -144,7 +144,7 @@ class Plan {
     // Run a kernel over the tokens of a task, its heads taking turns every kTurn tokens: heads lie side by side in
     // memory, so that pages and what the hardware fetches beside a line are used by all of them. `set(range, head)`
     // fills in the states at both ends; between turns a running state waits in scratch, while a fixed one is the same
-    // at every token.
+    // at every token. Beside the state waits what rounding took from it.
     struct Way {
         bool over_queries, reversed, fixed;
     };
@@ -167,9 +167,11 @@ class Plan {
             for (int64_t head = task.first_head; head < task.last_head; head++) {
                 Range r = range(piece.sequence, head, t0, t1, real_before);
                 set(r, head);
-                float* own = waiting + (head - task.first_head) * state_size();
+                float* own = waiting + (head - task.first_head) * (waiting_size() + lost_size());
                 if (i > 0 && !way.fixed) r.state = own;
                 if (i < turns - 1 && !way.fixed) r.state_out = own;
+                r.lost = reinterpret_cast<uint16_t*>(own + waiting_size());
+                r.continues = i > 0;
                 kernel(r, scratch);
             }
             if (!way.reversed) real_before += here;
@@ -182,6 +184,10 @@ class Plan {
   private:
     static constexpr int64_t kTurn = 512;
     static constexpr int64_t kMaxHeads = 16;
+
+    // Floats of a state in scratch, and of what rounding took from it: half as many bytes, rows and columns padded.
+    int64_t waiting_size() const { return (state_size() + 15) / 16 * 16; }
+    int64_t lost_size() const { return (call.K + 15) / 16 * 16 * ((call.V + 15) / 16 * 16) / 2; }
 
     void choose_chunk() {
         // 32 tokens: scores cost little beside the states, and all of it fits the first cache. Measured fastest or near

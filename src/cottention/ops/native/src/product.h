@@ -2,6 +2,10 @@
 //
 //     c[i, n] (+)= sum_k a[i, k] b[k, n]      a at any strides, b and c with unit stride along n
 //
+// A sum over many products loses its last bits at each of them: 5e-5 of it after a million tokens. So what is added to
+// comes with what rounding took from it, `lost`, which the next product starts from (W. Kahan, "Further remarks on
+// reducing truncation errors", 1965). Eight bits of that are enough, and keep the memory that it needs small.
+//
 // The vectors run along n. A tile has `rows` x `vectors` accumulators, as many as the registers hold beside one row
 // of b and the broadcast of a. All right-hand sides are scratch whose rows are padded to whole vectors.
 #pragma once
@@ -39,14 +43,17 @@ struct MultiplyAdd {
     static inline Vector::F apply(Vector::F a, Vector::F b, Vector::F c) { return Vector::fma(a, b, c); }
 };
 
+inline Vector::F load_lost(const uint16_t* p) { return Vector::load(reinterpret_cast<const BFloat16*>(p)); }
+
+// c = the products or, where there is `lost`, c + lost += the products.
 template <class Arithmetic, int kRows, int kVectors>
-void tile(const Product* products, int num_products, float* c, int64_t ld, bool accumulate) {
+void tile(const Product* products, int num_products, float* c, uint16_t* lost, int64_t ld) {
     Vector::F sums[kRows][kVectors];
 #pragma GCC unroll 16
     for (int i = 0; i < kRows; i++)
 #pragma GCC unroll 4
         for (int j = 0; j < kVectors; j++)
-            sums[i][j] = accumulate ? Vector::load(c + i * ld + j * kWidth) : Vector::zero();
+            sums[i][j] = lost == nullptr ? Vector::zero() : load_lost(lost + i * ld + j * kWidth);
     for (int p = 0; p < num_products; p++) {
         const float *a = products[p].a, *b = products[p].b;
         const int64_t row = products[p].row, step = products[p].step, ld_b = products[p].ld;
@@ -64,13 +71,25 @@ void tile(const Product* products, int num_products, float* c, int64_t ld, bool 
             b += ld_b;
         }
     }
+    if (lost == nullptr) {
+#pragma GCC unroll 16
+        for (int i = 0; i < kRows; i++)
+#pragma GCC unroll 4
+            for (int j = 0; j < kVectors; j++) Vector::store(c + i * ld + j * kWidth, sums[i][j]);
+        return;
+    }
 #pragma GCC unroll 16
     for (int i = 0; i < kRows; i++)
 #pragma GCC unroll 4
-        for (int j = 0; j < kVectors; j++) Vector::store(c + i * ld + j * kWidth, sums[i][j]);
+        for (int j = 0; j < kVectors; j++) {
+            const int64_t at = i * ld + j * kWidth;
+            const Vector::F before = Vector::load(c + at), after = Vector::add(before, sums[i][j]);
+            Vector::store(c + at, after);
+            Vector::store_lost(lost + at, Vector::sub(sums[i][j], Vector::sub(after, before)));
+        }
 }
 
-typedef void (*Tile)(const Product*, int, float*, int64_t, bool);
+typedef void (*Tile)(const Product*, int, float*, uint16_t*, int64_t);
 
 template <int... kIs>
 struct Sequence {};
@@ -108,11 +127,11 @@ struct Blocks {
     int64_t start(int64_t i) const { return total * i / count; }
 };
 
-// c [rows, columns] (+)= the products; `columns` in whole vectors. `narrow(i0, i1, product index, Product&)` may
-// shorten a product for the rows i0 .. i1, which is how triangles are skipped.
+// c [rows, columns] = the products, or c + lost += them where there is `lost`; `columns` in whole vectors.
+// `narrow(i0, i1, product index, Product&)` may shorten a product for the rows i0 .. i1: so triangles are skipped.
 template <class Arithmetic = MultiplyAdd, class Narrow>
-void multiply(int64_t rows, int64_t columns, const Product* products, int num_products, float* c, int64_t ld,
-              bool accumulate, Ahead& ahead, Narrow narrow) {
+void multiply(int64_t rows, int64_t columns, const Product* products, int num_products, float* c, uint16_t* lost,
+              int64_t ld, Ahead& ahead, Narrow narrow) {
     for (int64_t n = 0; n < columns;) {
         const int vectors = int(smaller((columns - n) / kWidth, kMaxVectors));
         const Blocks blocks(rows, max_rows(vectors));
@@ -126,16 +145,18 @@ void multiply(int64_t rows, int64_t columns, const Product* products, int num_pr
                 narrow(i0, i1, p, moved[p]);
             }
             ahead.some();
-            pick_tile<Arithmetic>(int(i1 - i0), vectors)(moved, num_products, c + i0 * ld + n, ld, accumulate);
+            const int64_t at = i0 * ld + n;
+            uint16_t* lost_there = lost == nullptr ? nullptr : lost + at;
+            pick_tile<Arithmetic>(int(i1 - i0), vectors)(moved, num_products, c + at, lost_there, ld);
         }
         n += vectors * kWidth;
     }
 }
 
 template <class Arithmetic = MultiplyAdd>
-inline void multiply(int64_t rows, int64_t columns, const Product& product, float* c, int64_t ld, bool accumulate,
+inline void multiply(int64_t rows, int64_t columns, const Product& product, float* c, uint16_t* lost, int64_t ld,
                      Ahead& ahead) {
-    multiply<Arithmetic>(rows, columns, &product, 1, c, ld, accumulate, ahead, [](int64_t, int64_t, int, Product&) {});
+    multiply<Arithmetic>(rows, columns, &product, 1, c, lost, ld, ahead, [](int64_t, int64_t, int, Product&) {});
 }
 
 // c [n, n] = tril(a b), b [depth, n]: whole vectors right of the diagonal are skipped, the rest beside it zeroed.
@@ -153,7 +174,7 @@ inline void multiply_lower(int64_t n, const Product& product, float* c, int64_t 
             moved.a += i0 * moved.row;
             moved.b += j * kWidth;
             ahead.some();
-            pick_tile<Arithmetic>(int(i1 - i0), vectors)(&moved, 1, c + i0 * ld + j * kWidth, ld, false);
+            pick_tile<Arithmetic>(int(i1 - i0), vectors)(&moved, 1, c + i0 * ld + j * kWidth, nullptr, ld);
             j += vectors;
         }
         for (int64_t i = i0; i < i1; i++)

@@ -11,15 +11,23 @@
 
 namespace {
 
-void add_to(float* sum, const float* x, int64_t n) {
-    for (int64_t i = 0; i < n; i++) sum[i] += x[i];
+// Sums over pieces run in double: they may be many, and the first of them large.
+typedef std::vector<double> Doubles;
+
+void add_to(Doubles& sum, const float* x) {
+    for (size_t i = 0; i < sum.size(); i++) sum[i] += x[i];
+}
+
+void store(float* to, const Doubles& sum) {
+    for (size_t i = 0; i < sum.size(); i++) to[i] = float(sum[i]);
 }
 
 // Turns the pieces' own states into those that each starts from: `initial` of its sequence and all pieces before it
 // (reversed: after it).
 void sum_before(const Plan& plan, const Floats& states, int64_t initial, bool reversed) {
     const int64_t size = plan.state_size(), num = plan.num_pieces();
-    const Floats running = floats(size), own = floats(size);
+    const Floats own = floats(size);
+    Doubles running(size_t(size), 0.0);
     for (int64_t head = 0; head < plan.call.H; head++) {
         for (int64_t j = 0; j < num; j++) {
             const int64_t i = reversed ? num - 1 - j : j;
@@ -27,11 +35,12 @@ void sum_before(const Plan& plan, const Floats& states, int64_t initial, bool re
             float* state = plan.state_of(states, i, head);
             if (reversed ? piece.is_last : piece.is_first) {
                 const float* start = plan.state_of(initial, piece.sequence, head);
-                for (int64_t d = 0; d < size; d++) running[size_t(d)] = start == nullptr ? 0 : start[d];
+                running.assign(size_t(size), 0.0);
+                if (start != nullptr) add_to(running, start);
             }
             memcpy(own.get(), state, size_t(size) * sizeof(float));
-            memcpy(state, running.get(), size_t(size) * sizeof(float));
-            add_to(running.get(), own.get(), size);
+            store(state, running);
+            add_to(running, own.get());
         }
     }
 }
@@ -63,17 +72,15 @@ Floats starting_states(const Plan& plan, bool of_gradients) {
 
 // Sums over all tokens into total [N, H, K, V].
 void whole_states(const Plan& plan, bool of_gradients, float* total) {
-    const int64_t size = plan.state_size();
-    const Floats states = floats(plan.num_pieces() * plan.call.H * size);
+    const int64_t size = plan.call.H * plan.state_size();
+    const Floats states = floats(plan.num_pieces() * size);
     own_states(plan, of_gradients, states);
+    Doubles sum;
     for (int64_t i = 0; i < plan.num_pieces(); i++) {
         const Piece& piece = plan.piece(i);
-        float* sum = total + piece.sequence * plan.call.H * size;
-        if (piece.is_first) {
-            memcpy(sum, plan.state_of(states, i, 0), size_t(plan.call.H * size) * sizeof(float));
-        } else {
-            add_to(sum, plan.state_of(states, i, 0), plan.call.H * size);
-        }
+        if (piece.is_first) sum.assign(size_t(size), 0.0);
+        add_to(sum, plan.state_of(states, i, 0));
+        if (piece.is_last) store(total + piece.sequence * size, sum);
     }
 }
 

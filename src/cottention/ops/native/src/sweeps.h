@@ -36,7 +36,7 @@ inline const auto keep_upper = [](int64_t i0, int64_t i1, int p, Product& produc
 void key_state(const Range& range, float* memory) {
     Scratch scratch(memory);
     const Block k = scratch.rows(range.chunk, range.K), v = scratch.rows(range.chunk, range.V);
-    State state(scratch, range.K, range.V);
+    Sum state(scratch, range, range.K, range.V);
     state.load(range.state);
     UnitScale scale;
     Ahead ahead;
@@ -59,7 +59,7 @@ void key_state(const Range& range, float* memory) {
 void query_state(const Range& range, float* memory) {
     Scratch scratch(memory);
     const Block q = scratch.rows(range.chunk, range.K), g = scratch.rows(range.chunk, range.V);
-    State state(scratch, range.K, range.V);
+    Sum state(scratch, range, range.K, range.V);
     state.load(range.state);
     UnitScale scale;
     Ahead ahead;
@@ -78,7 +78,7 @@ void query_state(const Range& range, float* memory) {
 void causal_forward(const Range& range, float* memory) {
     const int64_t C = range.chunk, K = range.K;
     Scratch scratch(memory);
-    State state(scratch, K, range.V);
+    Sum state(scratch, range, K, range.V);
     const Block q = scratch.rows(C, K), k = scratch.rows(C, K), v = scratch.rows(C, range.V);
     const Block o = scratch.rows(C, range.V);
     float *k_transposed = scratch.take(C * k.ld), *scores = scratch.take(C * C + 16);
@@ -102,7 +102,7 @@ void causal_forward(const Range& range, float* memory) {
         transpose_rows(k_transposed, C, k.data, k.ld, n);
         multiply_lower(n, {q.data, q.ld, 1, k_transposed, C, K}, scores, C, ahead);
         const Product products[] = {times(q, state, K), {scores, C, 1, v.data, v.ld, n}};
-        multiply(n, o.ld, products, 2, o.data, o.ld, false, ahead, keep_lower);
+        multiply(n, o.ld, products, 2, o.data, nullptr, o.ld, ahead, keep_lower);
         store_rows(range.o, range.dtype, t, n, range.query_mask, o);
         if (t + C < range.tokens || range.state_out != nullptr) state.add(k, v, n, ahead);
     }
@@ -112,13 +112,12 @@ void causal_forward(const Range& range, float* memory) {
 void causal_backward_q(const Range& range, float* memory) {
     const int64_t C = range.chunk, K = range.K, V = range.V;
     Scratch scratch(memory);
-    State state(scratch, V, K);  // transposed
+    State upright(scratch, K, V);
+    Sum state(scratch, range, V, K);  // transposed
     const Block q = scratch.rows(C, K), k = scratch.rows(C, K), v = scratch.rows(C, V), g = scratch.rows(C, V);
     const Block dq = scratch.rows(C, K);
     float *v_transposed = scratch.take(C * v.ld), *dscores = scratch.take(C * C + 16);
-    State upright(scratch, K, V);
     upright.load(range.state);
-    clear(state.data, round_up(V, kWidth) * state.ld);
     upright.transpose_to(state);
     UnitScale q_scale, k_scale;
     Ahead ahead;
@@ -141,7 +140,7 @@ void causal_backward_q(const Range& range, float* memory) {
         transpose_rows(v_transposed, C, v.data, v.ld, n);
         multiply_lower(n, {g.data, g.ld, 1, v_transposed, C, V}, dscores, C, ahead);
         const Product products[] = {times(g, state, V), {dscores, C, 1, k.data, k.ld, n}};
-        multiply(n, dq.ld, products, 2, dq.data, dq.ld, false, ahead, keep_lower);
+        multiply(n, dq.ld, products, 2, dq.data, nullptr, dq.ld, ahead, keep_lower);
         store_unit_gradient(range.dq, range.dtype, t, n, range.query_mask, dq, q, q_scale);
         if (t + C < range.tokens || range.state_out != nullptr) state.add(v, k, n, ahead);
     }
@@ -153,7 +152,8 @@ void causal_backward_q(const Range& range, float* memory) {
 void causal_backward_kv(const Range& range, float* memory) {
     const int64_t C = range.chunk, K = range.K, V = range.V;
     Scratch scratch(memory);
-    State after(scratch, K, V), after_transposed(scratch, V, K);
+    Sum after(scratch, range, K, V);
+    State after_transposed(scratch, V, K);
     const Block q = scratch.rows(C, K), k = scratch.rows(C, K), v = scratch.rows(C, V), g = scratch.rows(C, V);
     const Block dk = scratch.rows(C, K), dv = scratch.rows(C, V);
     float *k_transposed = scratch.take(C * k.ld), *v_transposed = scratch.take(C * v.ld);
@@ -185,8 +185,8 @@ void causal_backward_kv(const Range& range, float* memory) {
         multiply_lower(n, {g.data, g.ld, 1, v_transposed, C, V}, dscores, C, ahead);
         const Product for_k[] = {times(v, after_transposed, V), {dscores, 1, C, q.data, q.ld, n}};
         const Product for_v[] = {times(k, after, K), {scores, 1, C, g.data, g.ld, n}};
-        multiply(n, dk.ld, for_k, 2, dk.data, dk.ld, false, ahead, keep_upper);
-        multiply(n, dv.ld, for_v, 2, dv.data, dv.ld, false, ahead, keep_upper);
+        multiply(n, dk.ld, for_k, 2, dk.data, nullptr, dk.ld, ahead, keep_upper);
+        multiply(n, dv.ld, for_v, 2, dv.data, nullptr, dv.ld, ahead, keep_upper);
         store_key_gradients(range, t, n, dk, dv, k, v, k_scale, weights);
         if (t > 0 || range.state_out != nullptr) after.add(q, g, n, ahead);
         if (t > 0) after.transpose_to(after_transposed);
@@ -208,7 +208,7 @@ void full_forward(const Range& range, float* memory) {
         ahead.clear();
         ask(ahead, range, range.o, t, range.V, true);
         ask(ahead, range, range.q, t + C, range.K, false);
-        multiply(n, o.ld, times(q, state, range.K), o.data, o.ld, false, ahead);
+        multiply(n, o.ld, times(q, state, range.K), o.data, nullptr, o.ld, ahead);
         store_rows(range.o, range.dtype, t, n, range.query_mask, o);
     }
 }
@@ -230,7 +230,7 @@ void full_backward_q(const Range& range, float* memory) {
         ask(ahead, range, range.dq, t, range.K, true);
         ask(ahead, range, range.q, t + C, range.K, false);
         ask(ahead, range, range.grad, t + C, range.V, false);
-        multiply(n, dq.ld, times(g, transposed, range.V), dq.data, dq.ld, false, ahead);
+        multiply(n, dq.ld, times(g, transposed, range.V), dq.data, nullptr, dq.ld, ahead);
         store_unit_gradient(range.dq, range.dtype, t, n, range.query_mask, dq, q, scale);
     }
 }
@@ -256,8 +256,8 @@ void full_backward_kv(const Range& range, float* memory) {
         ask(ahead, range, range.dv, t, range.V, true);
         ask(ahead, range, range.k, t + C, range.K, false);
         ask(ahead, range, range.v, t + C, range.V, false);
-        multiply(n, dk.ld, times(v, transposed, range.V), dk.data, dk.ld, false, ahead);
-        multiply(n, dv.ld, times(k, after, range.K), dv.data, dv.ld, false, ahead);
+        multiply(n, dk.ld, times(v, transposed, range.V), dk.data, nullptr, dk.ld, ahead);
+        multiply(n, dv.ld, times(k, after, range.K), dv.data, nullptr, dv.ld, ahead);
         store_key_gradients(range, t, n, dk, dv, k, v, scale, weights);
     }
 }

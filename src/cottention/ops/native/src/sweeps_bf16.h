@@ -14,9 +14,8 @@ namespace {
 inline bool suits_pairs(const Range& range) { return range.dtype == 1 && range.tokens >= 16; }
 
 // S += x^T y for n tokens, both interleaved.
-inline void add_to(State& state, const Words& x, const Words& y, int64_t n, Ahead& ahead) {
-    multiply<DotPairs>(state.K, state.ld, product(x.left_transposed(pairs(n)), y), state.data, state.ld, true, ahead);
-    state.is_zero = false;
+inline void add_to(Sum& state, const Words& x, const Words& y, int64_t n, Ahead& ahead) {
+    state.add<DotPairs>(product(x.left_transposed(pairs(n)), y), ahead);
 }
 
 // The second product's left side is a lower triangle in pairs, or its transpose.
@@ -50,7 +49,7 @@ void key_state(const Range& range, float* memory) {
     if (!suits_pairs(range)) return kernels_avx512.key_state(range, memory);
     const int64_t C = range.chunk, K = range.K, V = range.V;
     Scratch scratch(memory);
-    State state(scratch, K, V);
+    Sum state(scratch, range, K, V);
     const Words k_rows = take_rows(scratch, C, K), v_rows = take_rows(scratch, C, V);
     const Words k_pairs = take_interleaved(scratch, C, K), v_pairs = take_interleaved(scratch, C, V);
     state.load(range.state);
@@ -88,7 +87,7 @@ void causal_forward(const Range& range, float* memory) {
     if (!suits_pairs(range)) return kernels_avx512.causal_forward(range, memory);
     const int64_t C = range.chunk, K = range.K, V = range.V;
     Scratch scratch(memory);
-    State state(scratch, K, V);
+    Sum state(scratch, range, K, V);
     const Words state_pairs = take_interleaved(scratch, K, V);
     const Block o = scratch.rows(C, V);
     const Words q_rows = take_rows(scratch, C, K), k_rows = take_rows(scratch, C, K), v_rows = take_rows(scratch, C, V);
@@ -123,7 +122,7 @@ void causal_forward(const Range& range, float* memory) {
         round_lower(score_rows, scores, C, n);
         const Product products[] = {product(q_rows.left(state.depth_of(pairs(K))), state_pairs),
                                     product(score_rows.left(pairs(n)), v_pairs)};
-        multiply<DotPairs>(n, o.ld, products, 2, o.data, o.ld, false, ahead, keep_lower_pairs);
+        multiply<DotPairs>(n, o.ld, products, 2, o.data, nullptr, o.ld, ahead, keep_lower_pairs);
         store_tokens(of_queries(range, range.o, t, n, V), o, q_scale.factor);
         if (t + C < range.tokens || range.state_out != nullptr) add_to(state, k_pairs, v_pairs, n, ahead);
     }
@@ -134,7 +133,8 @@ void causal_backward_q(const Range& range, float* memory) {
     if (!suits_pairs(range)) return kernels_avx512.causal_backward_q(range, memory);
     const int64_t C = range.chunk, K = range.K, V = range.V;
     Scratch scratch(memory);
-    State upright(scratch, K, V), state(scratch, V, K);  // the second one transposed
+    State upright(scratch, K, V);
+    Sum state(scratch, range, V, K);  // transposed
     const Words state_pairs = take_interleaved(scratch, V, K);
     const Block dq = scratch.rows(C, K);
     const Words k_rows = take_rows(scratch, C, K), v_rows = take_rows(scratch, C, V), g_rows = take_rows(scratch, C, V);
@@ -170,7 +170,7 @@ void causal_backward_q(const Range& range, float* memory) {
         round_lower(dscore_rows, dscores, C, n);
         const Product products[] = {product(g_rows.left(state.depth_of(pairs(V))), state_pairs),
                                     product(dscore_rows.left(pairs(n)), k_pairs)};
-        multiply<DotPairs>(n, dq.ld, products, 2, dq.data, dq.ld, false, ahead, keep_lower_pairs);
+        multiply<DotPairs>(n, dq.ld, products, 2, dq.data, nullptr, dq.ld, ahead, keep_lower_pairs);
         find_unit_scale(q, nullptr, q_scale);
         store_unit_gradient(of_queries(range, range.dq, t, n, K), q, dq, q_scale);
         if (t + C < range.tokens || range.state_out != nullptr) add_to(state, v_pairs, k_pairs, n, ahead);
@@ -184,7 +184,7 @@ void causal_backward_kv(const Range& range, float* memory) {
     if (!suits_pairs(range)) return kernels_avx512.causal_backward_kv(range, memory);
     const int64_t C = range.chunk, K = range.K, V = range.V;
     Scratch scratch(memory);
-    State after(scratch, K, V);
+    Sum after(scratch, range, K, V);
     const Words after_pairs = take_interleaved(scratch, K, V);
     const Words after_rows = take_rows(scratch, K, V), after_transposed = take_transposed(scratch, K, V);
     const Block dk = scratch.rows(C, K), dv = scratch.rows(C, V);
@@ -231,8 +231,8 @@ void causal_backward_kv(const Range& range, float* memory) {
                                  product(dscore_pairs.left_transposed(pairs(n)), q_pairs)};
         const Product for_v[] = {product(k_rows.left(after.depth_of(pairs(K))), after_pairs),
                                  product(score_pairs.left_transposed(pairs(n)), g_pairs)};
-        multiply<DotPairs>(n, dk.ld, for_k, 2, dk.data, dk.ld, false, ahead, keep_upper_pairs);
-        multiply<DotPairs>(n, dv.ld, for_v, 2, dv.data, dv.ld, false, ahead, keep_upper_pairs);
+        multiply<DotPairs>(n, dk.ld, for_k, 2, dk.data, nullptr, dk.ld, ahead, keep_upper_pairs);
+        multiply<DotPairs>(n, dv.ld, for_v, 2, dv.data, nullptr, dv.ld, ahead, keep_upper_pairs);
         store_key_gradients(range, t, n, dk, dv, k_scale, weights);
         if (t > 0 || range.state_out != nullptr) add_to(after, q_pairs, g_pairs, n, ahead);
     }
@@ -258,7 +258,7 @@ void full_forward(const Range& range, float* memory) {
         ahead.clear();
         ask(ahead, range, range.o, t, V, true);
         ask(ahead, range, range.q, t + C, K, false);
-        multiply<DotPairs>(n, o.ld, product(q_rows.left(pairs(K)), state_pairs), o.data, o.ld, false, ahead);
+        multiply<DotPairs>(n, o.ld, product(q_rows.left(pairs(K)), state_pairs), o.data, nullptr, o.ld, ahead);
         store_tokens(of_queries(range, range.o, t, n, V), o, scale.factor);
     }
 }
@@ -284,7 +284,7 @@ void full_backward_q(const Range& range, float* memory) {
         ask(ahead, range, range.dq, t, K, true);
         ask(ahead, range, range.q, t + C, K, false);
         ask(ahead, range, range.grad, t + C, V, false);
-        multiply<DotPairs>(n, dq.ld, product(g_rows.left(pairs(V)), state_transposed), dq.data, dq.ld, false, ahead);
+        multiply<DotPairs>(n, dq.ld, product(g_rows.left(pairs(V)), state_transposed), dq.data, nullptr, dq.ld, ahead);
         find_unit_scale(q, nullptr, scale);
         store_unit_gradient(of_queries(range, range.dq, t, n, K), q, dq, scale);
     }
@@ -316,8 +316,8 @@ void full_backward_kv(const Range& range, float* memory) {
         ask(ahead, range, range.dv, t, V, true);
         ask(ahead, range, range.k, t + C, K, false);
         ask(ahead, range, range.v, t + C, V, false);
-        multiply<DotPairs>(n, dk.ld, product(v_rows.left(pairs(V)), after_transposed), dk.data, dk.ld, false, ahead);
-        multiply<DotPairs>(n, dv.ld, product(k_rows.left(pairs(K)), after_pairs), dv.data, dv.ld, false, ahead);
+        multiply<DotPairs>(n, dk.ld, product(v_rows.left(pairs(V)), after_transposed), dk.data, nullptr, dk.ld, ahead);
+        multiply<DotPairs>(n, dv.ld, product(k_rows.left(pairs(K)), after_pairs), dv.data, nullptr, dv.ld, ahead);
         store_key_gradients(range, t, n, dk, dv, scale, weights);
     }
 }

@@ -14,6 +14,7 @@ struct Vector {
     static inline F zero() { return _mm256_setzero_ps(); }
     static inline F set1(float x) { return _mm256_set1_ps(x); }
     static inline F add(F a, F b) { return _mm256_add_ps(a, b); }
+    static inline F sub(F a, F b) { return _mm256_sub_ps(a, b); }
     static inline F mul(F a, F b) { return _mm256_mul_ps(a, b); }
     static inline F fma(F a, F b, F c) { return _mm256_fmadd_ps(a, b, c); }
     static inline float sum(F x) {
@@ -43,6 +44,14 @@ struct Vector {
     }
     static inline void store(Float16* p, F x) {
         _mm_storeu_si128(reinterpret_cast<__m128i*>(p), _mm256_cvtps_ph(x, _MM_FROUND_TO_NEAREST_INT));
+    }
+
+    // What rounding took from a sum, in the upper half of its bits; NaN need not stay so, it is in the sum.
+    static inline void store_lost(uint16_t* p, F x) {
+        const __m256i rounded = _mm256_add_epi32(_mm256_castps_si256(x), _mm256_set1_epi32(0x8000));
+        const __m256i top = _mm256_srli_epi32(rounded, 16);
+        const __m128i packed = _mm_packus_epi32(_mm256_castsi256_si128(top), _mm256_extracti128_si256(top, 1));
+        _mm_storeu_si128(reinterpret_cast<__m128i*>(p), packed);
     }
 
     // 8 x 8 block of src, rows ld apart, transposed to dst: 4 x 4 inside the lanes, then the lanes themselves.

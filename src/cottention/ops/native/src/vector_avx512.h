@@ -14,6 +14,7 @@ struct Vector {
     static inline F zero() { return _mm512_setzero_ps(); }
     static inline F set1(float x) { return _mm512_set1_ps(x); }
     static inline F add(F a, F b) { return _mm512_add_ps(a, b); }
+    static inline F sub(F a, F b) { return _mm512_sub_ps(a, b); }
     static inline F mul(F a, F b) { return _mm512_mul_ps(a, b); }
     static inline F fma(F a, F b, F c) { return _mm512_fmadd_ps(a, b, c); }
     static inline float sum(F x) {
@@ -41,6 +42,17 @@ struct Vector {
         __m512i rounded = _mm512_add_epi32(u, _mm512_add_epi32(even, _mm512_set1_epi32(0x7fff)));
         rounded = _mm512_mask_or_epi32(rounded, _mm512_cmp_ps_mask(x, x, _CMP_UNORD_Q), u, _mm512_set1_epi32(0x400000));
         return _mm512_cvtepi32_epi16(_mm512_srli_epi32(rounded, 16));
+    }
+
+    // What rounding took from a sum, in the upper half of its bits; NaN need not stay so, it is in the sum.
+    static inline void store_lost(uint16_t* p, F x) {
+#if defined(__AVX512BF16__)
+        const __m256i rounded = (__m256i)_mm512_cvtneps_pbh(x);
+#else
+        const __m512i up = _mm512_add_epi32(_mm512_castps_si512(x), _mm512_set1_epi32(0x8000));
+        const __m256i rounded = _mm512_cvtepi32_epi16(_mm512_srli_epi32(up, 16));
+#endif
+        _mm256_storeu_si256(reinterpret_cast<__m256i*>(p), rounded);
     }
 
     // 16 x 16 block of src, rows ld apart, transposed to dst: 4 x 4 inside the lanes, then the lanes themselves.

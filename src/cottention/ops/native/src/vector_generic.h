@@ -21,6 +21,7 @@ struct Vector {
     }
     static inline void store(float* p, F x) { memcpy(p, &x, sizeof x); }
     static inline F add(F a, F b) { return a + b; }
+    static inline F sub(F a, F b) { return a - b; }
     static inline F mul(F a, F b) { return a * b; }
     static inline F fma(F a, F b, F c) { return a * b + c; }
     static inline float sum(F x) { return (x[0] + x[1]) + (x[2] + x[3]); }
@@ -30,6 +31,11 @@ struct Vector {
     template <class E>
     static inline void store(E* p, F x) {
         for (int i = 0; i < kWidth; i++) narrow(x[i], p + i);
+    }
+
+    // What rounding took from a sum, in the upper half of its bits; NaN need not stay so, it is in the sum.
+    static inline void store_lost(uint16_t* p, F x) {
+        for (int i = 0; i < kWidth; i++) p[i] = uint16_t((bits_of(x[i]) + 0x8000) >> 16);
     }
 
     // 4 x 4 block of src, rows ld apart, transposed to dst.

@@ -14,6 +14,7 @@ struct Vector {
     static inline F zero() { return vdupq_n_f32(0); }
     static inline F set1(float x) { return vdupq_n_f32(x); }
     static inline F add(F a, F b) { return vaddq_f32(a, b); }
+    static inline F sub(F a, F b) { return vsubq_f32(a, b); }
     static inline F mul(F a, F b) { return vmulq_f32(a, b); }
     static inline F fma(F a, F b, F c) { return vfmaq_f32(c, a, b); }
     static inline float sum(F x) { return vaddvq_f32(x); }
@@ -35,6 +36,11 @@ struct Vector {
     }
     static inline void store(Float16* p, F x) {
         vst1_u16(reinterpret_cast<uint16_t*>(p), vreinterpret_u16_f16(vcvt_f16_f32(x)));
+    }
+
+    // What rounding took from a sum, in the upper half of its bits; NaN need not stay so, it is in the sum.
+    static inline void store_lost(uint16_t* p, F x) {
+        vst1_u16(p, vshrn_n_u32(vaddq_u32(vreinterpretq_u32_f32(x), vdupq_n_u32(0x8000)), 16));
     }
 
     // 4 x 4 block of src, rows ld apart, transposed to dst.
