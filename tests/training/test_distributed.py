@@ -24,17 +24,14 @@ from tests.training.test_pair_training import SEED, pair_recipe, stories  # noqa
 
 pytestmark = pytest.mark.slow
 
-ENTRY = "import sys; from cottention.cli.main import main; sys.exit(main(sys.argv[1:]))"
-
 
 def torchrun(recipe: Any, run_dir: Path, num_processes: int = 2) -> list[str]:
     """The words that start a run in several processes."""
     folder = run_dir.parent
-    (folder / "entry.py").write_text(ENTRY)
     (folder / "recipe.yaml").write_text(recipe_text(recipe))
     launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={num_processes}"]
     words = ["pretrain", recipe.arch, "--config", str(folder / "recipe.yaml"), "--output-dir", str(run_dir), "--json"]
-    return [*launcher, str(folder / "entry.py"), *words]
+    return [*launcher, "-m", "cottention", *words]
 
 
 def losses_of(run_dir: Path) -> list[float]:
@@ -110,12 +107,37 @@ def test_a_signal_stops_all_processes_after_one_step_and_they_go_on_exactly(corp
     assert_same_run(tmp_path / "stopped", tmp_path / "whole")
 
 
+def test_micro_batches_are_divided_among_the_processes_and_a_run_goes_on_with_others(
+    corpus: Path, tmp_path: Path
+) -> None:
+    """As in the packaged small recipes, whose step is one micro batch: two processes take half of it each."""
+    settings = {"model__dropout": 0.0, "training__max_steps": 12, "training__global_batch_size": 6}
+    recipe = tiny_recipe("gpt", corpus, training__micro_batch_size=6, **settings)
+    pretrain(recipe, output_dir=tmp_path / "one")
+    ran = subprocess.run(torchrun(recipe, tmp_path / "two"), capture_output=True, text=True, check=False, timeout=300)
+    assert ran.returncode == 0, ran.stderr
+    assert ran.stderr.count("micro batches of 3 windows on each of 2 processes (training.micro_batch_size: 6)") == 1
+    assert losses_of(tmp_path / "two") == pytest.approx(losses_of(tmp_path / "one"), rel=1e-6)
+    assert "micro_batch_size: 6" in (tmp_path / "two" / "recipe.yaml").read_text()
+
+
 def test_a_mistake_in_two_processes_ends_both(corpus: Path, tmp_path: Path) -> None:
-    recipe = tiny_recipe("gpt", tmp_path / "missing.txt")
-    ran = subprocess.run(torchrun(recipe, tmp_path / "run"), capture_output=True, text=True, check=False, timeout=120)
-    assert ran.returncode != 0
-    assert "cottention pretrain: error: no such file or folder" in ran.stderr
-    assert ran.stderr.count("Traceback") == 1, "torchrun's own"
-    recipe = tiny_recipe("gpt", corpus, training__global_batch_size=6, training__micro_batch_size=6)
-    ran = subprocess.run(torchrun(recipe, tmp_path / "run"), capture_output=True, text=True, check=False, timeout=120)
-    assert "training.global_batch_size must be a multiple of micro_batch_size x devices = 12; got 6" in ran.stderr
+    mistakes = [
+        (tiny_recipe("gpt", tmp_path / "missing.txt"), "no such file or folder"),
+        (
+            tiny_recipe("gpt", corpus, training__global_batch_size=5, training__micro_batch_size=5),
+            "training.global_batch_size must be a multiple of the 2 processes; got 5",
+        ),
+    ]
+    for recipe, message in mistakes:
+        ran = subprocess.run(
+            torchrun(recipe, tmp_path / "run"), capture_output=True, text=True, check=False, timeout=120
+        )
+        assert ran.returncode != 0
+        lines = [line for line in ran.stderr.splitlines() if line.startswith("cottention")]
+        assert len(lines) == 1, ran.stderr
+        assert lines[0].startswith(f"cottention pretrain: error: {message}")
+        before, own, report = ran.stderr.partition("Traceback")
+        assert own, "torchrun's"
+        assert "Traceback" not in report, "torchrun's own is the only one"
+        assert lines[0] in report, "and it ends with the line"

@@ -211,6 +211,25 @@ def test_a_run_of_another_recipe_is_refused(
     assert everything_in(copied) == before
 
 
+@pytest.mark.parametrize("arch", ["gpt", "bert"])
+def test_a_stopped_run_goes_on_with_another_micro_batch(arch: str, corpus: Path, tmp_path: Path) -> None:
+    """As after an out-of-memory: the same examples in the same steps, and the same losses."""
+    recipe = tiny_recipe(arch, corpus, model__dropout=0.0, training__max_steps=12)
+    changed = replace_settings(recipe, {"training.micro_batch_size": 4, "training.gradient_checkpointing": True})
+    assert recipe.training.micro_batch_size == 2
+    pretrain(recipe, output_dir=tmp_path)
+    whole = losses_of(tmp_path)
+    shutil.rmtree(tmp_path / "model")
+    shutil.rmtree(tmp_path / "checkpoints" / "checkpoint-12")
+    assert pretrain(changed, output_dir=tmp_path).step == 12
+    assert losses_of(tmp_path) == pytest.approx(whole, rel=1e-6)
+    assert load_recipe(tmp_path / "recipe.yaml") == changed
+
+
+def losses_of(run_dir: Path) -> list[float]:
+    return [line["loss" if "loss" in line else "val_loss"] for line in metrics_of(run_dir)]
+
+
 def test_a_run_of_the_other_architecture_is_refused(finished_gpt: Run, copied: Path, corpus: Path) -> None:
     with pytest.raises(SettingsError, match=r"holds a run of another recipe: arch \(gpt there, bert now\)"):
         pretrain(tiny_recipe("bert", corpus), output_dir=copied)

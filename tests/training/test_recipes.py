@@ -14,6 +14,7 @@ import yaml
 from cottention.errors import SettingsError
 from cottention.models import CottentionBertForPreTraining
 from cottention.training import load_recipe, packaged_recipes
+from cottention.training.arguments import shared_out
 from cottention.training.pretraining import build_model
 from cottention.training.recipe import BertRecipe, GPTRecipe
 from cottention.training.recipe_files import (
@@ -332,6 +333,59 @@ def test_recipes_are_compared_setting_by_setting() -> None:
     other = replace_settings(recipe, {"data.source": ["a", "b"], "training.seed": 1})
     assert differing_setting(recipe, other) == "data.source (['a', 'b'] there, sotu now)"
     assert differing_setting(recipe, BertRecipe()) == "arch (bert there, gpt now)"
+
+
+def test_settings_of_speed_and_memory_make_no_other_run() -> None:
+    changes = {
+        "training.micro_batch_size": 2,
+        "training.gradient_checkpointing": True,
+        "training.compile": True,
+        "training.fused_loss": False,
+        "training.save_total_limit": 7,
+    }
+    recipe = GPTRecipe()
+    assert differing_setting(recipe, replace_settings(recipe, changes)) is None
+    bert = BertRecipe()
+    assert differing_setting(bert, replace_settings(bert, {"training.unpadded": False})) is None
+    for name, value in (("global_batch_size", 64), ("precision", "bf16"), ("save_every", 3)):
+        assert f"training.{name}" in str(
+            differing_setting(recipe, replace_settings(recipe, {f"training.{name}": value}))
+        )
+
+
+@pytest.mark.parametrize(
+    ("global_size", "micro", "num_processes", "expected"),
+    [
+        (8, 8, 1, 8),
+        (8, 8, 2, 4),
+        (8, 8, 8, 1),
+        (12, 6, 3, 4),
+        (12, 4, 2, 3),
+        (96, 8, 12, 8),
+        (7, 7, 7, 1),
+        (128, 16, 3, None),
+    ],
+)
+def test_micro_batches_are_divided_among_processes(
+    global_size: int, micro: int, num_processes: int, expected: int | None
+) -> None:
+    sizes = {"training.global_batch_size": global_size, "training.micro_batch_size": micro}
+    recipe = replace_settings(GPTRecipe(), sizes)
+    if expected is None:
+        with pytest.raises(SettingsError, match="must be a multiple of the 3 processes; got 128"):
+            shared_out(recipe, num_processes)
+        return
+    shared = shared_out(recipe, num_processes)
+    assert shared == replace_settings(recipe, {"training.micro_batch_size": expected})
+    assert shared.training.accumulation_steps(num_processes) * expected * num_processes == global_size
+
+
+def test_a_micro_batch_of_long_windows_stays_a_multiple() -> None:
+    data = {"data.sequence_length": 128, "data.long_sequence_length": 512}
+    recipe = replace_settings(BertRecipe(), {"training.global_batch_size": 32, "training.micro_batch_size": 16, **data})
+    assert [shared_out(recipe, n).training.micro_batch_size for n in (1, 2, 4, 8)] == [16, 16, 8, 4]
+    with pytest.raises(SettingsError, match="must be a multiple of 16 processes x 4; got 32"):
+        shared_out(recipe, 16)
 
 
 def test_every_setting_reaches_the_model() -> None:

@@ -53,7 +53,7 @@ def _unknown_arguments(found: re.Match[str], known: list[str]) -> str:
         if word.startswith("-"):
             option = word.split("=")[0]
             return f"unknown option {option}{did_you_mean(option, [name for name in known if name.startswith('-')])}"
-    return f"unexpected argument {words[0]!r}"
+    return f"unexpected argument {words[0] if words else ''!r}"  # an empty one leaves nothing to split
 
 
 def _unknown_key(found: re.Match[str], known: list[str]) -> str:

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import shlex
 from importlib import resources
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, get_type_hints
@@ -105,7 +106,7 @@ def run(args: jsonargparse.Namespace) -> int:
     if args.json:
         print(json.dumps([result.metrics | {"model_dir": str(result.model_dir)} for result in results], indent=2))
     else:
-        print(f"next: cottention evaluate glue --runs {args.output_dir}")
+        print(f"next: cottention evaluate glue --runs {shlex.quote(args.output_dir)}")
     return 0
 
 

@@ -9,6 +9,7 @@ answers at once. A command is a module with `build_parser()` and `run(args)` and
 from __future__ import annotations
 
 import argparse
+import logging
 import os
 import sys
 from collections.abc import Iterator, Mapping, Sequence
@@ -18,6 +19,7 @@ import jsonargparse
 
 import cottention
 from cottention.cli._messages import explain
+from cottention.cli._process import drop_stdout, interrupt_imports, open_streams, rank, tell_launcher, wait_for_first
 from cottention.errors import CottentionError, did_you_mean
 from cottention.files import one_line
 from cottention.logging import setup_cli_logging
@@ -41,12 +43,18 @@ COMMANDS: dict[str, tuple[str, str]] = {
 _USER_MISTAKE = 2
 _INTERRUPTED = 130  # 128 + SIGINT, what a shell reports
 _PIPE_CLOSED = 141  # 128 + SIGPIPE
+# What torch says, in an error of no class of its own, where an allocation failed.
+_OUT_OF_MEMORY = ("can't allocate memory", "out of memory")
 
 
 def entry_point() -> None:
     """Run the command line given to the process; the installed `cottention` script."""
-    # Where a terminal cannot show a character it shows its code: text that a model writes must not end the run.
-    sys.stdout.reconfigure(errors="backslashreplace")  # pyright: ignore[reportAttributeAccessIssue]
+    try:
+        open_streams()
+    except CottentionError as error:
+        _complain("", str(error))
+        sys.exit(_USER_MISTAKE)
+    interrupt_imports()
     sys.exit(main())
 
 
@@ -60,14 +68,34 @@ def main(argv: Sequence[str] | None = None) -> int:
         The exit code: 0, or 2 when the user made a mistake, which stderr names in one line.
     """
     words = list(sys.argv[1:] if argv is None else argv)
+    if any("\0" in word for word in words):  # no file and no text has one
+        _complain("", f"an argument must hold no zero byte; got {next(word for word in words if chr(0) in word)!r}")
+        return _USER_MISTAKE
     try:
         code = _dispatch(words)
+        problem = _flush_stdout()
+    except BrokenPipeError:
+        drop_stdout()  # the reader (`| head`) has gone
+        return _PIPE_CLOSED
+    except OSError as error:
+        if error.errno is None:
+            raise
+        code, problem = 0, _flush_stdout() or str(error.strerror)
+    if problem and code != _USER_MISTAKE:  # else the command has said it
+        _complain("", f"stdout: {problem}")
+    return _USER_MISTAKE if problem else code
+
+
+def _flush_stdout() -> str:
+    """Write what was printed; say what keeps it from being written, such as a full disk."""
+    try:
         sys.stdout.flush()
     except BrokenPipeError:
-        # The reader (`| head`) has gone. Python flushes stdout once more at exit, which must not complain either.
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        return _PIPE_CLOSED
-    return code
+        raise
+    except OSError as error:
+        drop_stdout()
+        return str(error.strerror)
+    return ""
 
 
 def new_parser(command: str, description: str, **options: object) -> jsonargparse.ArgumentParser:
@@ -103,14 +131,17 @@ def _dispatch(words: list[str]) -> int:
         _complain("", f"unknown {kind} {command!r}{suggestion} (see `cottention --help`)")
         return _USER_MISTAKE
     setup_cli_logging(verbose)
+    if rank() != 0:
+        logging.getLogger("cottention").setLevel(logging.ERROR)  # one of several processes says it
     return _guarded(command, rest)
 
 
 def _guarded(command: str, rest: Sequence[str]) -> int:
     """Parse and run; what a user or the terminal did becomes a line and a code, a bug keeps its traceback."""
-    module = import_module(COMMANDS[command][0])
-    parser = module.build_parser()
+    parser = argparse.ArgumentParser()
     try:
+        module = import_module(COMMANDS[command][0])
+        parser = module.build_parser()
         return module.run(parser.parse_args(rest)) or 0
     except argparse.ArgumentError as error:
         _complain(command, explain(str(error), _names(parser)))
@@ -123,6 +154,10 @@ def _guarded(command: str, rest: Sequence[str]) -> int:
             raise
         where = "" if error.filename is None else f"{_shown(error.filename)}: "
         _complain(command, f"{where}{one_line(error)}")
+    except (MemoryError, RuntimeError) as error:
+        if not isinstance(error, MemoryError) and not any(sign in str(error) for sign in _OUT_OF_MEMORY):
+            raise
+        _complain(command, f"not enough memory; smaller batches or a smaller model need less ({one_line(error, 100)})")
     except KeyboardInterrupt:
         _complain(command, "interrupted")
         return _INTERRUPTED
@@ -131,6 +166,11 @@ def _guarded(command: str, rest: Sequence[str]) -> int:
         if leaving.code is None or isinstance(leaving.code, int):
             return leaving.code or 0
         raise
+    except BaseException as error:
+        # A library in Rust met what it did not expect, in a text or a tokenizer; see `data/tokenizer_files.py`.
+        if type(error).__name__ != "PanicException":
+            raise
+        _complain(command, f"the tokenizer cannot encode this text: {one_line(str(error))}")
     return _USER_MISTAKE
 
 
@@ -139,7 +179,10 @@ def _shown(filename: object) -> str:
 
 
 def _complain(command: str, message: str) -> None:
-    print(f"{f'cottention {command}'.strip()}: error: {message}", file=sys.stderr)
+    line = f"{f'cottention {command}'.strip()}: error: {message}"
+    wait_for_first()
+    print(line, file=sys.stderr, flush=True)
+    tell_launcher(line)
 
 
 def _names(parser: argparse.ArgumentParser) -> Iterator[str]:
@@ -170,3 +213,7 @@ def _overview() -> str:
             "Start with `cottention quickstart`. Results go to stdout, logs to stderr.",
         ]
     )
+
+
+if __name__ == "__main__":
+    entry_point()

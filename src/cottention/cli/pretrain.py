@@ -6,10 +6,10 @@ cottention pretrain gpt --config quickstart_gpt --training.max_steps 500 --outpu
 from __future__ import annotations
 
 import json
-import logging
-import os
+import shlex
 from typing import TYPE_CHECKING
 
+from cottention.cli._process import rank
 from cottention.cli.main import new_parser
 from cottention.training.recipe import RECIPE_CLASSES
 from cottention.training.recipe_files import RecipeParser, recipe_from_dict
@@ -44,11 +44,8 @@ def run(args: jsonargparse.Namespace) -> int:
     recipe = recipe_from_dict(RECIPE_CLASSES[args.arch], given.as_dict())
     from cottention.training.pretraining import pretrain  # seconds of torch, after the settings have been checked
 
-    is_first = int(os.environ.get("RANK", "0")) == 0  # as torchrun and its kind number the processes
-    if not is_first:
-        logging.getLogger("cottention").setLevel(logging.ERROR)  # one of them says it
     result = pretrain(recipe, output_dir=given.output_dir, overwrite=given.overwrite)
-    if not is_first:
+    if rank() != 0:
         return result.exit_code
     if given.json:
         print(json.dumps(result.as_dict()))
@@ -72,5 +69,5 @@ def _summary(arch: str, result: PretrainResult) -> str:
     prompt = "generate --model {} --prompt 'The people'"
     if arch == "bert":
         prompt = "fill-mask --model {} 'The [MASK] of the people.'"
-    lines.append(f"next:  cottention {prompt.format(result.model_dir)}")
+    lines.append(f"next:  cottention {prompt.format(shlex.quote(str(result.model_dir)))}")
     return "\n".join(lines)

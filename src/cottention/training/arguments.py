@@ -10,7 +10,9 @@ from pathlib import Path
 import torch
 from transformers import TrainingArguments
 
+from cottention.errors import SettingsError
 from cottention.training.recipe import BertRecipe, Recipe
+from cottention.training.recipe_files import replace_settings
 
 
 def training_arguments(recipe: Recipe, run_dir: Path) -> TrainingArguments:
@@ -47,8 +49,30 @@ def training_arguments(recipe: Recipe, run_dir: Path) -> TrainingArguments:
         log_level_replica="error",
     )
     # Only now is the number of processes known.
-    arguments.gradient_accumulation_steps = settings.accumulation_steps(max(1, arguments.world_size))
+    num_processes = max(1, arguments.world_size)
+    shared = shared_out(recipe, num_processes).training
+    arguments.per_device_train_batch_size = shared.micro_batch_size
+    arguments.gradient_accumulation_steps = shared.accumulation_steps(num_processes)
     return arguments
+
+
+def shared_out(recipe: Recipe, num_processes: int) -> Recipe:
+    """The recipe with micro batches that so many processes make up a step of: its own, or the next smaller ones.
+
+    Raises:
+        SettingsError: the windows of a step cannot be shared out evenly.
+    """
+    settings = recipe.training
+    share, rest = divmod(settings.global_batch_size, num_processes)
+    # Where windows become longer, a micro batch is cut into so many passes.
+    multiple = recipe.data.long_ratio if isinstance(recipe, BertRecipe) else 1
+    sizes = [size for size in range(multiple, settings.micro_batch_size + 1, multiple) if share % size == 0]
+    if rest or not sizes:
+        what = f"the {num_processes} processes" if multiple == 1 else f"{num_processes} processes x {multiple}"
+        raise SettingsError(
+            f"training.global_batch_size must be a multiple of {what}; got {settings.global_batch_size}"
+        )
+    return replace_settings(recipe, {"training.micro_batch_size": sizes[-1]})
 
 
 def compute_type(recipe: Recipe, device: torch.device) -> torch.dtype:

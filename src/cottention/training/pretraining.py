@@ -30,7 +30,7 @@ from cottention.models import (
     CottentionGPTForCausalLM,
 )
 from cottention.models.model_card import write_model_card
-from cottention.training.arguments import training_arguments
+from cottention.training.arguments import shared_out, training_arguments
 from cottention.training.checkpointing_trainer import save_model
 from cottention.training.checkpoints import (
     atomic_directory,
@@ -115,12 +115,11 @@ def pretrain(
     run_dir = Path(output_dir)
     model_dir = run_dir / "model"
     arguments = training_arguments(recipe, run_dir)
+    given, recipe = recipe, shared_out(recipe, max(1, arguments.world_size))
     # Process 0 prepares everything; the others then find the run started, whatever was asked for.
     with arguments.main_process_first(local=False):
         is_first = arguments.process_index == 0
-        continues = check_run_directory(
-            recipe, run_dir, resume=resume or not is_first, overwrite=overwrite and is_first
-        )
+        continues = check_run_directory(given, run_dir, resume=resume or not is_first, overwrite=overwrite and is_first)
         if continues and (model_dir / "config.json").is_file():
             logger.info("%s is finished already: %s", run_dir, model_dir)
             return PretrainResult(
@@ -132,7 +131,16 @@ def pretrain(
         set_seed(recipe.training.seed)
         model = build_model(recipe, text.tokenizer)
         if is_first and not continues:
-            claim_run_directory(recipe, run_dir, text.tokenizer)
+            claim_run_directory(given, run_dir, text.tokenizer)
+        if is_first and continues and load_recipe(run_dir / _RECIPE) != given:  # goes on with other micro batches, say
+            write_atomically(run_dir / _RECIPE, recipe_text(given))
+    if is_first and recipe != given:
+        logger.info(
+            "micro batches of %d windows on each of %d processes (training.micro_batch_size: %d)",
+            recipe.training.micro_batch_size,
+            arguments.world_size,
+            given.training.micro_batch_size,
+        )
     if recipe.num_warmup_steps >= recipe.training.max_steps:
         logger.warning(
             "the learning rate never reaches its peak: optimizer.warmup_steps is %d of training.max_steps=%d",

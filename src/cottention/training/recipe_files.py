@@ -22,6 +22,18 @@ from cottention.errors import SettingsError, check_known_keys, did_you_mean
 from cottention.training.recipe import RECIPE_CLASSES, Recipe
 
 _SUFFIXES = (".yaml", ".yml")
+# Settings of speed and memory: a run goes on with other ones, after an out-of-memory for instance.
+_CHANGES_NO_NUMBER = frozenset(
+    f"training.{name}"
+    for name in (
+        "micro_batch_size",
+        "gradient_checkpointing",
+        "compile",
+        "fused_loss",
+        "unpadded",
+        "save_total_limit",
+    )
+)
 
 
 class RecipeParser(jsonargparse.ArgumentParser):
@@ -176,13 +188,13 @@ def recipe_from_dict(recipe_class: type[Recipe], content: Mapping[str, Any]) -> 
 
 
 def replace_settings(recipe: Recipe, changes: Mapping[str, Any]) -> Recipe:
-    """Return the recipe with single settings changed, e.g. {"training.max_steps": 200}."""
+    """Return the recipe with single settings changed, all at once, e.g. {"training.max_steps": 200}."""
+    by_section: dict[str, dict[str, Any]] = {}
     for key, value in changes.items():
         section, _, name = key.partition(".")
-        recipe = dataclasses.replace(
-            recipe, **{section: dataclasses.replace(getattr(recipe, section), **{name: value})}
-        )
-    return recipe
+        by_section.setdefault(section, {})[name] = value
+    sections = {name: dataclasses.replace(getattr(recipe, name), **values) for name, values in by_section.items()}
+    return dataclasses.replace(recipe, **sections)
 
 
 def recipe_text(recipe: Recipe) -> str:
@@ -193,13 +205,13 @@ def recipe_text(recipe: Recipe) -> str:
 
 
 def differing_setting(ours: Recipe, theirs: Recipe) -> str | None:
-    """Name the first setting in which two recipes differ, with both values; None when they are the same."""
+    """Name the first setting in which the numbers of two recipes' runs differ, with both values; None: in none."""
     if ours.arch != theirs.arch:
         return f"arch ({theirs.arch} there, {ours.arch} now)"
     mine, other = dataclasses.asdict(ours), dataclasses.asdict(theirs)
     for section, values in mine.items():
         for name, value in values.items():
-            if value != other[section][name]:
+            if value != other[section][name] and f"{section}.{name}" not in _CHANGES_NO_NUMBER:
                 return f"{section}.{name} ({other[section][name]} there, {value} now)"
     return None
 
