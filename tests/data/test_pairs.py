@@ -109,6 +109,23 @@ def test_a_sentence_that_occurs_twice_is_no_stranger_to_itself() -> None:
     assert not any(example["is_random"] for number in range(20) for example in made(examples, number))
 
 
+@pytest.mark.parametrize("firsts", [2, 9, 30])
+@pytest.mark.parametrize("tail", [0, 1, 5])
+def test_a_stranger_is_told_by_what_is_shown_of_it(firsts: int, tail: int) -> None:
+    shared = list(range(5, 35))
+    rows = {
+        "first": [[40 + row] * firsts for row in range(4)],
+        "second": [[*shared, *[50 + row] * tail] for row in range(4)],
+        "document": [0, 1, 2, 3],
+    }
+    examples = PairExamples([Dataset.from_dict(rows, features=FEATURES)], max_length=24)
+    drawn = [example for number in range(20) for example in made(examples, number)]
+    assert {len(example["first"]) + len(example["second"]) for example in drawn} == {21}
+    assert not any(example["is_random"] for example in drawn)
+    longer = PairExamples([Dataset.from_dict(rows, features=FEATURES)], max_length=128)
+    assert any(example["is_random"] for number in range(20) for example in made(longer, number)) == (tail > 0)
+
+
 def test_documents_of_two_parts_are_different() -> None:
     examples = PairExamples([pairs((4,)), pairs((3,), seed=1)], max_length=64)
     assert (len(examples), examples.num_documents) == (7, 2)

@@ -225,3 +225,50 @@ def test_without_lm_eval_the_remedy_is_named(folder: Path, monkeypatch: pytest.M
     assert str(caught.value) == (
         "the harness needs lm-eval (lm_eval is missing); run: pip install 'cottention[harness]'"
     )
+
+
+def by_hand(model: Any, context: str, target: str) -> float:
+    """Log-likelihood of a target behind end-of-text and a context, from one text alone in its batch."""
+    tokenizer = tiny.bpe_tokenizer()
+    before, ids = [0, *tokenizer(context)["input_ids"]], tokenizer(target)["input_ids"]
+    with torch.no_grad():
+        logits = model(torch.tensor([[*before, *ids]]), use_cache=False).logits[0].double()
+    scores = logits.log_softmax(-1)[len(before) - 1 : -1]
+    return float(scores[torch.arange(len(ids)), ids].sum())
+
+
+@pytest.mark.parametrize("attention_type", ATTENTION_TYPES)
+@pytest.mark.parametrize("batch_size", [1, 2, 4, 16])
+def test_a_score_depends_on_its_own_request_alone(attention_type: str, batch_size: int) -> None:
+    from lm_eval.api.instance import Instance
+
+    from cottention.evaluation.harness_model import HarnessModel
+
+    model = tiny.gpt(attention_type, torch.float32).eval()
+    lm = HarnessModel(model, tiny.bpe_tokenizer(), max_length=64, batch_size=batch_size)
+    # The same tokens, split at every place, and others that begin alike.
+    words = ["the", " people", " of", " the", " United", " people"]
+    pairs = [("".join(words[:at]), "".join(words[at:])) for at in range(1, 6)]
+    pairs += [("the people of the United", target) for target in (" States", " people", " of")] + pairs[:2]
+    requests = [Instance("loglikelihood", {}, pair, number) for number, pair in enumerate(pairs)]
+    scores = [score for score, _ in lm.loglikelihood(requests)]
+    assert scores == pytest.approx([by_hand(model, *pair) for pair in pairs], abs=1e-4)
+    assert [score for score, _ in lm.loglikelihood(requests[::-1])] == pytest.approx(scores[::-1], abs=1e-4)
+    for request, score in zip(requests, scores, strict=True):
+        assert lm.loglikelihood([request])[0][0] == pytest.approx(score, abs=1e-4)
+
+
+@pytest.mark.parametrize("batch_size", [1, 2, 4])
+def test_whole_texts_that_end_alike_are_scored_each_by_itself(batch_size: int) -> None:
+    from lm_eval.api.instance import Instance
+
+    from cottention.evaluation.harness_model import HarnessModel
+
+    model = tiny.gpt(dtype=torch.float32).eval()
+    lm = HarnessModel(model, tiny.bpe_tokenizer(), max_length=8, batch_size=batch_size)
+    texts = [f"{head} the people of the United States, in order" for head in ("Order!", "And tea. Order", "A")]
+    requests = [Instance("loglikelihood_rolling", {}, (text,), number) for number, text in enumerate(texts)]
+    together = lm.loglikelihood_rolling(requests)
+    assert together == pytest.approx([lm.loglikelihood_rolling([one])[0] for one in requests], abs=1e-4)
+    single = HarnessModel(model, tiny.bpe_tokenizer(), max_length=8, batch_size=1)
+    assert together == pytest.approx([single.loglikelihood_rolling([one])[0] for one in requests], abs=1e-4)

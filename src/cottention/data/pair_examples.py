@@ -139,13 +139,15 @@ class PairExamples:
         drawn = iter(_lists(self._pairs[others[is_random].tolist()], "second") if is_random.any() else [])
         made = []
         for i, first in enumerate(firsts):
-            second = next(drawn) if is_random[i] else true_seconds[i]
-            first, second = _shortened(first, second, self._max_length - NUM_SPECIAL)
+            most = self._max_length - NUM_SPECIAL
+            _, true_second = _shortened(first, true_seconds[i], most)
+            # The text is compared as the model sees it: a stranger whose shown part is the true second's is none.
+            first, second = _shortened(first, next(drawn) if is_random[i] else true_seconds[i], most)
             made.append(
                 {
                     "first": first,
                     "second": second,
-                    "is_random": bool(is_random[i]) and not np.array_equal(second, true_seconds[i]),
+                    "is_random": bool(is_random[i]) and not np.array_equal(second, true_second),
                     "row": int(rows[i]),
                     "pass_number": int(passes[i]),
                 }

@@ -39,6 +39,8 @@ class HarnessModel(_HFLM):
             batch_size=batch_size,
             prefix_token_id=tokenizer.eos_token_id,
             add_bos_token=False,
+            # It would take the scores of requests that hold the same tokens, split elsewhere, from one of them.
+            logits_cache=False,
         )
 
     def _encode_pair(self, context: str, continuation: str) -> tuple[list[int], list[int]]:
