@@ -15,9 +15,12 @@ from transformers import (
     AutoModel,
     AutoModelForCausalLM,
     AutoModelForMaskedLM,
+    AutoModelForMultipleChoice,
+    AutoModelForNextSentencePrediction,
     AutoModelForPreTraining,
     AutoModelForQuestionAnswering,
     AutoModelForSequenceClassification,
+    AutoModelForTextEncoding,
     AutoModelForTokenClassification,
     PreTrainedTokenizerFast,
     TextIteratorStreamer,
@@ -43,13 +46,19 @@ def tiny_tokenizer() -> PreTrainedTokenizerFast:
 AUTO: list[tuple[Any, Any, Any]] = [
     (AutoModel, "CottentionGPTModel", gpt_config),
     (AutoModelForCausalLM, "CottentionGPTForCausalLM", gpt_config),
+    (AutoModelForPreTraining, "CottentionGPTForCausalLM", gpt_config),
     (AutoModelForSequenceClassification, "CottentionGPTForSequenceClassification", gpt_config),
+    (AutoModelForTokenClassification, "CottentionGPTForTokenClassification", gpt_config),
+    (AutoModelForQuestionAnswering, "CottentionGPTForQuestionAnswering", gpt_config),
     (AutoModel, "CottentionBertModel", bert_config),
     (AutoModelForPreTraining, "CottentionBertForPreTraining", bert_config),
     (AutoModelForMaskedLM, "CottentionBertForMaskedLM", bert_config),
     (AutoModelForSequenceClassification, "CottentionBertForSequenceClassification", bert_config),
     (AutoModelForTokenClassification, "CottentionBertForTokenClassification", bert_config),
     (AutoModelForQuestionAnswering, "CottentionBertForQuestionAnswering", bert_config),
+    (AutoModelForMultipleChoice, "CottentionBertForMultipleChoice", bert_config),
+    (AutoModelForNextSentencePrediction, "CottentionBertForNextSentencePrediction", bert_config),
+    (AutoModelForTextEncoding, "CottentionBertModel", bert_config),
 ]
 
 
@@ -163,9 +172,11 @@ def test_classification_pipelines_run(tmp_path: Path) -> None:
     tasks: list[tuple[Any, str]] = [
         ("text-classification", "CottentionBertForSequenceClassification"),
         ("token-classification", "CottentionBertForTokenClassification"),
+        ("token-classification", "CottentionGPTForTokenClassification"),
     ]
     for task, name in tasks:
-        model = getattr(ours, name)(bert_config(vocab_size=len(tokenizer), num_labels=3))
+        make = gpt_config if "GPT" in name else bert_config
+        model = getattr(ours, name)(make(vocab_size=len(tokenizer), num_labels=3))
         model.save_pretrained(tmp_path / task)
         tokenizer.save_pretrained(tmp_path / task)
         run: Any = pipeline(task, model=str(tmp_path / task))

@@ -14,7 +14,6 @@ from transformers import Trainer, TrainingArguments
 from cottention.models import (
     CottentionBertForMaskedLM,
     CottentionBertForPreTraining,
-    CottentionBertForQuestionAnswering,
     CottentionBertForSequenceClassification,
     CottentionBertForTokenClassification,
     CottentionGPTForCausalLM,
@@ -214,8 +213,3 @@ def test_a_misspelled_argument_is_refused_with_a_suggestion(name: str) -> None:
         TypeError, match="unexpected keyword argument 'num_item_in_batch'; did you mean 'num_items_in_batch'"
     ):
         model(TOKENS, num_item_in_batch=3)
-
-
-def test_question_answering_has_no_target_count() -> None:
-    with pytest.raises(TypeError, match="num_items_in_batch"):
-        CottentionBertForQuestionAnswering(bert_config())(TOKENS, num_items_in_batch=3)

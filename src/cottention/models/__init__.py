@@ -17,6 +17,10 @@ if TYPE_CHECKING:
     from cottention.models.bert.modeling_bert import CottentionBertForMaskedLM as CottentionBertForMaskedLM
     from cottention.models.bert.modeling_bert import CottentionBertForPreTraining as CottentionBertForPreTraining
     from cottention.models.bert.modeling_bert import CottentionBertModel as CottentionBertModel
+    from cottention.models.bert.tasks_bert import CottentionBertForMultipleChoice as CottentionBertForMultipleChoice
+    from cottention.models.bert.tasks_bert import (
+        CottentionBertForNextSentencePrediction as CottentionBertForNextSentencePrediction,
+    )
     from cottention.models.bert.tasks_bert import (
         CottentionBertForQuestionAnswering as CottentionBertForQuestionAnswering,
     )
@@ -30,8 +34,12 @@ if TYPE_CHECKING:
     from cottention.models.gpt.configuration_gpt import CottentionGPTConfig as CottentionGPTConfig
     from cottention.models.gpt.modeling_gpt import CottentionGPTForCausalLM as CottentionGPTForCausalLM
     from cottention.models.gpt.modeling_gpt import CottentionGPTModel as CottentionGPTModel
+    from cottention.models.gpt.tasks_gpt import CottentionGPTForQuestionAnswering as CottentionGPTForQuestionAnswering
     from cottention.models.gpt.tasks_gpt import (
         CottentionGPTForSequenceClassification as CottentionGPTForSequenceClassification,
+    )
+    from cottention.models.gpt.tasks_gpt import (
+        CottentionGPTForTokenClassification as CottentionGPTForTokenClassification,
     )
 
 _HOME_OF = {
@@ -43,16 +51,22 @@ _HOME_OF = {
     "CottentionBertForSequenceClassification": "bert.tasks_bert",
     "CottentionBertForTokenClassification": "bert.tasks_bert",
     "CottentionBertForQuestionAnswering": "bert.tasks_bert",
+    "CottentionBertForMultipleChoice": "bert.tasks_bert",
+    "CottentionBertForNextSentencePrediction": "bert.tasks_bert",
     "CottentionGPTConfig": "gpt.configuration_gpt",
     "CottentionGPTModel": "gpt.modeling_gpt",
     "CottentionGPTForCausalLM": "gpt.modeling_gpt",
     "CottentionGPTForSequenceClassification": "gpt.tasks_gpt",
+    "CottentionGPTForTokenClassification": "gpt.tasks_gpt",
+    "CottentionGPTForQuestionAnswering": "gpt.tasks_gpt",
 }
 
 __all__ = [
     "CosineCache",
     "CottentionBertConfig",
     "CottentionBertForMaskedLM",
+    "CottentionBertForMultipleChoice",
+    "CottentionBertForNextSentencePrediction",
     "CottentionBertForPreTraining",
     "CottentionBertForQuestionAnswering",
     "CottentionBertForSequenceClassification",
@@ -60,7 +74,9 @@ __all__ = [
     "CottentionBertModel",
     "CottentionGPTConfig",
     "CottentionGPTForCausalLM",
+    "CottentionGPTForQuestionAnswering",
     "CottentionGPTForSequenceClassification",
+    "CottentionGPTForTokenClassification",
     "CottentionGPTModel",
     "register_auto_classes",
 ]

@@ -30,6 +30,7 @@ _CLASSES = {
     _MODEL_TABLE: {
         f"{_HERE}.bert.modeling_bert": {
             "AutoModel": "CottentionBertModel",
+            "AutoModelForTextEncoding": "CottentionBertModel",
             "AutoModelForPreTraining": "CottentionBertForPreTraining",
             "AutoModelForMaskedLM": "CottentionBertForMaskedLM",
         },
@@ -37,12 +38,19 @@ _CLASSES = {
             "AutoModelForSequenceClassification": "CottentionBertForSequenceClassification",
             "AutoModelForTokenClassification": "CottentionBertForTokenClassification",
             "AutoModelForQuestionAnswering": "CottentionBertForQuestionAnswering",
+            "AutoModelForMultipleChoice": "CottentionBertForMultipleChoice",
+            "AutoModelForNextSentencePrediction": "CottentionBertForNextSentencePrediction",
         },
         f"{_HERE}.gpt.modeling_gpt": {
             "AutoModel": "CottentionGPTModel",
+            "AutoModelForPreTraining": "CottentionGPTForCausalLM",
             "AutoModelForCausalLM": "CottentionGPTForCausalLM",
         },
-        f"{_HERE}.gpt.tasks_gpt": {"AutoModelForSequenceClassification": "CottentionGPTForSequenceClassification"},
+        f"{_HERE}.gpt.tasks_gpt": {
+            "AutoModelForSequenceClassification": "CottentionGPTForSequenceClassification",
+            "AutoModelForTokenClassification": "CottentionGPTForTokenClassification",
+            "AutoModelForQuestionAnswering": "CottentionGPTForQuestionAnswering",
+        },
     },
 }
 # The file beside config.json that `auto_map` names, and what it says to whoever looks before trusting it.

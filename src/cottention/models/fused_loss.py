@@ -15,8 +15,9 @@ from torch import Tensor, nn
 from torch.nn.modules import module as torch_module
 from torch.utils.checkpoint import checkpoint
 
+from cottention.files import IGNORE_INDEX
 from cottention.models.linear_cross_entropy import chunk_length, linear_cross_entropy
-from cottention.models.losses import IGNORE_INDEX, averaged, summed_cross_entropy
+from cottention.models.losses import averaged, summed_cross_entropy
 
 
 def head_cross_entropy(

@@ -9,14 +9,10 @@ the micro-batches' losses add up to what one big batch would give. transformers.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
-from typing import Any
-
 import torch
 from torch import Tensor, nn
 from torch.nn.functional import binary_cross_entropy_with_logits, mse_loss, pad
 
-from cottention.errors import did_you_mean
 from cottention.files import IGNORE_INDEX
 
 
@@ -109,17 +105,32 @@ def classification_loss(
     return averaged(total, num_items_in_batch, flat.shape[0])
 
 
-def loss_settings(given: Mapping[str, Any], known: Iterable[str], where: str) -> dict[str, Any]:
-    """The loss's keyword arguments of a forward; unlike a plain **kwargs this swallows no typo.
+def span_loss(
+    start_logits: Tensor,
+    end_logits: Tensor,
+    start_positions: Tensor,
+    end_positions: Tensor,
+    num_items_in_batch: Tensor | int | None = None,
+) -> Tensor:
+    """Mean cross-entropy of where an answer starts and where it ends.
 
-    Raises:
-        TypeError: a keyword is not known.
+    Args:
+        start_logits: `[B, T]`.
+        end_logits: `[B, T]`.
+        start_positions: `[B]` or `[B, 1]`, the column of each answer's first token; one outside the text is ignored,
+            as an answer that was cut off with the end of its text is no target.
+        end_positions: the same of its last token.
+        num_items_in_batch: see `cross_entropy`.
+
+    Returns:
+        A scalar.
     """
-    names = list(known)
-    for name in given:
-        if name not in names:
-            raise TypeError(f"{where} got an unexpected keyword argument {name!r}{did_you_mean(name, names)}")
-    return dict(given)
+    losses = []
+    for logits, positions in ((start_logits, start_positions), (end_logits, end_positions)):
+        at = positions.flatten()
+        targets = at.masked_fill((at < 0) | (at >= logits.shape[1]), IGNORE_INDEX)
+        losses.append(cross_entropy(logits, targets, num_items_in_batch))
+    return torch.stack(losses).mean()
 
 
 def _at_least_float32(x: Tensor) -> Tensor:

@@ -233,6 +233,18 @@ class CottentionBertPredictionHead(nn.Module):
         return self.decoder(self.transform(x))
 
 
+class CottentionBertNextSentenceHead(nn.Module):
+    """The next-sentence head alone."""
+
+    def __init__(self, config: CottentionBertConfig) -> None:
+        super().__init__()
+        self.seq_relationship = nn.Linear(config.hidden_size, 2)
+
+    def forward(self, pooled: Float[Tensor, "N D"]) -> Float[Tensor, "N 2"]:
+        """Scores of follows and of random."""
+        return self.seq_relationship(pooled)
+
+
 class CottentionBertHeads(nn.Module):
     """The masked-token head, and the next-sentence head where there is one."""
 

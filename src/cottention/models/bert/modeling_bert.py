@@ -18,6 +18,7 @@ from transformers.modeling_outputs import BaseModelOutputWithPooling, MaskedLMOu
 from transformers.utils.generic import ModelOutput
 
 from cottention.files import IGNORE_INDEX
+from cottention.models.arguments import ENCODER_WORDS, known_arguments, zeros_and_ones
 from cottention.models.bert.configuration_bert import CottentionBertConfig
 from cottention.models.bert.layers_bert import (
     CottentionBertEmbeddings,
@@ -26,7 +27,7 @@ from cottention.models.bert.layers_bert import (
     CottentionBertPooler,
     CottentionBertPredictionHead,
 )
-from cottention.models.losses import cross_entropy, loss_settings
+from cottention.models.losses import cross_entropy
 from cottention.models.pretrained import (
     CottentionPreTrainedModel,
     attention_maps,
@@ -95,6 +96,7 @@ class CottentionBertModel(CottentionBertPreTrainedModel):
         output_hidden_states: bool | None = None,
         return_dict: bool | None = None,
         cu_seqlens: Int[Tensor, " N_plus_1"] | None = None,
+        **others: Any,
     ) -> BaseModelOutputWithPooling | tuple:
         """Run the layers.
 
@@ -109,14 +111,18 @@ class CottentionBertModel(CottentionBertPreTrainedModel):
             output_hidden_states: whether to return the normalised embedding and every layer's output.
             return_dict: whether to return an object rather than a tuple.
             cu_seqlens: boundaries of packed texts; needs B == 1.
+            **others: words of the library that ask for nothing here, such as `use_cache`.
 
         Returns:
             last_hidden_state, pooler_output (one row per text), hidden_states, attentions.
 
         Raises:
             ValueError: arguments contradict each other.
+            TypeError: an argument is not known.
             CottentionError: the text is longer than the learned positions.
         """
+        known_arguments(others, ("num_items_in_batch",), f"{type(self).__name__}.forward", ENCODER_WORDS)
+        attention_mask = zeros_and_ones(attention_mask)
         check_inputs(input_ids, inputs_embeds, attention_mask, cu_seqlens)
         maps = attention_maps(self.config, output_attentions, cu_seqlens)
         tokens = input_ids if inputs_embeds is None else inputs_embeds
@@ -247,7 +253,7 @@ class CottentionBertForPreTraining(_TiedHead):
             TypeError: an argument is not known.
         """
         known = ("num_items_in_batch", "num_sequences_in_batch")
-        settings = loss_settings(loss_kwargs, known, f"{type(self).__name__}.forward")
+        settings = known_arguments(loss_kwargs, known, f"{type(self).__name__}.forward", ENCODER_WORDS)
         outputs = self.bert(
             input_ids,
             attention_mask=attention_mask,
@@ -348,7 +354,8 @@ class CottentionBertForMaskedLM(_TiedHead):
         Raises:
             TypeError: an argument is not known.
         """
-        settings = loss_settings(loss_kwargs, ("num_items_in_batch",), f"{type(self).__name__}.forward")
+        known = ("num_items_in_batch",)
+        settings = known_arguments(loss_kwargs, known, f"{type(self).__name__}.forward", ENCODER_WORDS)
         outputs = self.bert(
             input_ids,
             attention_mask=attention_mask,

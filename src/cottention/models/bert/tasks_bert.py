@@ -1,26 +1,33 @@
-"""BERT with a fine-tuning head: one label per text, one per token, or an answer's span.
+"""BERT with a fine-tuning head: one label per text, one per token, an answer's span, a choice, or a next sentence.
 
 model = CottentionBertForSequenceClassification.from_pretrained(pretrained_dir, num_labels=3)
 """
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
-import torch
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 from transformers.modeling_outputs import (
+    MultipleChoiceModelOutput,
+    NextSentencePredictorOutput,
     QuestionAnsweringModelOutput,
     SequenceClassifierOutput,
     TokenClassifierOutput,
 )
 
-from cottention.files import IGNORE_INDEX
+from cottention.models.arguments import ENCODER_WORDS, known_arguments
 from cottention.models.bert.configuration_bert import CottentionBertConfig
+from cottention.models.bert.layers_bert import CottentionBertNextSentenceHead
 from cottention.models.bert.modeling_bert import CottentionBertModel, CottentionBertPreTrainedModel
-from cottention.models.losses import classification_loss, cross_entropy, loss_settings
+from cottention.models.losses import classification_loss, cross_entropy, span_loss
 from cottention.models.pretrained import wants_dict
+
+
+def _loss_settings(given: Mapping[str, Any], where: str) -> dict[str, Any]:
+    return known_arguments(given, ("num_items_in_batch",), where, ENCODER_WORDS)
 
 
 def _classifier_dropout(config: CottentionBertConfig) -> nn.Dropout:
@@ -79,7 +86,7 @@ class CottentionBertForSequenceClassification(CottentionBertPreTrainedModel):
         Raises:
             TypeError: an argument is not known.
         """
-        settings = loss_settings(loss_kwargs, ("num_items_in_batch",), f"{type(self).__name__}.forward")
+        settings = _loss_settings(loss_kwargs, f"{type(self).__name__}.forward")
         outputs = self.bert(
             input_ids,
             attention_mask=attention_mask,
@@ -153,7 +160,7 @@ class CottentionBertForTokenClassification(CottentionBertPreTrainedModel):
         Raises:
             TypeError: an argument is not known.
         """
-        settings = loss_settings(loss_kwargs, ("num_items_in_batch",), f"{type(self).__name__}.forward")
+        settings = _loss_settings(loss_kwargs, f"{type(self).__name__}.forward")
         outputs = self.bert(
             input_ids,
             attention_mask=attention_mask,
@@ -180,6 +187,8 @@ class CottentionBertForQuestionAnswering(CottentionBertPreTrainedModel):
         config: settings.
     """
 
+    accepts_loss_kwargs = True
+
     def __init__(self, config: CottentionBertConfig) -> None:
         super().__init__(config)
         self.bert = CottentionBertModel(config, add_pooling_layer=False)
@@ -198,6 +207,7 @@ class CottentionBertForQuestionAnswering(CottentionBertPreTrainedModel):
         output_attentions: bool | None = None,
         output_hidden_states: bool | None = None,
         return_dict: bool | None = None,
+        **loss_kwargs: Any,
     ) -> QuestionAnsweringModelOutput | tuple:
         """Start and end logits.
 
@@ -212,10 +222,15 @@ class CottentionBertForQuestionAnswering(CottentionBertPreTrainedModel):
             output_attentions: see there.
             output_hidden_states: see there.
             return_dict: see there.
+            **loss_kwargs: `num_items_in_batch`, answers of the whole optimiser step.
 
         Returns:
             loss (mean of both ends'), start_logits, end_logits, hidden_states, attentions.
+
+        Raises:
+            TypeError: an argument is not known.
         """
+        settings = _loss_settings(loss_kwargs, f"{type(self).__name__}.forward")
         outputs = self.bert(
             input_ids,
             attention_mask=attention_mask,
@@ -229,8 +244,7 @@ class CottentionBertForQuestionAnswering(CottentionBertPreTrainedModel):
         start_logits, end_logits = self.qa_outputs(outputs.last_hidden_state).unbind(-1)  # [B, T] each
         loss = None
         if start_positions is not None and end_positions is not None:
-            ends = ((start_logits, start_positions), (end_logits, end_positions))
-            loss = torch.stack([cross_entropy(logits, _inside(at, logits.shape[1])) for logits, at in ends]).mean()
+            loss = span_loss(start_logits, end_logits, start_positions, end_positions, **settings)
         output = QuestionAnsweringModelOutput(
             loss=loss,
             start_logits=start_logits,
@@ -241,7 +255,148 @@ class CottentionBertForQuestionAnswering(CottentionBertPreTrainedModel):
         return output if wants_dict(self.config, return_dict) else output.to_tuple()
 
 
-def _inside(positions: Tensor, length: int) -> Tensor:
-    """Positions as targets; an answer that was cut off with the end of its text is no target."""
-    positions = positions.flatten()
-    return positions.masked_fill((positions < 0) | (positions >= length), IGNORE_INDEX)
+class CottentionBertForMultipleChoice(CottentionBertPreTrainedModel):
+    """BERT with one score per text, compared between the choices of a question.
+
+    Args:
+        config: settings.
+    """
+
+    accepts_loss_kwargs = True
+
+    def __init__(self, config: CottentionBertConfig) -> None:
+        super().__init__(config)
+        self.bert = CottentionBertModel(config)
+        self.dropout = _classifier_dropout(config)
+        self.classifier = nn.Linear(config.hidden_size, 1)
+        self.post_init()
+
+    def forward(
+        self,
+        input_ids: Int[Tensor, "B N T"] | None = None,
+        attention_mask: Int[Tensor, "B N T"] | None = None,
+        token_type_ids: Int[Tensor, "B N T"] | None = None,
+        position_ids: Int[Tensor, "B N T"] | None = None,
+        inputs_embeds: Float[Tensor, "B N T D"] | None = None,
+        labels: Int[Tensor, " B"] | None = None,
+        output_attentions: bool | None = None,
+        output_hidden_states: bool | None = None,
+        return_dict: bool | None = None,
+        **loss_kwargs: Any,
+    ) -> MultipleChoiceModelOutput | tuple:
+        """One row of N logits per question.
+
+        Args:
+            input_ids: a question's N choices, each a text; see `CottentionBertModel.forward`, as for all arguments not
+                listed here, which have this shape too.
+            attention_mask: see there.
+            token_type_ids: see there.
+            position_ids: see there.
+            inputs_embeds: see there.
+            labels: the right choice of each question.
+            output_attentions: see there; rows are texts, question by question, as of hidden states.
+            output_hidden_states: see there.
+            return_dict: see there.
+            **loss_kwargs: `num_items_in_batch`, questions of the whole optimiser step.
+
+        Returns:
+            loss, logits, hidden_states, attentions.
+
+        Raises:
+            ValueError: the inputs have no dimension for choices.
+            TypeError: an argument is not known.
+        """
+        settings = _loss_settings(loss_kwargs, f"{type(self).__name__}.forward")
+        questions = input_ids if inputs_embeds is None else inputs_embeds
+        if questions is not None and questions.ndim != (3 if inputs_embeds is None else 4):
+            raise ValueError(f"inputs must have shape [B, choices, T, ...]; got {list(questions.shape)}")
+        texts = (input_ids, attention_mask, token_type_ids, position_ids, inputs_embeds)
+        rows = [None if each is None else each.flatten(0, 1) for each in texts]  # [B * N, T] each
+        outputs = self.bert(
+            *rows,
+            output_attentions=output_attentions,
+            output_hidden_states=output_hidden_states,
+            return_dict=True,
+        )
+        scores = self.classifier(self.dropout(outputs.pooler_output))  # [B * N, 1]
+        assert questions is not None
+        logits = scores.view(questions.shape[:2])
+        output = MultipleChoiceModelOutput(
+            loss=None if labels is None else cross_entropy(logits, labels, **settings),
+            logits=logits,
+            hidden_states=outputs.hidden_states,
+            attentions=outputs.attentions,
+        )
+        return output if wants_dict(self.config, return_dict) else output.to_tuple()
+
+
+class CottentionBertForNextSentencePrediction(CottentionBertPreTrainedModel):
+    """BERT with the next-sentence head of pretraining alone.
+
+    Args:
+        config: settings.
+    """
+
+    accepts_loss_kwargs = True
+
+    def __init__(self, config: CottentionBertConfig) -> None:
+        super().__init__(config)
+        self.bert = CottentionBertModel(config)
+        self.cls = CottentionBertNextSentenceHead(config)
+        self.post_init()
+
+    def forward(
+        self,
+        input_ids: Int[Tensor, "B T"] | None = None,
+        attention_mask: Int[Tensor, "B T"] | None = None,
+        token_type_ids: Int[Tensor, "B T"] | None = None,
+        position_ids: Int[Tensor, "B T"] | None = None,
+        inputs_embeds: Float[Tensor, "B T D"] | None = None,
+        labels: Int[Tensor, " B"] | None = None,
+        output_attentions: bool | None = None,
+        output_hidden_states: bool | None = None,
+        return_dict: bool | None = None,
+        cu_seqlens: Int[Tensor, " N_plus_1"] | None = None,
+        **loss_kwargs: Any,
+    ) -> NextSentencePredictorOutput | tuple:
+        """One row of two logits per text.
+
+        Args:
+            input_ids: two sentences; see `CottentionBertModel.forward`, as for all arguments not listed here.
+            attention_mask: see there.
+            token_type_ids: see there.
+            position_ids: see there.
+            inputs_embeds: see there.
+            labels: 0: the second sentence follows the first; 1: it is random.
+            output_attentions: see there.
+            output_hidden_states: see there.
+            return_dict: see there.
+            cu_seqlens: see there.
+            **loss_kwargs: `num_items_in_batch`, texts of the whole optimiser step.
+
+        Returns:
+            loss, logits, hidden_states, attentions.
+
+        Raises:
+            TypeError: an argument is not known.
+        """
+        settings = _loss_settings(loss_kwargs, f"{type(self).__name__}.forward")
+        outputs = self.bert(
+            input_ids,
+            attention_mask=attention_mask,
+            token_type_ids=token_type_ids,
+            position_ids=position_ids,
+            inputs_embeds=inputs_embeds,
+            output_attentions=output_attentions,
+            output_hidden_states=output_hidden_states,
+            return_dict=True,
+            cu_seqlens=cu_seqlens,
+        )
+        logits = self.cls(outputs.pooler_output)
+        output = NextSentencePredictorOutput(
+            loss=None if labels is None else cross_entropy(logits, labels, **settings),
+            logits=logits,
+            hidden_states=outputs.hidden_states,
+            attentions=outputs.attentions,
+        )
+        return output if wants_dict(self.config, return_dict) else output.to_tuple()

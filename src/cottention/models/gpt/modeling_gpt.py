@@ -19,11 +19,12 @@ from transformers.generation.utils import GenerationMixin
 from transformers.modeling_outputs import BaseModelOutputWithPast, CausalLMOutputWithPast
 
 from cottention.layers import RotaryTable, rotary_table
+from cottention.models.arguments import DECODER_WORDS, known_arguments, zeros_and_ones
 from cottention.models.cache import CosineCache
 from cottention.models.fused_loss import head_cross_entropy
 from cottention.models.gpt.configuration_gpt import CottentionGPTConfig
 from cottention.models.gpt.layers_gpt import CottentionGPTBlock
-from cottention.models.losses import causal_lm_loss, loss_settings, next_tokens
+from cottention.models.losses import causal_lm_loss, next_tokens
 from cottention.models.pretrained import (
     CottentionPreTrainedModel,
     attention_maps,
@@ -55,6 +56,8 @@ class CottentionGPTPreTrainedModel(CottentionPreTrainedModel):
     _keys_to_ignore_on_load_unexpected: ClassVar[list[str]] = [
         r"^lm_head\.",
         r"^score\.",
+        r"^classifier\.",
+        r"^qa_outputs\.",
         r"attn\.(masked_)?bias$",
         r"embed_positions$",
     ]
@@ -98,6 +101,7 @@ class CottentionGPTModel(CottentionGPTPreTrainedModel):
         return_dict: bool | None = None,
         cu_seqlens: Int[Tensor, " N_plus_1"] | None = None,
         cache: Cache | None = None,
+        **others: Any,
     ) -> BaseModelOutputWithPast | tuple:
         """Run the blocks.
 
@@ -116,14 +120,18 @@ class CottentionGPTModel(CottentionGPTPreTrainedModel):
             return_dict: whether to return an object rather than a tuple.
             cu_seqlens: boundaries of packed texts; needs B == 1.
             cache: another name for past_key_values, that of transformers 5.24.
+            **others: words of the library that ask for nothing here, such as `num_items_in_batch`.
 
         Returns:
             last_hidden_state, past_key_values (cache from transformers 5.24 on), hidden_states, attentions.
 
         Raises:
             ValueError: arguments contradict each other.
+            TypeError: an argument is not known.
             CottentionError: the text is too long for a softmax model.
         """
+        known_arguments(others, ("num_items_in_batch",), f"{type(self).__name__}.forward", DECODER_WORDS)
+        attention_mask = zeros_and_ones(attention_mask)
         past = either_name(past_key_values, cache)
         self._check_cache(past)
         past_length = 0 if past is None else past.get_seq_length()
@@ -302,7 +310,8 @@ class CottentionGPTForCausalLM(CottentionGPTPreTrainedModel, GenerationMixin):
             TypeError: an argument is not known.
         """
         # In **kwargs because the Trainer takes every named argument with "label" in it for one that it must pass.
-        settings = loss_settings(loss_kwargs, ("num_items_in_batch", "shift_labels"), f"{type(self).__name__}.forward")
+        known = ("num_items_in_batch", "shift_labels")
+        settings = known_arguments(loss_kwargs, known, f"{type(self).__name__}.forward", DECODER_WORDS)
         has_labels = labels is not None or settings.get("shift_labels") is not None
         if use_cache is None and has_labels:
             use_cache = False
