@@ -74,7 +74,7 @@ def zeros_and_ones(attention_mask: Tensor | None) -> Tensor | None:
     is_real = values == 1
     is_binary = (is_real | (values == 0)).all()
     if torch.compiler.is_compiling():
-        torch._assert_async(is_binary, "attention_mask must hold 0 (padding) and 1 (real) alone")
+        torch.ops.aten._assert_async.msg(is_binary, "attention_mask must hold 0 (padding) and 1 (real) alone")
     elif values.device.type != "meta" and not is_binary:
         other = values[~is_real & (values != 0)][0].item()
         raise ValueError(f"attention_mask must hold 0 (padding) and 1 (real) alone; got {other:g}")
