@@ -96,10 +96,17 @@ _USED = {
     "argparse.ArgumentParser": ["_actions", "_option_string_actions"],
     "datasets.Dataset": ["_fingerprint"],
     "jsonargparse": ["ActionConfigFile"],
-    "torch": ["_C", "_dynamo"],
+    "torch": ["_C", "_assert_async", "_dynamo"],
     "torch._C": ["_AutoDispatchBelowAutograd"],
     "torch._dynamo.config": ["capture_dynamic_output_shape_ops"],
-    "torch.nn.Module": ["_parameters"],
+    "torch.nn.Module": [
+        "_backward_hooks",
+        "_backward_pre_hooks",
+        "_forward_hooks",
+        "_forward_pre_hooks",
+        "_parameters",
+    ],
+    "torch.nn.modules.module": ["_has_any_global_hook"],
     "transformers.TrainingArguments": ["_n_gpu"],
     "transformers.PreTrainedModel": [
         "_gradient_checkpointing_func",
@@ -138,7 +145,7 @@ def _has(owner: Any, name: str) -> bool:
     """Whether it is an attribute, of instances too: one that a class of the family gives to itself."""
     if hasattr(owner, name):
         return True
-    given = re.compile(rf"\bself\.{name}\b *[:=]")
+    given = re.compile(rf"(\bself\.|^    ){name}\b *[:=]", re.MULTILINE)
     return inspect.isclass(owner) and any(given.search(_source(base)) for base in inspect.getmro(owner))
 
 
