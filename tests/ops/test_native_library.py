@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 import multiprocessing
 from typing import Any
 
@@ -10,6 +11,7 @@ import torch
 
 from cottention.ops import CosineState, cosine_attention, cosine_attention_step
 from cottention.ops.native import binding
+from cottention.ops.native.call import Call, layout_difference
 from cottention.ops.plain import plain_step
 from tests.ops.helpers import make_case
 
@@ -118,6 +120,28 @@ def test_without_the_library_native_raises_and_auto_uses_chunk(monkeypatch: pyte
     assert torch.equal(found, expected)
     q, k, v = (x[:, 0] for x in given[:3])
     cosine_attention_step(q, k, v, case.norm_const, state)
+
+
+@_needs_library
+def test_a_library_with_another_layout_is_told_when_it_is_loaded(monkeypatch: pytest.MonkeyPatch) -> None:
+    library = binding.loaded_library()
+    assert layout_difference(library) == ""
+    names = [name for name, *_ in Call._fields_]
+    i = names.index("seen")
+    exchanged = [*names[:i], "kv", "seen", *names[i + 2 :]]
+    for fields, told in (
+        (exchanged, f"'seen {8 * i}' where 'kv {8 * i}' is expected"),
+        (names[:-1], f"'dkv {8 * len(names) - 8}' where 'size {8 * len(names) - 8}' is expected"),
+        ([*names, "more"], f"'size {8 * len(names)}' where 'more {8 * len(names)}' is expected"),
+    ):
+        other = type("Other", (ctypes.Structure,), {"_fields_": [(name, ctypes.c_int64) for name in fields]})
+        assert layout_difference(library, other) == told
+    monkeypatch.setattr(binding, "layout_difference", lambda library: layout_difference(library, other))
+    loaded, reason = binding._load()
+    assert loaded is None
+    assert "lays out its arguments otherwise than this version, 'size" in reason
+    with pytest.raises(AttributeError):
+        setattr(Call(), "misspelled", 1)  # noqa: B010 (no type checker sees it)
 
 
 @_needs_library

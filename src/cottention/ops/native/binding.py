@@ -1,7 +1,7 @@
-"""The compiled library in Python: found beside this file, loaded by ctypes, called with one packed struct of words.
+"""The compiled library in Python: found beside this file, loaded by ctypes, called with one structure of named words.
 
-`Call` of `src/abi.h` is packed here field by field. Packing a struct and passing it as bytes costs
-a microsecond or two, which is what keeps short sequences and single tokens fast.
+Filling in the fields that a call uses and passing their address costs a few microseconds, which is what keeps short
+sequences and single tokens fast.
 
     if is_available():
         run("forward", q, k, v, norm_const, causal=True, o=o)  # writes o
@@ -13,27 +13,24 @@ from __future__ import annotations
 import ctypes
 import json
 import os
-import struct
 from functools import cache
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
+from cottention.ops.native.call import Call, layout_difference
 from cottention.ops.validation import check_boundaries
 
 _FOLDER = Path(__file__).parent
-_ABI_VERSION = 1
+_ABI_VERSION = 2
 _DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2, torch.float64: 3}
 _NATIVE_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
-_NO_VIEW = (0, 0, 0, 0)
-_NO_GRADIENTS = (0,) * 10
 _OUT_OF_MEMORY, _BAD_BOUNDARIES = 1, 2
 _REMEDY = (
     "install a C++17 compiler and reinstall cottention: "
     "pip install --force-reinstall --no-deps --no-cache-dir cottention"
 )
-_pack = struct.Struct("=47q").pack
 
 
 def _load() -> tuple[ctypes.CDLL | None, str]:
@@ -51,11 +48,13 @@ def _load() -> tuple[ctypes.CDLL | None, str]:
         return None, f"the native kernels cannot be loaded ({error}); {remedy}"
     if version != _ABI_VERSION:
         return None, f"{path.name} belongs to another version of cottention; {remedy}"
+    if difference := layout_difference(library):
+        return None, f"{path.name} lays out its arguments otherwise than this version, {difference}; {remedy}"
     library.cottention_instruction_set.argtypes = [ctypes.c_int64]
     library.cottention_instruction_set.restype = ctypes.c_char_p
     library.cottention_use_instruction_set.argtypes = [ctypes.c_char_p]
     for name in ("forward", "backward", "step"):
-        getattr(library, f"cottention_{name}").argtypes = [ctypes.c_char_p]
+        getattr(library, f"cottention_{name}").argtypes = [ctypes.POINTER(Call)]
     wanted = os.environ.get("COTTENTION_NATIVE_ISA")
     if wanted and library.cottention_use_instruction_set(wanted.encode()) != 0:
         known = ", ".join(_names(library))
@@ -153,15 +152,6 @@ def with_unit_stride(x: Tensor) -> Tensor:
     return x if x.stride(-1) == 1 or x.shape[-1] <= 1 else x.contiguous()
 
 
-def _view(x: Tensor | None) -> tuple[int, ...]:
-    """Address and element strides of `[B, T, H, D]`."""
-    return _NO_VIEW if x is None else (x.data_ptr(), *x.stride()[:3])
-
-
-def _address(x: Tensor | None) -> int:
-    return 0 if x is None else x.data_ptr()
-
-
 def run(
     function: str,
     q: Tensor,  # [B, T, H, K]
@@ -198,44 +188,33 @@ def run(
     if cu_seqlens is not None:
         cu_seqlens = cu_seqlens.to(torch.int64).contiguous()
     kv, seen, grad_final = (None if x is None else x.contiguous() for x in (kv, seen, grad_final))
-    B, T, H, K = q.shape
-    call = _pack(
+    call = Call()
+    call.dtype, call.causal, call.num_threads, call.chunk = (
         _DTYPES[q.dtype],
         causal,
         torch.get_num_threads(),
         chunk_size,
-        B,
-        T,
-        k.shape[1],
-        H,
-        K,
-        v.shape[3],
-        B if cu_seqlens is None else cu_seqlens.shape[0] - 1,
-        _address(cu_seqlens),
-        _address(mask),
-        0 if mask is None else mask.stride(0),
-        _address(norm_const),
-        0 if norm_const is None else _DTYPES[norm_const.dtype],
-        0 if norm_const is None else norm_const.stride(0),
-        _address(seen),
-        _address(kv),
-        _address(final_kv),
-        _address(final_seen),
-        *_view(q),
-        *_view(k),
-        *_view(v),
-        *_view(o),
-        *_view(grad),
-        _address(dq),
-        _address(dk),
-        _address(dv),
-        _address(dm),
-        _address(grad_final),
-        _address(dkv),
     )
-    status = getattr(loaded_library(), f"cottention_{function}")(call)
+    call.B, call.T, call.H, call.K = q.shape
+    call.S, call.V = k.shape[1], v.shape[3]
+    call.num_sequences = call.B if cu_seqlens is None else cu_seqlens.shape[0] - 1
+    _set_norm_const(call, norm_const)
+    if mask is not None:
+        call.mask, call.mask_row = mask.data_ptr(), mask.stride(0)
+    call.q_data, (call.q_batch, call.q_token, call.q_head, _) = q.data_ptr(), q.stride()
+    call.k_data, (call.k_batch, call.k_token, call.k_head, _) = k.data_ptr(), k.stride()
+    call.v_data, (call.v_batch, call.v_token, call.v_head, _) = v.data_ptr(), v.stride()
+    if o is not None:
+        call.o_data, (call.o_batch, call.o_token, call.o_head, _) = o.data_ptr(), o.stride()
+    if grad is not None:
+        call.grad_data, (call.grad_batch, call.grad_token, call.grad_head, _) = grad.data_ptr(), grad.stride()
+    call.boundaries, call.seen, call.kv = _address(cu_seqlens), _address(seen), _address(kv)
+    call.final_kv, call.final_seen = _address(final_kv), _address(final_seen)
+    call.dq, call.dk, call.dv, call.dm = _address(dq), _address(dk), _address(dv), _address(dm)
+    call.grad_final, call.dkv = _address(grad_final), _address(dkv)
+    status = getattr(loaded_library(), f"cottention_{function}")(ctypes.byref(call))
     if status == _BAD_BOUNDARIES and cu_seqlens is not None:
-        check_boundaries(cu_seqlens.tolist(), T)
+        check_boundaries(cu_seqlens.tolist(), q.shape[1])
     _check_status(status)
 
 
@@ -253,30 +232,35 @@ def run_step(
 ) -> None:
     """Call "step" of `src/abi.h`. It writes o, final_kv and final_seen, all contiguous; they may be kv and seen.
 
-    Apart from `run`, because packing takes as long here as the arithmetic.
+    Apart from `run`, because filling in the structure takes as long here as the arithmetic.
     """
     q, k, v = with_unit_stride(q), with_unit_stride(k), with_unit_stride(v)
+    call = Call()
+    call.dtype, call.causal, call.num_threads = _DTYPES[q.dtype], True, torch.get_num_threads()
+    B, call.H, call.K, V = final_kv.shape
+    call.B, call.T, call.S, call.V, call.num_sequences = B, 1, 1, V, B
+    _set_norm_const(call, norm_const)
+    if mask is not None:
+        call.mask, call.mask_row = mask.data_ptr(), mask.stride(0)
     if kv is not None and seen is not None:
         kv, seen = kv.contiguous(), seen.contiguous()
-    B, H, K, V = final_kv.shape
-    (q_batch, *_, q_head, _), (k_batch, *_, k_head, _), (v_batch, *_, v_head, _) = q.stride(), k.stride(), v.stride()
-    call = _pack(
-        *(_DTYPES[q.dtype], True, torch.get_num_threads(), 0, B, 1, 1, H, K, V, B, 0),
-        *((0, 0) if mask is None else (mask.data_ptr(), mask.stride(0))),
-        *(
-            (0, 0, 0)
-            if norm_const is None
-            else (norm_const.data_ptr(), _DTYPES[norm_const.dtype], norm_const.stride(0))
-        ),
-        *((0, 0) if kv is None or seen is None else (seen.data_ptr(), kv.data_ptr())),
-        *(final_kv.data_ptr(), final_seen.data_ptr()),
-        *(q.data_ptr(), q_batch, 0, q_head),
-        *(k.data_ptr(), k_batch, 0, k_head),
-        *(v.data_ptr(), v_batch, 0, v_head),
-        *(o.data_ptr(), H * V, 0, V),
-        *_NO_GRADIENTS,
-    )
-    _check_status(loaded_library().cottention_step(call))
+        call.kv, call.seen = kv.data_ptr(), seen.data_ptr()
+    call.final_kv, call.final_seen = final_kv.data_ptr(), final_seen.data_ptr()
+    call.q_data, (call.q_batch, *_, call.q_head, _) = q.data_ptr(), q.stride()
+    call.k_data, (call.k_batch, *_, call.k_head, _) = k.data_ptr(), k.stride()
+    call.v_data, (call.v_batch, *_, call.v_head, _) = v.data_ptr(), v.stride()
+    call.o_data, (call.o_batch, *_, call.o_head, _) = o.data_ptr(), o.stride()
+    _check_status(loaded_library().cottention_step(ctypes.byref(call)))
+
+
+def _address(x: Tensor | None) -> int:
+    return 0 if x is None else x.data_ptr()
+
+
+def _set_norm_const(call: Call, norm_const: Tensor | None) -> None:
+    if norm_const is not None:
+        call.norm_const, call.norm_const_stride = norm_const.data_ptr(), norm_const.stride(0)
+        call.norm_const_dtype = _DTYPES[norm_const.dtype]
 
 
 def _check_status(status: int) -> None:

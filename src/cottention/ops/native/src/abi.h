@@ -1,7 +1,7 @@
 // The plain C interface of the library: no torch, no Python, one struct of 64-bit words per call.
 //
-// Python packs a Call with `struct` in the order of these fields (cottention/ops/native/binding.py); a pointer is a
-// word, 0 where there is none. Tensors are described by element strides; their last dimension has stride 1. Every
+// Python fills a Call by name (cottention/ops/native/call.py) and compares the layout of both when it loads the library.
+// A pointer is a word, 0 where there is none. Tensors are described by element strides; their last dimension has stride 1. Every
 // function returns 0, or a Status.
 //
 //     Call call = {...}; int status = cottention_forward(&call);
@@ -9,8 +9,8 @@
 
 #include <cstdint>
 
-// Changes with the layout of Call, so that a library left over from another version is told apart.
-#define COTTENTION_ABI_VERSION 1
+// Changes with the functions and what fields mean, so that a library left over from another version is told apart.
+#define COTTENTION_ABI_VERSION 2
 
 enum DType : int64_t { kFloat32 = 0, kBFloat16 = 1, kFloat16 = 2, kFloat64 = 3 };
 
@@ -20,27 +20,47 @@ struct View {  // [B, T, H, D], or [B, H, D] with `token` unused
     int64_t data, batch, token, head;
 };
 
+// Every field of a call in its order; the structure and the names that Python compares with its own come from this list.
+#define COTTENTION_CALL(WORD, VIEW)                                                                    \
+    WORD(dtype)       /* DType of q, k, v, o and their gradients; never kFloat64 */                    \
+    WORD(causal)      /* bool */                                                                       \
+    WORD(num_threads) /* at most this many, the calling one included */                                \
+    WORD(chunk)       /* tokens per tile, 0: choose */                                                 \
+    WORD(B)                                                                                            \
+    WORD(T)                                                                                            \
+    WORD(S)                                                                                            \
+    WORD(H)                                                                                            \
+    WORD(K)                                                                                            \
+    WORD(V)                                                                                            \
+    WORD(num_sequences) /* B, or the packed ones */                                                    \
+    WORD(boundaries)    /* int64 [num_sequences + 1], or 0: rows of a batch */                         \
+    WORD(mask)          /* uint8 [B, S], or 0 */                                                       \
+    WORD(mask_row)      /* and its row stride */                                                       \
+    WORD(norm_const)                                                                                   \
+    WORD(norm_const_dtype)                                                                             \
+    WORD(norm_const_stride)                                                                            \
+    WORD(seen)       /* int64 [N] before the first token, or 0 */                                      \
+    WORD(kv)         /* float [N, H, K, V] before the first token, or 0 */                             \
+    WORD(final_kv)   /* float [N, H, K, V] to write, or 0; of all keys when not causal */              \
+    WORD(final_seen) /* int64 [N] to write, or 0 */                                                    \
+    VIEW(q)                                                                                            \
+    VIEW(k)                                                                                            \
+    VIEW(v)                                                                                            \
+    VIEW(o)                                                                                            \
+    VIEW(grad) /* of o; backward alone, like all that follows */                                       \
+    WORD(dq)   /* contiguous, like dk and dv */                                                        \
+    WORD(dk)                                                                                           \
+    WORD(dv)                                                                                           \
+    WORD(dm)         /* float [H] to write, or 0 */                                                    \
+    WORD(grad_final) /* float [N, H, K, V], or 0 */                                                    \
+    WORD(dkv)        /* float [N, H, K, V] to write, or 0 */
+
 struct Call {
-    int64_t dtype;        // DType of q, k, v, o and their gradients; never kFloat64
-    int64_t causal;       // bool
-    int64_t num_threads;  // at most this many, the calling one included
-    int64_t chunk;        // tokens per tile, 0: choose
-    int64_t B, T, S, H, K, V;
-    int64_t num_sequences;   // B, or the packed ones
-    int64_t boundaries;      // int64 [num_sequences + 1], or 0: rows of a batch
-    int64_t mask, mask_row;  // uint8 [B, S] and its row stride, or 0
-    int64_t norm_const, norm_const_dtype, norm_const_stride;
-    int64_t seen;        // int64 [N] before the first token, or 0
-    int64_t kv;          // float [N, H, K, V] before the first token, or 0
-    int64_t final_kv;    // float [N, H, K, V] to write, or 0; of all keys when not causal
-    int64_t final_seen;  // int64 [N] to write, or 0
-    View q, k, v, o;
-    // backward alone
-    View grad;           // of o
-    int64_t dq, dk, dv;  // contiguous
-    int64_t dm;          // float [H] to write, or 0
-    int64_t grad_final;  // float [N, H, K, V], or 0
-    int64_t dkv;         // float [N, H, K, V] to write, or 0
+#define COTTENTION_WORD(name) int64_t name;
+#define COTTENTION_VIEW(name) View name;
+    COTTENTION_CALL(COTTENTION_WORD, COTTENTION_VIEW)
+#undef COTTENTION_WORD
+#undef COTTENTION_VIEW
 };
 
 #if defined(__GNUC__)
@@ -50,6 +70,8 @@ struct Call {
 #endif
 
 COTTENTION_EXPORT int cottention_abi_version();
+// A line for each word of Call, its name and offset ("q_batch 176"), and a last one, "size 376".
+COTTENTION_EXPORT const char* cottention_call_layout();
 // Name of the index-th instruction set that runs here, plainest first, null after the last; -1: of the active one.
 COTTENTION_EXPORT const char* cottention_instruction_set(int64_t index);
 // Make this one active, for tests and for whoever suspects a kernel; the widest is at first.

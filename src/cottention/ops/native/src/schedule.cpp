@@ -3,7 +3,9 @@
 // Where sequences are cut into pieces, the state that each piece adds is computed first, an exclusive sum over the
 // pieces gives the state that each starts from, and then all run at once. Sums run in the order of the pieces whoever
 // computed them, so the result depends on the number of threads alone.
+#include <cstddef>
 #include <cstring>
+#include <string>
 #include <vector>
 
 #include "abi.h"
@@ -197,6 +199,25 @@ int guarded(void (*function)(const Call&), const Call* call) {
 }  // namespace
 
 int cottention_abi_version() { return COTTENTION_ABI_VERSION; }
+
+const char* cottention_call_layout() {
+    static const std::string layout = [] {
+        std::string lines;
+        const auto add = [&](const char* name, size_t offset) { lines += name + (" " + std::to_string(offset) + "\n"); };
+#define COTTENTION_WORD(name) add(#name, offsetof(Call, name));
+#define COTTENTION_VIEW(name)                          \
+    add(#name "_data", offsetof(Call, name.data));     \
+    add(#name "_batch", offsetof(Call, name.batch));   \
+    add(#name "_token", offsetof(Call, name.token));   \
+    add(#name "_head", offsetof(Call, name.head));
+        COTTENTION_CALL(COTTENTION_WORD, COTTENTION_VIEW)
+#undef COTTENTION_WORD
+#undef COTTENTION_VIEW
+        return lines + "size " + std::to_string(sizeof(Call));
+    }();
+    return layout.c_str();
+}
+
 int cottention_forward(const Call* call) { return guarded(forward, call); }
 int cottention_backward(const Call* call) { return guarded(backward, call); }
 int cottention_step(const Call* call) { return guarded(step, call); }

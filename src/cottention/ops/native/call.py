@@ -1,0 +1,85 @@
+"""The arguments of one call of the library, by name: the structure `Call` of `src/abi.h`.
+
+The library names its fields with their places in memory, and `layout_difference` compares the two when it is loaded.
+
+    call = Call()
+    call.dtype, call.T = 0, 512
+    library.cottention_forward(ctypes.byref(call))
+"""
+
+from __future__ import annotations
+
+import ctypes
+from itertools import zip_longest
+
+
+class Call(ctypes.Structure):
+    """64-bit words, 0 where nothing is set; see `src/abi.h`. A tensor `[B, T, H, D]` is an address and its strides."""
+
+    __slots__ = ()  # a name that is no field raises
+
+    dtype: int
+    causal: int
+    num_threads: int
+    chunk: int
+    B: int
+    T: int
+    S: int
+    H: int
+    K: int
+    V: int
+    num_sequences: int
+    boundaries: int
+    mask: int
+    mask_row: int
+    norm_const: int
+    norm_const_dtype: int
+    norm_const_stride: int
+    seen: int
+    kv: int
+    final_kv: int
+    final_seen: int
+    q_data: int
+    q_batch: int
+    q_token: int
+    q_head: int
+    k_data: int
+    k_batch: int
+    k_token: int
+    k_head: int
+    v_data: int
+    v_batch: int
+    v_token: int
+    v_head: int
+    o_data: int
+    o_batch: int
+    o_token: int
+    o_head: int
+    grad_data: int
+    grad_batch: int
+    grad_token: int
+    grad_head: int
+    dq: int
+    dk: int
+    dv: int
+    dm: int
+    grad_final: int
+    dkv: int
+
+    _fields_ = [(name, ctypes.c_int64) for name in __annotations__]
+
+
+def layout_of(structure: type[ctypes.Structure]) -> list[str]:
+    """Each field's name and offset, then the size, as the library writes them."""
+    fields = [f"{name} {getattr(structure, name).offset}" for name, *_ in structure._fields_]
+    return [*fields, f"size {ctypes.sizeof(structure)}"]
+
+
+def layout_difference(library: ctypes.CDLL, structure: type[ctypes.Structure] = Call) -> str:
+    """The first field that the library has elsewhere than the structure; "" where both are the same."""
+    library.cottention_call_layout.restype = ctypes.c_char_p
+    theirs, ours = library.cottention_call_layout().decode().split("\n"), layout_of(structure)
+    for found, expected in zip_longest(theirs, ours, fillvalue="nothing"):
+        if found != expected:
+            return f"{found!r} where {expected!r} is expected"
+    return ""
