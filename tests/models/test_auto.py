@@ -22,6 +22,9 @@ from transformers import (
     AutoModelForSequenceClassification,
     AutoModelForTextEncoding,
     AutoModelForTokenClassification,
+    AutoTokenizer,
+    BertTokenizer,
+    GPT2Tokenizer,
     PreTrainedTokenizerFast,
     TextIteratorStreamer,
     pipeline,
@@ -98,6 +101,58 @@ assert type(AutoModelForSequenceClassification.from_config(gpt)).__name__ == "Co
 assert type(AutoModelForSequenceClassification.from_config(bert)).__name__ == "CottentionBertForSequenceClassification"
 """
     subprocess.run([sys.executable, "-c", code], check=True)
+
+
+VOCABULARY = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", "the", "The", "cat", "##s"]
+ALONE: dict[str, dict[str, str]] = {
+    "cased": {"vocab.txt": "\n".join(VOCABULARY)},
+    "lowercased": {"vocab.txt": "\n".join(token for token in VOCABULARY if token != "The")},
+    "recorded": {"vocab.txt": "\n".join(VOCABULARY), "tokenizer_config.json": '{"do_lower_case": true}'},
+    "gpt2": {
+        "vocab.json": '{"<|endoftext|>": 0, "T": 1, "h": 2, "e": 3, "Th": 4, "The": 5}',
+        "merges.txt": "T h\nTh e",
+    },
+}
+
+
+@pytest.mark.parametrize("config", [gpt_config(), bert_config()], ids=["gpt", "bert"])
+@pytest.mark.parametrize(
+    ("files", "kind", "ids"),
+    [
+        ("cased", BertTokenizer, [2, 6, 7, 8, 3]),
+        ("lowercased", BertTokenizer, [2, 5, 6, 7, 3]),
+        ("recorded", BertTokenizer, [2, 5, 7, 8, 3]),
+        ("gpt2", GPT2Tokenizer, [5]),
+    ],
+)
+def test_a_tokenizer_opens_by_its_files_alone(
+    config: Any, files: str, kind: Any, ids: list[int], tmp_path: Path
+) -> None:
+    config.save_pretrained(tmp_path)
+    for name, text in ALONE[files].items():
+        (tmp_path / name).write_text(text)
+    tokenizer = AutoTokenizer.from_pretrained(tmp_path)
+    assert type(tokenizer) is kind
+    assert tokenizer("The" if kind is GPT2Tokenizer else "The cats").input_ids == ids
+
+
+@pytest.mark.parametrize("config", [gpt_config(), bert_config()], ids=["gpt", "bert"])
+def test_a_tokenizer_json_is_read_as_it_stands(config: Any, tmp_path: Path) -> None:
+    tokenizer = tiny_tokenizer()
+    config.save_pretrained(tmp_path)
+    tokenizer.save_pretrained(tmp_path)
+    (tmp_path / "vocab.txt").write_text("\n".join(VOCABULARY))
+    for settings in ("tokenizer_config.json", "special_tokens_map.json"):
+        (tmp_path / settings).unlink(missing_ok=True)
+    again = AutoTokenizer.from_pretrained(tmp_path)
+    assert type(again) is PreTrainedTokenizerFast
+    assert again("the cat sat").input_ids == tokenizer("the cat sat").input_ids
+
+
+def test_a_directory_without_a_tokenizer_says_so(tmp_path: Path) -> None:
+    gpt_config().save_pretrained(tmp_path)
+    with pytest.raises(ValueError, match="Couldn't instantiate the backend tokenizer"):
+        AutoTokenizer.from_pretrained(tmp_path)
 
 
 def test_registering_again_does_no_harm() -> None:

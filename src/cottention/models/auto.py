@@ -2,8 +2,9 @@
 
 Importing `transformers` loads almost nothing, and a registration should not change that. So each Auto table gets our
 entries when transformers loads that table, by post-import hooks: configs with the config table, models with the model
-table. Either side may be half imported when the other one arrives (our modelling imports transformers', whose table
-imports ours), so a module's classes are registered when that module has been imported to its end.
+table, tokenizers with theirs. Either side may be half imported when the other one arrives (our modelling imports
+transformers', whose table imports ours), so a module's classes are registered when that module has been imported to its
+end.
 
 A process that never imports cottention finds the same classes through `auto_map`, which config.json carries, and a
 module of one line beside it (`remote_module`): with trust_remote_code=True, transformers imports that module.
@@ -20,6 +21,7 @@ from cottention.logging import get_logger
 
 _CONFIG_TABLE = "transformers.models.auto.configuration_auto"
 _MODEL_TABLE = "transformers.models.auto.modeling_auto"
+_TOKENIZER_TABLE = "transformers.models.auto.tokenization_auto"
 _HERE = "cottention.models"
 # Which class goes under which Auto class, by the module that defines it and the table that takes it.
 _CLASSES = {
@@ -52,7 +54,9 @@ _CLASSES = {
             "AutoModelForQuestionAnswering": "CottentionGPTForQuestionAnswering",
         },
     },
+    _TOKENIZER_TABLE: {f"{_HERE}.tokenizers": {"AutoTokenizer": "ModelTokenizer"}},
 }
+_CONFIGS = _CLASSES[_CONFIG_TABLE]
 # The file beside config.json that `auto_map` names, and what it says to whoever looks before trusting it.
 REMOTE_MODULE = "modeling_cottention"
 _REMOTE_TEXT = """\
@@ -132,6 +136,11 @@ def _register(table: str, module: str) -> None:
     for auto_name, class_name in _CLASSES[table][module].items():
         auto = getattr(sys.modules.get(table), auto_name, None)
         ours = getattr(sys.modules.get(module), class_name, None)
-        if auto is not None and ours is not None:
-            key = ours.model_type if auto_name == "AutoConfig" else ours.config_class
-            auto.register(key, ours, exist_ok=True)
+        if auto is None or ours is None:
+            continue
+        if table == _TOKENIZER_TABLE:
+            for config_module, names in _CONFIGS.items():
+                config_class = getattr(import_module(config_module), names["AutoConfig"])
+                auto.register(config_class, tokenizer_class=ours, exist_ok=True)
+        else:
+            auto.register(ours.model_type if table == _CONFIG_TABLE else ours.config_class, ours, exist_ok=True)
