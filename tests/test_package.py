@@ -7,10 +7,13 @@ import logging
 import sys
 from importlib import metadata
 from pathlib import Path
+from types import ModuleType
+from typing import Any
 
 import pytest
 
 import cottention
+from cottention import _register
 from cottention.errors import CottentionError, SettingsError, check_known_keys, did_you_mean
 from cottention.logging import get_logger, log_once, setup_cli_logging
 from tests.subprocesses import run_python
@@ -78,6 +81,43 @@ def test_models_are_known_without_wrapt_once_they_are_registered_by_hand():
     run_python(
         f"import cottention.models\ncottention.models.register_auto_classes()\n{_KNOWS_THE_MODELS}", hidden=["wrapt"]
     )
+
+
+def test_peft_adapts_in_our_models_what_it_adapts_in_stock_ones():
+    constants: Any = ModuleType("peft.utils.constants")
+    constants.TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING = {"bert": ["query"], "gptj": ["q_proj"], "t5": ["q"]}
+    constants.TRANSFORMERS_MODELS_TO_IA3_TARGET_MODULES_MAPPING = {"bert": ["key"], "cottention-bert": ["mine"]}
+    constants.TRANSFORMERS_MODELS_TO_PREFIX_TUNING_POSTPROCESS_MAPPING = {"bloom": len}
+    constants.bert = "gptj"
+    _register._register_targets(constants)
+    assert constants.TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING == {
+        "bert": ["query"],
+        "cottention-bert": ["query"],
+        "gptj": ["q_proj"],
+        "cottention-gpt": ["q_proj"],
+        "t5": ["q"],
+    }
+    assert constants.TRANSFORMERS_MODELS_TO_IA3_TARGET_MODULES_MAPPING == {"bert": ["key"], "cottention-bert": ["mine"]}
+    untouched = constants.TRANSFORMERS_MODELS_TO_PREFIX_TUNING_POSTPROCESS_MAPPING
+    assert untouched == {"bloom": len}
+
+
+@pytest.mark.parametrize("first", ["cottention", "peft.utils.constants"])
+def test_peft_is_told_in_either_order_and_never_imported(first: str, tmp_path: Path):
+    folder = tmp_path / "peft" / "utils"
+    folder.mkdir(parents=True)
+    for package in (folder.parent, folder):
+        (package / "__init__.py").touch()
+    (folder / "constants.py").write_text('TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING = {"gptj": ["q_proj"]}\n')
+    run_python(f"""
+import sys
+sys.path.insert(0, {str(tmp_path)!r})
+import {first}
+assert ("peft" in sys.modules) == {first != "cottention"}
+import cottention
+import peft.utils.constants as constants
+assert constants.TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING["cottention-gpt"] == ["q_proj"]
+""")
 
 
 def test_importing_both_packages_loads_no_torch():

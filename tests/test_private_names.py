@@ -53,6 +53,8 @@ _OVERRIDDEN = {
     ],
     "transformers.GenerationMixin": ["_prepare_cache_for_generation", "generate", "prepare_inputs_for_generation"],
     "transformers.PreTrainedModel": [
+        "_can_set_attn_implementation",
+        "_check_and_adjust_attn_implementation",
         "_init_weights",
         "_is_stateful",
         "_keep_in_fp32_modules_strict",

@@ -58,3 +58,4 @@ def __dir__() -> list[str]:
 
 
 _register.register_with_transformers()
+_register.register_with_peft()

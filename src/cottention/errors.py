@@ -16,8 +16,11 @@ class CottentionError(ValueError):
     """A user's mistake. The message is one line: what was expected, then what came."""
 
 
-class CheckpointError(CottentionError):
-    """A model directory is missing, damaged, or of another kind than asked for."""
+class CheckpointError(CottentionError, RuntimeError):
+    """A model directory is missing, damaged, or of another kind than asked for.
+
+    A RuntimeError too, which transformers raises for weights of another shape, and which scripts catch.
+    """
 
 
 class DataError(CottentionError):

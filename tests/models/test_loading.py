@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 import torch
 from safetensors import safe_open
+from safetensors.torch import save_file
 from transformers import AutoModelForCausalLM
 
 from cottention.errors import CheckpointError
@@ -165,6 +166,81 @@ def test_missing_weights_of_the_model_itself_are_an_error(tmp_path: Path) -> Non
     assert "must hold every weight of the model; 11 are missing, first transformer.h.2.attn.k_proj.weight" in str(
         caught.value
     )
+
+
+@pytest.mark.parametrize("attention_type", ATTENTION_TYPES)
+@pytest.mark.parametrize(("kind", "make"), PAIRS)
+def test_a_file_without_any_weight_of_the_model_says_so(
+    kind: Any, make: Any, attention_type: str, tmp_path: Path
+) -> None:
+    make(attention_type).save_pretrained(tmp_path)
+    for tensors in ({}, {"something.else": torch.ones(2)}):
+        save_file(tensors, tmp_path / "model.safetensors", metadata={"format": "pt"})
+        with pytest.raises(CheckpointError, match=f"must hold the weights of {kind.__name__}; it holds none of them"):
+            kind.from_pretrained(tmp_path)
+
+
+def test_scripts_that_catch_what_transformers_raises_catch_ours(tmp_path: Path) -> None:
+    CottentionGPTForCausalLM(gpt_config()).save_pretrained(tmp_path)
+    for caught in (RuntimeError, ValueError, CheckpointError):
+        with pytest.raises(caught, match=r"must have shape \[50\]"):
+            CottentionGPTForCausalLM.from_pretrained(tmp_path, vocab_size=50)
+
+
+@pytest.mark.parametrize("tied", [True, False])
+@pytest.mark.parametrize("new_size", [40, 61, 97])
+@pytest.mark.parametrize(("kind", "make"), [*PAIRS, (CottentionBertForMaskedLM, bert_config)])
+def test_a_resized_model_comes_back_with_its_biases(
+    kind: Any, make: Any, new_size: int, tied: bool, tmp_path: Path
+) -> None:
+    model = randomised(kind(make(tie_word_embeddings=tied)), torch.float32)
+    before = model(some_tokens(2, 9, vocab_size=40))[0]
+    model.resize_token_embeddings(new_size)
+    for again in (model, None):
+        if again is None:
+            model.save_pretrained(tmp_path)
+            again = kind.from_pretrained(tmp_path)
+        kept = min(new_size, 61)
+        torch.testing.assert_close(again(some_tokens(2, 9, vocab_size=40))[0][..., :kept], before[..., :kept])
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_norm_const_alone_stays_float32(dtype: torch.dtype, tmp_path: Path) -> None:
+    for attention_type in ATTENTION_TYPES:
+        model = CottentionGPTForCausalLM(gpt_config(attention_type))
+        kept = model._keep_in_fp32_modules_strict
+        assert kept == ({"norm_const"} if attention_type == "cosine" else set())
+        model.save_pretrained(tmp_path / attention_type)
+        back = CottentionGPTForCausalLM.from_pretrained(tmp_path / attention_type, dtype=dtype)
+        for name, parameter in back.named_parameters():
+            assert parameter.dtype == (torch.float32 if name.endswith("norm_const") else dtype)
+
+
+@pytest.mark.parametrize(("kind", "make"), PAIRS)
+def test_attn_implementation_is_what_runs(kind: Any, make: Any, tmp_path: Path) -> None:
+    softmax, cosine = randomised(kind(make("softmax"))), randomised(kind(make("cosine")))
+    expected = softmax(some_tokens(2, 9))[0]
+    for name in ("eager", "sdpa"):
+        model = kind(make("softmax", attn_implementation=name)).double()
+        model.load_state_dict(softmax.state_dict())
+        assert model.config._attn_implementation == name
+        assert torch.equal(model.eval()(some_tokens(2, 9))[0], expected)
+        softmax.set_attn_implementation(name)
+        assert softmax.config._attn_implementation == name
+    cosine.set_attn_implementation("eager")
+    cosine.save_pretrained(tmp_path)
+    for wrong in ("sdpa", "flash_attention_2", "kernels-community/flash-attn"):
+        expected_line = rf"attn_implementation must be 'eager' for attention_type='cosine'.*; got '{wrong}'"
+        with pytest.raises(ValueError, match=expected_line):
+            kind(make("cosine", attn_implementation=wrong))
+        with pytest.raises(ValueError, match=expected_line):
+            kind.from_pretrained(tmp_path, attn_implementation=wrong)
+        with pytest.raises(ValueError, match=expected_line):
+            cosine.set_attn_implementation(wrong)
+    with pytest.raises(
+        ValueError, match=r"must be 'eager' or 'sdpa' for attention_type='softmax'.*got 'flex_attention'"
+    ):
+        softmax.set_attn_implementation("flex_attention")
 
 
 def test_other_shapes_are_an_error_unless_allowed(tmp_path: Path) -> None:

@@ -16,7 +16,7 @@ import re
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, ClassVar, cast
+from typing import Any, cast
 
 import torch
 from safetensors import SafetensorError
@@ -39,8 +39,13 @@ class CottentionPreTrainedModel(PreTrainedModel):
     """Base of all our models."""
 
     supports_gradient_checkpointing = True
-    # sigmoid(m) is an exponent of the length: bfloat16's 8 bits of it would move the divisor by a percent.
-    _keep_in_fp32_modules_strict: ClassVar[list[str]] = ["norm_const"]
+    _keep_in_fp32_modules_strict: Any = None
+
+    def __init__(self, config: Any, *inputs: Any, **kwargs: Any) -> None:
+        if config.attention_type == "cosine":
+            # sigmoid(m) is an exponent of the length: bfloat16's 8 bits of it would move the divisor by a percent.
+            self._keep_in_fp32_modules_strict = {"norm_const"}
+        super().__init__(config, *inputs, **kwargs)
 
     @classmethod
     def from_pretrained(
@@ -89,6 +94,24 @@ class CottentionPreTrainedModel(PreTrainedModel):
         """Have `save_pretrained` copy the file of a class of yours; ours are imported from the package instead."""
         if not is_ours(cls):
             super().register_for_auto_class(auto_class)
+
+    @classmethod
+    def _can_set_attn_implementation(cls) -> bool:
+        return True
+
+    def _check_and_adjust_attn_implementation(self, attn_implementation: str | None, *args: Any, **kwargs: Any) -> str:
+        """The name that runs; "eager" is transformers' word for a model's own attention."""
+        attention_type = self.config.attention_type
+        names = ("eager", "sdpa") if attention_type == "softmax" else ("eager",)
+        if attn_implementation in (None, *names):
+            return attn_implementation or "eager"
+        runs = (
+            "torch's scaled_dot_product_attention" if attention_type == "softmax" else "what set_implementation chooses"
+        )
+        raise CottentionError(
+            f"attn_implementation must be {' or '.join(map(repr, names))} for attention_type={attention_type!r}, "
+            f"which runs {runs}; got {attn_implementation!r}"
+        )
 
     def _init_weights(self, module: nn.Module) -> None:
         if getattr(module, "keeps_default_init", False):
@@ -239,16 +262,17 @@ def _check_loaded(model: PreTrainedModel, info: dict[str, Any], source: Any, may
         raise CheckpointError(
             f"{source} holds cosine attention (it has norm_const weights); got attention_type={asked!r}"
         )
-    lost_norm_const = [key for key in missing if key.endswith("norm_const")]
-    if lost_norm_const and len(lost_norm_const) == sum(
-        name.endswith("norm_const") for name, _ in model.named_parameters()
-    ):
+    prefix = "" if model.base_model is model else f"{model.base_model_prefix}."
+    lost = [key for key in missing if key.startswith(prefix) and not _MAY_BE_NEW.search(key)]
+    needed = {f"{prefix}{key}" for key, _ in model.base_model.named_parameters() if not _MAY_BE_NEW.search(key)}
+    if needed <= set(lost):
+        raise CheckpointError(f"{source} must hold the weights of {type(model).__name__}; it holds none of them")
+    norm_consts = {key for key in needed if key.endswith("norm_const")}
+    if norm_consts and norm_consts <= set(lost):
         raise CheckpointError(f"{source} holds softmax attention (it has no norm_const); got attention_type={asked!r}")
     if info["mismatched_keys"] and not may_mismatch:
         key, found, expected = sorted(info["mismatched_keys"])[0]
         raise CheckpointError(f"{key} in {source} must have shape {list(expected)}, by its config; got {list(found)}")
-    prefix = "" if model.base_model is model else f"{model.base_model_prefix}."
-    lost = [key for key in missing if key.startswith(prefix) and not _MAY_BE_NEW.search(key)]
     if lost:
         raise CheckpointError(f"{source} must hold every weight of the model; {len(lost)} are missing, first {lost[0]}")
 

@@ -184,9 +184,10 @@ class _TiedHead(CottentionBertPreTrainedModel):
         return self.cls.predictions.decoder
 
     def set_output_embeddings(self, new_embeddings: Any) -> None:
-        """Replace the decoder and its bias."""
+        """Replace the decoder and its bias, which an untied decoder shares with nothing: a file holds both then."""
         self.cls.predictions.decoder = new_embeddings
-        self.cls.predictions.bias = new_embeddings.bias
+        bias = new_embeddings.bias
+        self.cls.predictions.bias = bias if self.config.tie_word_embeddings else nn.Parameter(bias.detach().clone())
 
     def _scored(self, x: Tensor, labels: Tensor | None, sparse_prediction: bool | None) -> tuple[Tensor, Tensor | None]:
         """Tokens whose words are scored, and their labels: all `[B, T]`, or the labelled positions alone."""
