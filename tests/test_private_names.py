@@ -99,8 +99,9 @@ _USED = {
     "datasets.Dataset": ["_fingerprint"],
     "jsonargparse": ["ActionConfigFile"],
     "torch": ["_C", "_assert_async", "_dynamo"],
-    "torch._C": ["_AutoDispatchBelowAutograd"],
+    "torch._C": ["_AutoDispatchBelowAutograd", "_are_functorch_transforms_active"],
     "torch._dynamo.config": ["capture_dynamic_output_shape_ops"],
+    "torch.autograd.forward_ad": ["_current_level"],
     "torch.nn.Module": [
         "_backward_hooks",
         "_backward_pre_hooks",
@@ -144,7 +145,7 @@ def _resolve(path: str) -> Any:
 
 
 def _has(owner: Any, name: str) -> bool:
-    """Whether it is an attribute, of instances too: one that a class of the family gives to itself."""
+    """Whether it is an attribute, of instances too: one that a class of the family declares or gives itself."""
     if hasattr(owner, name):
         return True
     given = re.compile(rf"(\bself\.|^    ){name}\b *[:=]", re.MULTILINE)
