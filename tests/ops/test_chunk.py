@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 import torch
 
-from cottention.ops import cosine_attention
+from cottention.ops import CosineState, cosine_attention, cosine_attention_step
+from cottention.ops.native import is_available
 from tests.ops.helpers import Case, assert_same, make_case, run
 
 
@@ -166,3 +169,72 @@ def test_garbage_at_padding_does_not_leak(implementation: str, causal: bool) -> 
         case.attention_mask,
     )
     assert_same(run(dirty, implementation), run(case, "naive"), torch.float64)
+
+
+@pytest.mark.parametrize("implementation", ["chunk", "native"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64])
+@pytest.mark.parametrize("causal", [True, False])
+@pytest.mark.parametrize(("H", "K", "V", "T"), [(4, 64, 64, 1100), (1, 8, 8, 2000), (3, 16, 5, 64)])
+def test_a_row_is_the_same_alone_and_in_a_batch_bit_for_bit(
+    H: int, K: int, V: int, T: int, causal: bool, dtype: torch.dtype, implementation: str
+) -> None:
+    if implementation == "native" and (not is_available() or dtype == torch.float64):
+        pytest.skip("the native kernels were not built, or not for this dtype")
+    case = make_case(B=5, T=T, H=H, K=K, V=V, mask="right", causal=causal, output_final_state=causal).to(dtype)
+    generator = torch.Generator().manual_seed(1)
+    upstream = torch.randn(5, T, H, V, generator=generator).to(dtype)
+
+    def results(rows: list[int]) -> list[torch.Tensor]:
+        q, k, v = leaves = [x[rows].clone().requires_grad_() for x in (case.q, case.k, case.v)]
+        assert case.attention_mask is not None
+        o, state = cosine_attention(
+            q,
+            k,
+            v,
+            case.norm_const,
+            causal=causal,
+            attention_mask=case.attention_mask[rows],
+            output_final_state=causal,
+            implementation=implementation,
+        )
+        found = [o, *torch.autograd.grad(o, leaves, upstream[rows])]
+        return found if state is None else [*found, state.kv]
+
+    whole = results([0, 1, 2, 3, 4])
+    for rows in ([0], [2, 3], [4]):
+        for found, expected in zip(results(rows), whole, strict=True):
+            assert torch.equal(found, expected[rows])
+
+
+@pytest.mark.parametrize("causal", [True, False])
+@pytest.mark.parametrize("implementation", ["naive", "chunk", "native"])
+def test_nan_at_padding_reaches_nothing_in_values_or_gradients(implementation: str, causal: bool) -> None:
+    if implementation == "native" and not is_available():
+        pytest.skip("the native kernels were not built")
+    case = make_case(T=70, mask="holes", causal=causal).to(torch.float32)
+    assert case.attention_mask is not None
+    padding = ~case.attention_mask[..., None, None]
+    results = []
+    for filling in (0.0, float("nan")):
+        q, k, v = leaves = [x.masked_fill(padding, filling).requires_grad_() for x in (case.q, case.k, case.v)]
+        options: dict[str, Any] = {"attention_mask": case.attention_mask, "implementation": implementation}
+        o, _ = cosine_attention(q, k, v, case.norm_const, causal=causal, **options)
+        results.append([o, *torch.autograd.grad(o, leaves, torch.ones_like(o).masked_fill(padding, filling))])
+    for expected, found in zip(*results, strict=True):
+        assert torch.equal(found, expected)
+
+
+def test_nan_at_a_padded_step_reaches_nothing_in_values_or_gradients() -> None:
+    case = make_case(B=2, T=1, with_state=True)
+    assert case.initial_state is not None
+    padding = torch.tensor([True, False])[:, None, None]
+    results = []
+    for filling in (0.0, float("nan")):
+        q, k, v = (x[:, 0].masked_fill(padding, filling).requires_grad_() for x in (case.q, case.k, case.v))
+        leaves = [q, k, v, case.initial_state.kv.clone().requires_grad_()]
+        state = CosineState(leaves[3], case.initial_state.seen)
+        o, new = cosine_attention_step(q, k, v, case.norm_const, state, attention_mask=~padding[:, 0, 0])
+        upstream = torch.ones_like(o).masked_fill(padding, filling)
+        results.append([o, new.kv, *torch.autograd.grad(o, leaves, upstream)])
+    for expected, found in zip(*results, strict=True):
+        assert torch.equal(found, expected)

@@ -45,9 +45,9 @@ def cosine_map(
     q_hat, k_hat = (
         x / torch.linalg.vector_norm(x, dim=-1, keepdim=True).clamp(min=MIN_NORM) for x in (q.to(dtype), k.to(dtype))
     )
-    k_hat = k_hat * real[..., None, None]
+    k_hat = k_hat.masked_fill(~real[..., None, None], 0)  # a product would keep what is NaN there
     if masks_queries:
-        q_hat = q_hat * real[..., None, None]
+        q_hat = q_hat.masked_fill(~real[..., None, None], 0)
     weights = torch.einsum("bthk,bshk->bhts", q_hat, k_hat)
     if norm_const is not None:
         count = real.cumsum(-1) if causal else real.sum(-1, keepdim=True).expand(B, S)  # [B, S]

@@ -65,6 +65,13 @@ def cosine_attention(
     torch.func. Beyond first gradients every implementation but "naive" is computed by autograd over a chunked form in
     plain operators: in O(T) memory, which holds some multiple of what a first gradient needs.
 
+    What is not finite: padding may hold NaN and inf, in inputs and in incoming gradients. At real tokens they stay in
+    their row and head, but a NaN or inf in the future of a causal call also reaches tokens before it, as in
+    scaled_dot_product_attention: a score of zero times NaN is NaN. How far back depends on the implementation.
+
+    Bits: calls are deterministic. With "native" and "chunk" on a CPU a row's results do not depend on the rest of the
+    batch ("chunk": where K V is a multiple of 16); with "native" they may depend on the number of threads.
+
     Args:
         q: queries `[B, T, H, K]`; float64, float32, bfloat16 or float16; any strides.
         k: keys `[B, S, H, K]` in q's dtype. S = T, or any length with causal=False (cross-attention).

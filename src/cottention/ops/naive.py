@@ -50,7 +50,7 @@ def naive_cosine_attention(
     key_sequence = _sequence_of_each_token(B, S, cu_seqlens, device)  # [B, S]
     query_sequence = key_sequence if T == S else _sequence_of_each_token(B, T, None, device)  # [B, T]
     num_sequences = B if cu_seqlens is None else cu_seqlens.shape[0] - 1
-    belongs = torch.nn.functional.one_hot(key_sequence, max(num_sequences, 1))[..., :num_sequences]  # [B, S, N]
+    belongs = (key_sequence[..., None] == torch.arange(num_sequences, device=device)).to(torch.int64)  # [B, S, N]
     seen = torch.zeros(num_sequences, dtype=torch.int64, device=device) if initial_state is None else initial_state.seen
     real_of = belongs * real[..., None]  # [B, S, N]
     total = seen + real_of.sum((0, 1))  # [N]
@@ -74,6 +74,8 @@ def naive_cosine_attention(
     member = belongs.to(dtype)
     if initial_state is not None:
         o = o + torch.einsum("btn,bthk,nhkv->bthv", member, q_hat, initial_state.kv.to(dtype))
+    if T == S:  # zero already; this is for what flows back
+        o = o.masked_fill(~real[..., None, None], 0)
     if not output_final_state:
         return o.to(q.dtype), None
     kv = torch.einsum("bsn,bshk,bshv->nhkv", member, k_hat, value)

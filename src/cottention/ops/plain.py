@@ -101,6 +101,8 @@ def plain_step(
         value = value / (seen.clamp(min=1).to(dtype)[:, None] ** p)[..., None]
     kv = state.kv + k_hat[..., None] * value[..., None, :]  # [B, H, K, V]
     o = torch.einsum("bhk,bhkv->bhv", q_hat, kv)
+    if real is not None:  # zero already; this is for what flows back
+        o = o.masked_fill(~real[:, None, None], 0)
     return o.to(q.dtype).reshape(*q.shape[:-1], v.shape[-1]), CosineState(kv, seen)
 
 

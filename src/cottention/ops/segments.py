@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from cottention.ops.grid import ChunkGrid
-from cottention.ops.state import MIN_NORM
+from cottention.ops.state import MIN_NORM, accumulation_dtype
 
 # A segment's working set, of the order of a CPU's shared cache; measured best between 2 and 16 MiB.
 _SEGMENT_BYTES = 4 << 20
@@ -21,10 +21,14 @@ _SEGMENT_BYTES = 4 << 20
 _MAX_SEGMENT_CHUNKS = 16
 
 
-def chunks_per_segment(rows: int, chunk_size: int, width: int, dtype: torch.dtype) -> int:
-    """G for `rows` rows times heads whose tokens hold `width` numbers each: from shapes alone, for tracing."""
-    chunk_bytes = rows * chunk_size * width * dtype.itemsize
+def chunks_per_segment(chunk_bytes: int) -> int:
+    """Chunks of a segment, from the bytes that one row's chunk holds: from shapes alone, for tracing."""
     return max(1, min(_MAX_SEGMENT_CHUNKS, _SEGMENT_BYTES // max(1, chunk_bytes)))
+
+
+def rows_per_segment(segment_bytes: int) -> int:
+    """Rows whose segments, of so many bytes each, are worked together."""
+    return max(1, _SEGMENT_BYTES // max(1, segment_bytes))
 
 
 @dataclass(frozen=True)
@@ -65,13 +69,16 @@ class Segments:
 
 
 class Divisor:
-    """max(c ** p, 1) under every value, and the gradient of m in p = sigmoid(m)."""
+    """max(c ** p, 1) under every value, p = sigmoid(m).
+
+    Attributes:
+        dp: `[H]`, the gradient of p that `store_value_gradient` collects; None divides by nothing.
+    """
 
     def __init__(self, norm_const: Tensor | None, count: Tensor, segments: Segments) -> None:
-        self._norm_const, self._count, self._segments = norm_const, count, segments  # [H], [B, T]
-        if norm_const is not None:
-            self._p = torch.sigmoid(norm_const.to(segments.dtype))
-            self._dp = torch.zeros_like(self._p)
+        self._count, self._segments = count, segments  # [B, T]
+        self._p = None if norm_const is None else torch.sigmoid(norm_const.to(segments.dtype))
+        self.dp = None if self._p is None else torch.zeros_like(self._p)
 
     def _clamped_count(self, a: int, b: int) -> Tensor:
         """max(c, 1) as `[R, 1, G, C, 1]`: a count of 0 divides by 1 and has no gradient, as log(1) says."""
@@ -80,7 +87,7 @@ class Divisor:
 
     def weight(self, a: int, b: int) -> Tensor | None:
         """c ** -p, `[R, H, G, C, 1]`; None divides by nothing."""
-        return None if self._norm_const is None else self._clamped_count(a, b) ** -self._p[:, None, None, None]
+        return None if self._p is None else self._clamped_count(a, b) ** -self._p[:, None, None, None]
 
     def values(self, v: Tensor, a: int, b: int) -> tuple[Tensor, Tensor | None]:
         """v' = v / max(c ** p, 1) `[R, H, G, C, V]`, and the weight that made it."""
@@ -91,17 +98,23 @@ class Divisor:
         self, out: Tensor, grad: Tensor, value: Tensor, weight: Tensor | None, a: int, b: int
     ) -> None:
         """Write the gradient of v from that of v', and collect dp_h = - sum_j log(c_j) (v'_j . dv'_j)."""
-        if weight is not None:
+        if weight is not None and self.dp is not None:
             inner = (value * grad).sum(-1, keepdim=True)
-            self._dp -= (self._clamped_count(a, b).log_() * inner).sum((0, 2, 3, 4))
+            self.dp -= (self._clamped_count(a, b).log_() * inner).sum((0, 2, 3, 4))
             grad = grad.mul_(weight)
         self._segments.store(out, grad, a, b)
 
-    def gradient(self) -> Tensor:
-        """dm `[H]` in m's dtype; empty without norm_const."""
-        if self._norm_const is None:
-            return self._count.new_empty(0, dtype=self._segments.dtype)
-        return (self._dp * self._p * (1 - self._p)).to(self._norm_const.dtype)
+
+def norm_const_gradient(norm_const: Tensor | None, dps: list[Tensor | None], like: Tensor) -> Tensor:
+    """dm `[H]` in m's dtype from the gradients of p in all groups of rows; empty without norm_const."""
+    if norm_const is None:
+        return like.new_empty(0, dtype=accumulation_dtype(like.dtype))
+    p = torch.sigmoid(norm_const.to(accumulation_dtype(like.dtype)))
+    dp = torch.zeros_like(p)
+    for each in dps:
+        assert each is not None
+        dp += each
+    return (dp * p * (1 - p)).to(norm_const.dtype)
 
 
 class StateScan:
