@@ -1,17 +1,11 @@
 """The Triton kernels against naive, values and gradients, run by Triton's interpreter on the CPU.
 
-Not collected by itself: Triton decides when it is imported whether it interprets, so `test_triton.py` and
-`test_triton_library.py` run this in a process of its own. By hand:
-
-    TRITON_INTERPRET=1 python -m pytest tests/ops/interpreted_triton.py
-
 The interpreter takes milliseconds for each product of tiles, so shapes and tiles are small; every form runs (short,
 whole sequences, segments), over several chunks and segments.
 """
 
 from __future__ import annotations
 
-import os
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -25,7 +19,8 @@ from tests.ops.helpers import Case, assert_same, make_case, run
 from tests.ops.test_oracle import _FIXTURES, _SHARED_CASES
 from tests.ops.test_oracle import _check as check_oracle
 
-assert os.environ.get("TRITON_INTERPRET") == "1", "run this with TRITON_INTERPRET=1"
+pytest.importorskip("triton")
+pytestmark = pytest.mark.interpreted
 
 _SHORT, _WHOLE, _SEGMENTS = 0, 1024, 32  # tokens of a segment: quadratic, one segment a sequence, many
 _FORMS = pytest.mark.parametrize("segment", [_SHORT, _WHOLE, _SEGMENTS], ids=["short", "whole", "segments"])
