@@ -56,6 +56,13 @@ def randomised(model: Any, dtype: torch.dtype = torch.float64, std: float = 0.3)
     return model.to(dtype).eval()
 
 
+def checkpointed(model: Any, **settings: Any) -> Any:
+    """The model with activation checkpointing on, as transformers 5.23 renamed it."""
+    enable = getattr(model, "activation_checkpointing_enable", None) or model.gradient_checkpointing_enable
+    enable(settings or None)
+    return model
+
+
 def some_tokens(B: int, T: int, vocab_size: int = 61, seed: int = 0) -> Tensor:
     """Token ids without 0, which BERT takes for padding."""
     return torch.randint(1, vocab_size, (B, T), generator=torch.Generator().manual_seed(seed))

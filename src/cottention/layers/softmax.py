@@ -1,8 +1,8 @@
 """Softmax attention with the arguments of `cosine_attention`, on torch's scaled_dot_product_attention.
 
 It is the other half of every comparison: same layout, same masks, same packing. Packed sequences are attended one after
-the other, so no mask over the whole pack exists; a T x T mask is built only where padding and causality meet, or where
-queries continue a cache.
+the other, so no mask over the whole pack exists; a T x T mask is built only where padding and causality meet, where
+queries continue a cache, or for a pack in a compiled graph, which cannot have as many parts as there are sequences.
 
     o = softmax_attention(q, k, v, causal=True, attention_mask=mask)      # q: [B, T, H, K], k, v: [B, S, H, K]
 """
@@ -13,6 +13,8 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 from torch.nn.functional import scaled_dot_product_attention
+
+from cottention.layers.rotary import sequence_of_each_token
 
 
 def softmax_attention(
@@ -47,6 +49,8 @@ def softmax_attention(
         raise ValueError(f"causal=True needs at least as many keys as queries; got {T} queries and {S} keys")
     if cu_seqlens is not None:
         _check_packing(q, k, attention_mask)
+        if torch.compiler.is_compiling():
+            return _attend_masked(q, k, v, _same_sequence(cu_seqlens, T, causal), dropout_p)
         lengths = [length for length in cu_seqlens.diff().tolist() if length]
         if sum(lengths) != T:
             raise ValueError(f"cu_seqlens must run from 0 to T={T}; got {sum(lengths)} tokens between its bounds")
@@ -65,9 +69,22 @@ def _attend(q: Tensor, k: Tensor, v: Tensor, causal: bool, attention_mask: Tenso
     needs_triangle = causal and T > 1
     is_causal = needs_triangle and T == S and attention_mask is None
     mask = None if is_causal else visible_keys(T, S, attention_mask, needs_triangle, q.device)
+    return _attend_masked(q, k, v, mask, dropout_p, is_causal)
+
+
+def _attend_masked(
+    q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, dropout_p: float, is_causal: bool = False
+) -> Tensor:
     heads_first = (x.transpose(1, 2) for x in (q, k, v))
     o = scaled_dot_product_attention(*heads_first, attn_mask=mask, dropout_p=dropout_p, is_causal=is_causal)
     return o.transpose(1, 2)  # [B, T, H, V]
+
+
+def _same_sequence(cu_seqlens: Tensor, T: int, causal: bool) -> Tensor:
+    """Which keys of a pack each query sees, `[T, T]`."""
+    sequence = sequence_of_each_token(cu_seqlens, T)
+    same = sequence[:, None] == sequence
+    return same.tril() if causal else same
 
 
 def visible_keys(

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from torch.nn.functional import binary_cross_entropy_with_logits, mse_loss, pad
 
 from cottention.files import IGNORE_INDEX
+from cottention.models.packing import text_ends
 
 
 def cross_entropy(logits: Tensor, labels: Tensor, num_items_in_batch: Tensor | int | None = None) -> Tensor:
@@ -52,7 +53,7 @@ def causal_lm_loss(
         labels: `[B, T]`, the tokens themselves; shifted here.
         num_items_in_batch: see `cross_entropy`.
         shift_labels: `[B, T]`, where shift_labels[t] is already the target of position t; used instead of labels.
-        cu_seqlens: packed boundaries; a text's last token has no target in the next text.
+        cu_seqlens: packed boundaries, through the rows laid end to end; a text's last token has no target in the next.
 
     Returns:
         A scalar.
@@ -67,8 +68,7 @@ def next_tokens(labels: Tensor | None, shift_labels: Tensor | None, cu_seqlens: 
     assert labels is not None
     targets = pad(labels, (0, 1), value=IGNORE_INDEX)[..., 1:]  # [B, T]
     if cu_seqlens is not None:
-        last = cu_seqlens[1:].to(torch.int64) - 1
-        targets = targets.index_fill(1, last[last >= 0], IGNORE_INDEX)
+        targets = targets.masked_fill(text_ends(cu_seqlens, labels.numel()).reshape(labels.shape), IGNORE_INDEX)
     return targets
 
 

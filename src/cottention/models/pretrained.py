@@ -39,6 +39,10 @@ class CottentionPreTrainedModel(PreTrainedModel):
     """Base of all our models."""
 
     supports_gradient_checkpointing = True
+    # What packed texts need to know of a class (`models/packing.py`): how it reads positions that are not told apart
+    # from those of a padded text, and whether its output has a row for each text.
+    gaps_begin_texts = False
+    gives_a_row_per_text = False
     _keep_in_fp32_modules_strict: Any = None
 
     def __init__(self, config: Any, *inputs: Any, **kwargs: Any) -> None:
@@ -191,8 +195,6 @@ def check_inputs(
     if cu_seqlens is not None:
         if attention_mask is not None:
             raise ValueError("attention_mask and cu_seqlens exclude each other: packed texts hold no padding; got both")
-        if B != 1:
-            raise ValueError(f"cu_seqlens needs a batch of one packed row, B=1; got B={B}")
         if past_length and not packs_past:
             raise ValueError("cu_seqlens and a filled past_key_values exclude each other; got both")
     if attention_mask is not None and tuple(attention_mask.shape) not in ((B, T), (B, past_length + T)):

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from cottention.layers import cosine_map, softmax_attention, softmax_map
 from cottention.models.bert.configuration_bert import CottentionBertConfig
+from cottention.models.packing import check_no_empty_text
 from cottention.models.pretrained import activation
 from cottention.ops import cosine_attention
 
@@ -201,6 +202,7 @@ class CottentionBertPooler(nn.Module):
 
     def forward(self, x: Float[Tensor, "B T D"], cu_seqlens: Tensor | None) -> Float[Tensor, "N D"]:
         """`[B, D]`, or `[N, D]` of N packed texts."""
+        check_no_empty_text(cu_seqlens, "first token")
         first = x[:, 0] if cu_seqlens is None else x[0, cu_seqlens[:-1].to(torch.int64)]
         return torch.tanh(self.dense(first))
 

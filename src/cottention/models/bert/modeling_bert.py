@@ -28,6 +28,7 @@ from cottention.models.bert.layers_bert import (
     CottentionBertPredictionHead,
 )
 from cottention.models.losses import cross_entropy
+from cottention.models.packing import one_row, reads_packed_texts
 from cottention.models.pretrained import (
     CottentionPreTrainedModel,
     attention_maps,
@@ -74,6 +75,7 @@ class CottentionBertModel(CottentionBertPreTrainedModel):
         self.embeddings = CottentionBertEmbeddings(config)
         self.encoder = CottentionBertEncoder(config)
         self.pooler = CottentionBertPooler(config) if add_pooling_layer else None
+        self.gives_a_row_per_text = add_pooling_layer
         self.gradient_checkpointing = False
         self.post_init()
 
@@ -85,6 +87,7 @@ class CottentionBertModel(CottentionBertPreTrainedModel):
         """Replace the word embedding."""
         self.embeddings.word_embeddings = value
 
+    @reads_packed_texts
     def forward(
         self,
         input_ids: Int[Tensor, "B T"] | None = None,
@@ -110,7 +113,8 @@ class CottentionBertModel(CottentionBertPreTrainedModel):
                 config's when None. Quadratic in T; not with cu_seqlens.
             output_hidden_states: whether to return the normalised embedding and every layer's output.
             return_dict: whether to return an object rather than a tuple.
-            cu_seqlens: boundaries of packed texts; needs B == 1.
+            cu_seqlens: boundaries of packed texts; needs B == 1. Or transformers' `cu_seq_lens_q`, `cu_seq_lens_k`,
+                `seq_idx`, or position_ids that start again within a row: see `cottention.models.packing`.
             **others: words of the library that ask for nothing here, such as `use_cache`.
 
         Returns:
@@ -127,19 +131,26 @@ class CottentionBertModel(CottentionBertPreTrainedModel):
         maps = attention_maps(self.config, output_attentions, cu_seqlens)
         tokens = input_ids if inputs_embeds is None else inputs_embeds
         assert tokens is not None
-        T = tokens.shape[1]
+        B, T = tokens.shape[:2]
         limit = self.config.max_position_embeddings
         check_length(longest_text(cu_seqlens, position_ids, T), limit, "max_position_embeddings")
         if position_ids is None:
-            position_ids = default_positions(T, cu_seqlens, tokens.device)
+            num_tokens = T if cu_seqlens is None else B * T
+            position_ids = default_positions(num_tokens, cu_seqlens, tokens.device).reshape(-1, T)
         x = self.embeddings(input_ids, inputs_embeds, token_type_ids, position_ids)
         keep = self.config.output_hidden_states if output_hidden_states is None else output_hidden_states
         checkpoint = self._gradient_checkpointing_func if self.gradient_checkpointing and self.training else None
+        if cu_seqlens is not None:
+            x = one_row(x)
         hidden_states = [x] if keep else None
         x = self.encoder(x, attention_mask, cu_seqlens, maps, hidden_states, checkpoint)
+        pooled = None if self.pooler is None else self.pooler(x, cu_seqlens)
+        if cu_seqlens is not None:
+            x, *kept = (states.reshape(B, T, -1) for states in (x, *(hidden_states or ())))
+            hidden_states = kept if keep else None
         output = BaseModelOutputWithPooling(
             last_hidden_state=x,
-            pooler_output=None if self.pooler is None else self.pooler(x, cu_seqlens),
+            pooler_output=pooled,
             hidden_states=None if hidden_states is None else tuple(hidden_states),
             attentions=None if maps is None else tuple(maps),
         )
@@ -206,12 +217,15 @@ class CottentionBertForPreTraining(_TiedHead):
         config: settings.
     """
 
+    gives_a_row_per_text = True
+
     def __init__(self, config: CottentionBertConfig) -> None:
         super().__init__(config)
         self.bert = CottentionBertModel(config)
         self.cls = CottentionBertHeads(config, next_sentence=True)
         self.post_init()
 
+    @reads_packed_texts
     def forward(
         self,
         input_ids: Int[Tensor, "B T"] | None = None,
@@ -264,7 +278,7 @@ class CottentionBertForPreTraining(_TiedHead):
             output_attentions=output_attentions,
             output_hidden_states=output_hidden_states,
             return_dict=True,
-            cu_seqlens=cu_seqlens,
+            cu_seq_lens_q=cu_seqlens,
         )
         x, labels = self._scored(outputs.last_hidden_state, labels, sparse_prediction)
         prediction_logits, seq_relationship_logits = self.cls(x, outputs.pooler_output)
@@ -317,6 +331,7 @@ class CottentionBertForMaskedLM(_TiedHead):
         self.cls = CottentionBertHeads(config, next_sentence=False)
         self.post_init()
 
+    @reads_packed_texts
     def forward(
         self,
         input_ids: Int[Tensor, "B T"] | None = None,
@@ -366,7 +381,7 @@ class CottentionBertForMaskedLM(_TiedHead):
             output_attentions=output_attentions,
             output_hidden_states=output_hidden_states,
             return_dict=True,
-            cu_seqlens=cu_seqlens,
+            cu_seq_lens_q=cu_seqlens,
         )
         x, labels = self._scored(outputs.last_hidden_state, labels, sparse_prediction)
         logits, _ = self.cls(x)

@@ -23,6 +23,7 @@ from cottention.models.bert.configuration_bert import CottentionBertConfig
 from cottention.models.bert.layers_bert import CottentionBertNextSentenceHead
 from cottention.models.bert.modeling_bert import CottentionBertModel, CottentionBertPreTrainedModel
 from cottention.models.losses import classification_loss, cross_entropy, span_loss
+from cottention.models.packing import check_no_spans, reads_packed_texts
 from cottention.models.pretrained import wants_dict
 
 
@@ -42,6 +43,7 @@ class CottentionBertForSequenceClassification(CottentionBertPreTrainedModel):
     """
 
     accepts_loss_kwargs = True
+    gives_a_row_per_text = True
 
     def __init__(self, config: CottentionBertConfig) -> None:
         super().__init__(config)
@@ -51,6 +53,7 @@ class CottentionBertForSequenceClassification(CottentionBertPreTrainedModel):
         self.classifier = nn.Linear(config.hidden_size, self.num_labels)
         self.post_init()
 
+    @reads_packed_texts
     def forward(
         self,
         input_ids: Int[Tensor, "B T"] | None = None,
@@ -96,7 +99,7 @@ class CottentionBertForSequenceClassification(CottentionBertPreTrainedModel):
             output_attentions=output_attentions,
             output_hidden_states=output_hidden_states,
             return_dict=True,
-            cu_seqlens=cu_seqlens,
+            cu_seq_lens_q=cu_seqlens,
         )
         logits = self.classifier(self.dropout(outputs.pooler_output))
         loss = None
@@ -125,6 +128,7 @@ class CottentionBertForTokenClassification(CottentionBertPreTrainedModel):
         self.classifier = nn.Linear(config.hidden_size, self.num_labels)
         self.post_init()
 
+    @reads_packed_texts
     def forward(
         self,
         input_ids: Int[Tensor, "B T"] | None = None,
@@ -170,7 +174,7 @@ class CottentionBertForTokenClassification(CottentionBertPreTrainedModel):
             output_attentions=output_attentions,
             output_hidden_states=output_hidden_states,
             return_dict=True,
-            cu_seqlens=cu_seqlens,
+            cu_seq_lens_q=cu_seqlens,
         )
         logits = self.classifier(self.dropout(outputs.last_hidden_state))
         loss = None if labels is None else cross_entropy(logits, labels, **settings)
@@ -195,6 +199,7 @@ class CottentionBertForQuestionAnswering(CottentionBertPreTrainedModel):
         self.qa_outputs = nn.Linear(config.hidden_size, 2)
         self.post_init()
 
+    @reads_packed_texts
     def forward(
         self,
         input_ids: Int[Tensor, "B T"] | None = None,
@@ -207,6 +212,7 @@ class CottentionBertForQuestionAnswering(CottentionBertPreTrainedModel):
         output_attentions: bool | None = None,
         output_hidden_states: bool | None = None,
         return_dict: bool | None = None,
+        cu_seqlens: Int[Tensor, " N_plus_1"] | None = None,
         **loss_kwargs: Any,
     ) -> QuestionAnsweringModelOutput | tuple:
         """Start and end logits.
@@ -222,6 +228,7 @@ class CottentionBertForQuestionAnswering(CottentionBertPreTrainedModel):
             output_attentions: see there.
             output_hidden_states: see there.
             return_dict: see there.
+            cu_seqlens: see there.
             **loss_kwargs: `num_items_in_batch`, answers of the whole optimiser step.
 
         Returns:
@@ -229,6 +236,7 @@ class CottentionBertForQuestionAnswering(CottentionBertPreTrainedModel):
 
         Raises:
             TypeError: an argument is not known.
+            ValueError: answers are given for packed texts.
         """
         settings = _loss_settings(loss_kwargs, f"{type(self).__name__}.forward")
         outputs = self.bert(
@@ -240,10 +248,12 @@ class CottentionBertForQuestionAnswering(CottentionBertPreTrainedModel):
             output_attentions=output_attentions,
             output_hidden_states=output_hidden_states,
             return_dict=True,
+            cu_seq_lens_q=cu_seqlens,
         )
         start_logits, end_logits = self.qa_outputs(outputs.last_hidden_state).unbind(-1)  # [B, T] each
         loss = None
         if start_positions is not None and end_positions is not None:
+            check_no_spans(cu_seqlens)
             loss = span_loss(start_logits, end_logits, start_positions, end_positions, **settings)
         output = QuestionAnsweringModelOutput(
             loss=loss,
@@ -320,6 +330,8 @@ class CottentionBertForMultipleChoice(CottentionBertPreTrainedModel):
         )
         scores = self.classifier(self.dropout(outputs.pooler_output))  # [B * N, 1]
         assert questions is not None
+        if len(scores) != questions.shape[:2].numel():
+            raise ValueError("position_ids must not start again within a choice: each is one text; they do")
         logits = scores.view(questions.shape[:2])
         output = MultipleChoiceModelOutput(
             loss=None if labels is None else cross_entropy(logits, labels, **settings),
@@ -338,6 +350,7 @@ class CottentionBertForNextSentencePrediction(CottentionBertPreTrainedModel):
     """
 
     accepts_loss_kwargs = True
+    gives_a_row_per_text = True
 
     def __init__(self, config: CottentionBertConfig) -> None:
         super().__init__(config)
@@ -345,6 +358,7 @@ class CottentionBertForNextSentencePrediction(CottentionBertPreTrainedModel):
         self.cls = CottentionBertNextSentenceHead(config)
         self.post_init()
 
+    @reads_packed_texts
     def forward(
         self,
         input_ids: Int[Tensor, "B T"] | None = None,
@@ -390,7 +404,7 @@ class CottentionBertForNextSentencePrediction(CottentionBertPreTrainedModel):
             output_attentions=output_attentions,
             output_hidden_states=output_hidden_states,
             return_dict=True,
-            cu_seqlens=cu_seqlens,
+            cu_seq_lens_q=cu_seqlens,
         )
         logits = self.cls(outputs.pooler_output)
         output = NextSentencePredictorOutput(

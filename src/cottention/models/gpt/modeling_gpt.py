@@ -25,6 +25,7 @@ from cottention.models.fused_loss import head_cross_entropy
 from cottention.models.gpt.configuration_gpt import CottentionGPTConfig
 from cottention.models.gpt.layers_gpt import CottentionGPTBlock
 from cottention.models.losses import causal_lm_loss, next_tokens
+from cottention.models.packing import one_row, reads_packed_texts
 from cottention.models.pretrained import (
     CottentionPreTrainedModel,
     attention_maps,
@@ -52,6 +53,7 @@ class CottentionGPTPreTrainedModel(CottentionPreTrainedModel):
     base_model_prefix = "transformer"
     _no_split_modules: ClassVar[list[str]] = ["CottentionGPTBlock"]
     _skip_keys_device_placement: ClassVar[list[str]] = list(CACHE_NAMES)
+    gaps_begin_texts = True
     # Heads of the sibling tasks, and buffers that old GPT-J files carry.
     _keys_to_ignore_on_load_unexpected: ClassVar[list[str]] = [
         r"^lm_head\.",
@@ -88,6 +90,7 @@ class CottentionGPTModel(CottentionGPTPreTrainedModel):
         """Replace the token embedding."""
         self.wte = value
 
+    @reads_packed_texts
     def forward(
         self,
         input_ids: Int[Tensor, "B T"] | None = None,
@@ -118,7 +121,8 @@ class CottentionGPTModel(CottentionGPTPreTrainedModel):
             output_hidden_states: whether to return the embedding, every block's output but the last's, and the
                 final LayerNorm's output.
             return_dict: whether to return an object rather than a tuple.
-            cu_seqlens: boundaries of packed texts; needs B == 1.
+            cu_seqlens: boundaries of packed texts; needs B == 1. Or transformers' `cu_seq_lens_q`, `cu_seq_lens_k`,
+                `seq_idx`, or position_ids that start again within a row: see `cottention.models.packing`.
             cache: another name for past_key_values, that of transformers 5.24.
             **others: words of the library that ask for nothing here, such as `num_items_in_batch`.
 
@@ -141,12 +145,14 @@ class CottentionGPTModel(CottentionGPTPreTrainedModel):
         if maps is not None and is_cosine and past_length:
             raise ValueError("output_attentions needs every key, of which a CosineCache keeps none; got a filled one")
         x = self.wte(input_ids) if inputs_embeds is None else inputs_embeds
-        T = x.shape[1]
+        B, T = x.shape[:2]
         if not is_cosine:
             longest = longest_text(cu_seqlens, None, past_length + T)
             check_length(longest, self.config.n_positions, "n_positions")
         cache = self._cache(past, use_cache, cu_seqlens)
         attention_mask = self._mask_for_attention(attention_mask, T, past_length)
+        if cu_seqlens is not None:
+            x, position_ids = one_row(x), None if position_ids is None else one_row(position_ids.expand(B, T))
         rotary = self._rotary(x, position_ids, cache, cu_seqlens, past_length)
 
         x = self.drop(x)
@@ -165,6 +171,9 @@ class CottentionGPTModel(CottentionGPTPreTrainedModel):
                 cache.advance_positions(T, position_ids, attention_mask, like=x)
             else:
                 cache.advance_packed_positions(cu_seqlens, position_ids)
+        if cu_seqlens is not None:
+            x, *kept = (states.reshape(B, T, -1) for states in (x, *hidden_states))
+            hidden_states = tuple(kept)
         output = BaseModelOutputWithPast(
             last_hidden_state=x,
             **{CACHE_NAME: cache},
@@ -266,6 +275,7 @@ class CottentionGPTForCausalLM(CottentionGPTPreTrainedModel, GenerationMixin):
         """Replace the head."""
         self.lm_head = new_embeddings
 
+    @reads_packed_texts
     def forward(
         self,
         input_ids: Int[Tensor, "B T"] | None = None,
@@ -325,7 +335,7 @@ class CottentionGPTForCausalLM(CottentionGPTPreTrainedModel, GenerationMixin):
             output_attentions=output_attentions,
             output_hidden_states=output_hidden_states,
             return_dict=True,
-            cu_seqlens=cu_seqlens,
+            cu_seq_lens_q=cu_seqlens,
         )
         x = outputs.last_hidden_state
         logits = loss = None

@@ -22,6 +22,7 @@ from cottention.models.arguments import DECODER_WORDS, known_arguments
 from cottention.models.gpt.configuration_gpt import CottentionGPTConfig
 from cottention.models.gpt.modeling_gpt import CottentionGPTModel, CottentionGPTPreTrainedModel
 from cottention.models.losses import classification_loss, cross_entropy, span_loss
+from cottention.models.packing import check_no_empty_text, check_no_spans, one_row, reads_packed_texts
 from cottention.models.pretrained import wants_dict
 from cottention.models.versions import CACHE_NAME, cache_of
 
@@ -38,6 +39,7 @@ class CottentionGPTForSequenceClassification(CottentionGPTPreTrainedModel):
     """
 
     accepts_loss_kwargs = True
+    gives_a_row_per_text = True
 
     def __init__(self, config: CottentionGPTConfig) -> None:
         super().__init__(config)
@@ -46,6 +48,7 @@ class CottentionGPTForSequenceClassification(CottentionGPTPreTrainedModel):
         self.score = nn.Linear(config.n_embd, self.num_labels, bias=False)
         self.post_init()
 
+    @reads_packed_texts
     def forward(
         self,
         input_ids: Int[Tensor, "B T"] | None = None,
@@ -62,7 +65,7 @@ class CottentionGPTForSequenceClassification(CottentionGPTPreTrainedModel):
         cache: Cache | None = None,
         **loss_kwargs: Any,
     ) -> SequenceClassifierOutputWithPast | tuple:
-        """One row of logits per text (per packed text with `cu_seqlens`).
+        """One row of logits per text (per packed text where they are packed).
 
         Args:
             input_ids: see `CottentionGPTModel.forward`, as for all arguments not listed here.
@@ -96,7 +99,7 @@ class CottentionGPTForSequenceClassification(CottentionGPTPreTrainedModel):
             output_attentions=output_attentions,
             output_hidden_states=output_hidden_states,
             return_dict=True,
-            cu_seqlens=cu_seqlens,
+            cu_seq_lens_q=cu_seqlens,
             cache=cache,
         )
         x = outputs.last_hidden_state
@@ -117,7 +120,8 @@ class CottentionGPTForSequenceClassification(CottentionGPTPreTrainedModel):
         self, x: Tensor, input_ids: Tensor | None, attention_mask: Tensor | None, cu_seqlens: Tensor | None
     ) -> Float[Tensor, "N D"]:
         if cu_seqlens is not None:
-            return x[0, cu_seqlens[1:].to(torch.int64) - 1]
+            check_no_empty_text(cu_seqlens, "last token")
+            return one_row(x)[0, cu_seqlens[1:].to(torch.int64) - 1]
         real = attention_mask
         if real is None and self.config.pad_token_id is not None and input_ids is not None:
             real = input_ids != self.config.pad_token_id
@@ -145,6 +149,7 @@ class CottentionGPTForTokenClassification(CottentionGPTPreTrainedModel):
         self.classifier = nn.Linear(config.n_embd, self.num_labels)
         self.post_init()
 
+    @reads_packed_texts
     def forward(
         self,
         input_ids: Int[Tensor, "B T"] | None = None,
@@ -195,7 +200,7 @@ class CottentionGPTForTokenClassification(CottentionGPTPreTrainedModel):
             output_attentions=output_attentions,
             output_hidden_states=output_hidden_states,
             return_dict=True,
-            cu_seqlens=cu_seqlens,
+            cu_seq_lens_q=cu_seqlens,
             cache=cache,
         )
         logits = self.classifier(self.dropout(outputs.last_hidden_state))
@@ -223,6 +228,7 @@ class CottentionGPTForQuestionAnswering(CottentionGPTPreTrainedModel):
         self.qa_outputs = nn.Linear(config.n_embd, 2)
         self.post_init()
 
+    @reads_packed_texts
     def forward(
         self,
         input_ids: Int[Tensor, "B T"] | None = None,
@@ -234,6 +240,7 @@ class CottentionGPTForQuestionAnswering(CottentionGPTPreTrainedModel):
         output_attentions: bool | None = None,
         output_hidden_states: bool | None = None,
         return_dict: bool | None = None,
+        cu_seqlens: Int[Tensor, " N_plus_1"] | None = None,
         past_key_values: Cache | None = None,
         use_cache: bool | None = None,
         cache: Cache | None = None,
@@ -251,6 +258,7 @@ class CottentionGPTForQuestionAnswering(CottentionGPTPreTrainedModel):
             output_attentions: see there.
             output_hidden_states: see there.
             return_dict: see there.
+            cu_seqlens: see there.
             past_key_values: see there; it takes up these tokens, and is not returned.
             use_cache: has no effect, as no cache is returned.
             cache: see there.
@@ -261,6 +269,7 @@ class CottentionGPTForQuestionAnswering(CottentionGPTPreTrainedModel):
 
         Raises:
             TypeError: an argument is not known.
+            ValueError: answers are given for packed texts.
         """
         settings = _loss_settings(loss_kwargs, f"{type(self).__name__}.forward")
         outputs = self.transformer(
@@ -273,11 +282,13 @@ class CottentionGPTForQuestionAnswering(CottentionGPTPreTrainedModel):
             output_attentions=output_attentions,
             output_hidden_states=output_hidden_states,
             return_dict=True,
+            cu_seq_lens_q=cu_seqlens,
             cache=cache,
         )
         start_logits, end_logits = self.qa_outputs(outputs.last_hidden_state).unbind(-1)  # [B, T] each
         loss = None
         if start_positions is not None and end_positions is not None:
+            check_no_spans(cu_seqlens)
             loss = span_loss(start_logits, end_logits, start_positions, end_positions, **settings)
         output = QuestionAnsweringModelOutput(
             loss=loss,
