@@ -33,6 +33,8 @@ MANIFEST = "MANIFEST.json"
 WEIGHTS = ("model.safetensors", "model-*-of-*.safetensors", "model.safetensors.index.json")
 TOKENIZER = ("tokenizer.json", "vocab.txt", "vocab.json", "merges.txt", "tokenizer_config.json")
 
+_OFTEN_EDITED = "tokenizer_config.json"  # every save_pretrained of a tokenizer writes it a little differently
+
 _BLOCK_BYTES = 1 << 20
 _SETTLED_S = 2.0  # file systems keep times to a second at worst: a file changed since may have the times of before
 _intact: set[tuple[Any, ...]] = set()  # files seen whole by this process
@@ -61,9 +63,11 @@ def seal(folder: Path, names: Iterable[str] | None = None) -> None:
 
 def model_files(folder: Path, *, tokenizer: bool) -> list[str]:
     """What the seal of a model is about, of the files that are there."""
-    patterns = ("config.json", *WEIGHTS, *(TOKENIZER if tokenizer else ()))
-    names = [entry.name for entry in folder.iterdir()]
-    return [name for name in names if any(fnmatch(name, pattern) for pattern in patterns)]
+    return [entry.name for entry in folder.iterdir() if _is_of_model(entry.name, tokenizer)]
+
+
+def _is_of_model(name: str, tokenizer: bool) -> bool:
+    return any(fnmatch(name, pattern) for pattern in ("config.json", *WEIGHTS, *(TOKENIZER if tokenizer else ())))
 
 
 def damage(folder: Path) -> str | None:
@@ -95,14 +99,23 @@ def check_model(folder: Path, *, tokenizer: bool = False) -> None:
         raise CheckpointError(f"{folder / MANIFEST} is damaged; remove it to open the model unchecked")
     for name, (num_bytes, digest) in entries.items():
         path = folder / name
-        if not tokenizer and name in TOKENIZER:
-            continue
-        problem = file_damage(path, num_bytes, digest)
-        if problem is not None:
+        problem = file_damage(path, num_bytes, digest) if _is_of_model(name, tokenizer) else None
+        if problem is not None and name == _OFTEN_EDITED:
+            logger.warning("%s %s", path, problem)
+        elif problem is not None:
             raise CheckpointError(
                 f"{path} {problem}: it is damaged, or another program wrote it; if that was meant, remove "
                 f"{folder / MANIFEST}"
             )
+
+
+def missing_parts(folder: Path) -> list[str]:
+    """What a model directory lacks to be one: files that its seal names, config, weights; nothing of it is read."""
+    entries = _entries(folder)
+    names = () if isinstance(entries, str) else entries
+    lost = [name for name in ("config.json", *names) if not (folder / name).is_file()]
+    has_weights = folder.is_dir() and any(any(folder.glob(pattern)) for pattern in WEIGHTS)
+    return list(dict.fromkeys(lost if has_weights else [*lost, WEIGHTS[0]]))
 
 
 def file_damage(

@@ -14,11 +14,17 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from fnmatch import fnmatch
 from pathlib import Path
 
-from cottention.errors import CottentionError
+from cottention.errors import CottentionError, SettingsError
 from cottention.files import one_line, write_text
+from cottention.locks import sole_writer
 from cottention.logging import get_logger
+
+_REPORTS = ("attention.json", "decode.json", "model.json", "unfinished-*.jsonl")
 
 _logger = get_logger(__name__)
 
@@ -105,6 +111,24 @@ def _piece(line: bytes) -> tuple[str, dict] | None:
 
 def _checksum(kind: str, piece: dict) -> str:
     return hashlib.sha256(json.dumps([kind, piece]).encode()).hexdigest()[:16]
+
+
+@contextmanager
+def report_directory(directory: Path) -> Iterator[None]:
+    """Be the only one who writes reports into a directory, before anything is measured.
+
+    Raises:
+        SettingsError: it holds something else than reports.
+        InUseError: another process writes there.
+        OSError: it cannot be written.
+    """
+    with sole_writer(directory):
+        names = sorted(entry.name for entry in directory.iterdir() if not entry.name.startswith("."))
+        if names and not any(fnmatch(name, ours) for name in names for ours in _REPORTS):
+            raise SettingsError(
+                f"{directory} holds {names[0]} but no report of a benchmark; choose another --output-dir"
+            )
+        yield
 
 
 def write_texts(texts: dict[str, str], directory: Path) -> list[Path]:

@@ -55,12 +55,20 @@ def build_parser() -> ArgumentParser:
 
 def run(args: Namespace) -> int:
     """Measure, print, write."""
-    runners = {"attention": _run_attention, "decode": _run_decode, "model": _run_model}
-    return runners[args.what](args[args.what])
+    given = args[args.what]
+    runner, settings = {
+        "attention": (_run_attention, settings_from),
+        "decode": (_run_decode, decode_settings_from),
+        "model": (_run_model, model_settings_from),
+    }[args.what]
+    chosen = settings(given)  # before seconds of torch
+    from cottention.benchmarks.journal import report_directory
+
+    with report_directory(Path(given.output_dir)):
+        return runner(given, chosen)
 
 
-def _run_attention(given: Namespace) -> int:
-    settings = settings_from(given)
+def _run_attention(given: Namespace, settings: AttentionSettings) -> int:
     from cottention.benchmarks.attention import benchmark_attention, open_journal, write_report
     from cottention.benchmarks.table import as_text
 
@@ -74,8 +82,7 @@ def _run_attention(given: Namespace) -> int:
     return _INTERRUPTED if report.interrupted else 0
 
 
-def _run_decode(given: Namespace) -> int:
-    settings = decode_settings_from(given)
+def _run_decode(given: Namespace, settings: DecodeSettings) -> int:
     from cottention.benchmarks.decode import benchmark_decode, decode_as_text, write_decode_report
 
     report = benchmark_decode(settings)
@@ -84,8 +91,7 @@ def _run_decode(given: Namespace) -> int:
     return 0
 
 
-def _run_model(given: Namespace) -> int:
-    settings = model_settings_from(given)
+def _run_model(given: Namespace, settings: ModelSettings) -> int:
     from cottention.benchmarks.model import benchmark_model, model_as_text, write_model_report
 
     report = benchmark_model(settings)

@@ -7,6 +7,7 @@ cottention evaluate glue --model runs/glue/rte/model --task rte --data glue/
 from __future__ import annotations
 
 import json
+from contextlib import ExitStack
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -14,7 +15,7 @@ from jsonargparse import ArgumentParser, Namespace
 
 from cottention.cli.main import new_parser
 from cottention.errors import SettingsError
-from cottention.files import write_text
+from cottention.files import check_writable, write_text
 
 if TYPE_CHECKING:
     from cottention.evaluation.glue import GlueScores
@@ -56,10 +57,19 @@ def run(args: Namespace) -> None:
         raise SettingsError("--model needs --task")
     if args.batch_size < 1:
         raise SettingsError(f"--batch-size must be at least 1; got {args.batch_size}")
-    if args.model:
-        _one_model(args)
-    else:
-        _runs(args)
+    if args.markdown:
+        if args.model:
+            raise SettingsError("--markdown writes the tables of --runs; got --model")
+        check_writable(args.markdown, "--markdown")
+    with ExitStack() as held:
+        if args.submission:
+            from cottention.evaluation.glue_model import submission_folder
+
+            held.enter_context(submission_folder(Path(args.submission)))
+        if args.model:
+            _one_model(args)
+        else:
+            _runs(args)
 
 
 def _one_model(args: Namespace) -> None:
@@ -67,8 +77,6 @@ def _one_model(args: Namespace) -> None:
     from cottention.evaluation.glue_model import score_glue_model
     from cottention.generation import load_model_and_tokenizer
 
-    if args.markdown:
-        raise SettingsError("--markdown writes the tables of --runs; got --model")
     task = glue_task(args.task)
     model, tokenizer = load_model_and_tokenizer(args.model, "classifier", device=args.device)
     max_length = _max_length(args, Path(args.model).parent)

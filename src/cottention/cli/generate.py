@@ -16,6 +16,7 @@ from jsonargparse import ArgumentParser, Namespace
 
 from cottention.cli.main import new_parser
 from cottention.errors import SettingsError
+from cottention.files import check_writable
 from cottention.logging import get_logger
 
 if TYPE_CHECKING:
@@ -116,6 +117,8 @@ def _check(args: Namespace, prompts: list[str]) -> None:
             raise SettingsError("max_new_tokens must be at least 1 (0 reads only, with --save-state); got 0")
     elif len(prompts) != 1:
         raise SettingsError(f"--save-state takes one prompt; got {len(prompts)}")
+    else:
+        check_writable(args.save_state, "--save-state")
 
 
 def _read_and_save(model: Any, tokenizer: Any, prompt: str, state: ReadState | None, args: Namespace) -> ReadState:

@@ -23,6 +23,7 @@ from cottention.cli._process import drop_stdout, interrupt_imports, open_streams
 from cottention.errors import CottentionError, did_you_mean
 from cottention.files import one_line
 from cottention.logging import setup_cli_logging
+from cottention.stopping import Stopped, ending_cleanly
 
 COMMANDS: dict[str, tuple[str, str]] = {
     "quickstart": ("cottention.cli.quickstart", "train a small model on real text in minutes, score it, let it write"),
@@ -142,7 +143,8 @@ def _guarded(command: str, rest: Sequence[str]) -> int:
     try:
         module = import_module(COMMANDS[command][0])
         parser = module.build_parser()
-        return module.run(parser.parse_args(rest)) or 0
+        with ending_cleanly():
+            return module.run(parser.parse_args(rest)) or 0
     except argparse.ArgumentError as error:
         _complain(command, explain(str(error), _names(parser)))
     except CottentionError as error:
@@ -158,6 +160,9 @@ def _guarded(command: str, rest: Sequence[str]) -> int:
         if not isinstance(error, MemoryError) and not any(sign in str(error) for sign in _OUT_OF_MEMORY):
             raise
         _complain(command, f"not enough memory; smaller batches or a smaller model need less ({one_line(error, 100)})")
+    except Stopped as stopped:
+        _complain(command, f"stopped by {stopped}")
+        return 128 + stopped.number
     except KeyboardInterrupt:
         _complain(command, "interrupted")
         return _INTERRUPTED

@@ -7,7 +7,8 @@ write_model(Path("models/bert"), model, tokenizer, report, overwrite=False)
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any, cast
 
@@ -19,9 +20,12 @@ from cottention.convert.configs import TranslatedConfig
 from cottention.convert.report import REPORT_NAME, ConversionReport, LeftOut
 from cottention.convert.tokenizers import TOKENIZER_FILES
 from cottention.convert.weights import WEIGHT_FILES, listed, read_weights
+from cottention.data.tokenizer_files import save_tokenizer
 from cottention.errors import CheckpointError
 from cottention.files import one_line, settle, write_text, written_directory
 from cottention.generation.loading import quiet_progress
+from cottention.locks import sole_writer
+from cottention.seals import model_files, seal
 
 HUB_FILES = (
     "config.json",
@@ -39,6 +43,23 @@ _WHY_LEFT_OUT = {
     "training_args.bin": "a pickled object, which could run code",
     "generation_config.json": "made anew from config.json",
 }
+
+
+@contextmanager
+def claimed(destination: Path, *, overwrite: bool) -> Iterator[None]:
+    """Be the only one who writes a destination, once it is known that it can be written.
+
+    Raises:
+        CheckpointError: it cannot be, or must not be replaced; see `check_destination`.
+        InUseError: another conversion writes it.
+    """
+    with ExitStack() as held:
+        try:
+            held.enter_context(sole_writer(destination, beside=True))
+        except OSError as error:
+            raise CheckpointError(f"cannot write {destination}: {one_line(error)}") from error
+        check_destination(destination, overwrite=overwrite)
+        yield
 
 
 def check_destination(destination: Path, *, overwrite: bool) -> None:
@@ -159,11 +180,12 @@ def write_model(
         check_destination(destination, overwrite=overwrite)
         with written_directory(destination) as partial:
             with quiet_progress():
-                model.save_pretrained(partial)
+                cast(Any, model).save_pretrained(partial, seal=False)
             if tokenizer is not None:
-                tokenizer.save_pretrained(partial)
+                save_tokenizer(tokenizer, partial)
             write_text(partial / REPORT_NAME, json.dumps(report.to_dict(), indent=2) + "\n")
             _verify(partial, model)
+            seal(partial, model_files(partial, tokenizer=True))
     except (OSError, SafetensorError) as error:
         raise CheckpointError(f"cannot write {destination}: {one_line(error)}") from error
 

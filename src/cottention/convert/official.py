@@ -15,7 +15,7 @@ from pathlib import Path
 from cottention import models
 from cottention.convert.assemble import build_model, detect_attention_type, settle_special_tokens
 from cottention.convert.configs import AttentionType, TrainingSettings, read_training_settings, translate_config
-from cottention.convert.directory import HUB_FILES, check_apart, check_destination, report_on, write_model
+from cottention.convert.directory import HUB_FILES, check_apart, claimed, report_on, write_model
 from cottention.convert.report import ConversionReport, LeftOut
 from cottention.convert.tokenizers import read_tokenizer
 from cottention.convert.weights import read_weights
@@ -45,7 +45,11 @@ def convert_official(
             `destination` cannot be written.
     """
     destination = Path(destination).expanduser()
-    check_destination(destination, overwrite=overwrite)
+    with claimed(destination, overwrite=overwrite):
+        return _converted(source, destination, overwrite, revision)
+
+
+def _converted(source: str | Path, destination: Path, overwrite: bool, revision: str | None) -> ConversionReport:
     directory = resolve_directory(source, file_patterns=(*HUB_FILES, "config.pt"), revision=revision)
     check_apart(directory, destination)
 

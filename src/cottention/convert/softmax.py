@@ -22,12 +22,13 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from cottention import models
 from cottention.convert.assemble import build_model, detect_attention_type, settle_special_tokens
 from cottention.convert.configs import Architecture, AttentionType, TranslatedConfig, translate_config
-from cottention.convert.directory import HUB_FILES, check_apart, check_destination, report_on, write_model
+from cottention.convert.directory import HUB_FILES, check_apart, claimed, report_on, write_model
 from cottention.convert.distil import DistillationSettings, check_window, distil
 from cottention.convert.distil_report import DistillationReport
 from cottention.convert.report import ConversionReport
 from cottention.convert.tokenizers import read_tokenizer
 from cottention.convert.weights import read_weights
+from cottention.data.corpus import DEFAULT_CORPUS, files_of
 from cottention.errors import CheckpointError, SettingsError
 from cottention.generation.loading import choose_device
 from cottention.generation.source import resolve_directory
@@ -95,8 +96,36 @@ def convert_softmax(
     check_number("norm_const", norm_const)
     if distillation is not None and attention_type == "softmax":
         raise SettingsError("a distillation teaches cosine attention; got attention_type 'softmax'")
+    for name in () if distillation is None else (*distillation.text, *distillation.held_out):
+        if not name.startswith(DEFAULT_CORPUS):
+            files_of(name)  # before hours of other work
     destination = Path(destination).expanduser()
-    check_destination(destination, overwrite=overwrite)
+    with claimed(destination, overwrite=overwrite):
+        return _converted(
+            source,
+            destination,
+            attention_type,
+            norm_const,
+            distillation,
+            device,
+            overwrite=overwrite,
+            revision=revision,
+            show_progress=show_progress,
+        )
+
+
+def _converted(
+    source: str | Path,
+    destination: Path,
+    attention_type: AttentionType,
+    norm_const: float,
+    distillation: DistillationSettings | None,
+    device: str | None,
+    *,
+    overwrite: bool,
+    revision: str | None,
+    show_progress: bool,
+) -> ConversionReport:
     directory = resolve_directory(source, file_patterns=HUB_FILES, revision=revision)
     check_apart(directory, destination)
 

@@ -104,7 +104,7 @@ def run_build(
                 writer.add(table, counts)
                 bar.update(counts["bytes"] if num_rows is None else counts["rows"])
         if tokenizer is not None:
-            tokenizer.save_pretrained(writer.tokenizer_path)
+            writer.save(tokenizer)
         writer.finish()
     seconds = time.perf_counter() - began
     done = Counter(writer.counts)

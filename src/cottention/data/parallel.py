@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import multiprocessing
 import os
-import signal
 import threading
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
@@ -20,6 +19,7 @@ from itertools import islice
 from typing import Any, TypeVar
 
 from cottention.errors import DataError, SettingsError
+from cottention.stopping import leave_to_parent
 
 Task = TypeVar("Task")
 Result = TypeVar("Result")
@@ -71,7 +71,7 @@ def _start_worker(work: Callable[[Any], Any]) -> None:
     global _callable
     _callable = work
     os.environ["TOKENIZERS_PARALLELISM"] = "false"  # there is a process for every core already
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C goes to the whole group; the parent decides
+    leave_to_parent()
     threading.Thread(target=_leave_with_parent, daemon=True).start()
 
 

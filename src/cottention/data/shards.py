@@ -37,8 +37,10 @@ from typing import Any
 import pyarrow as pa
 from datasets import Dataset, Features, concatenate_datasets
 from datasets.fingerprint import Hasher
+from transformers import PreTrainedTokenizerBase
 
 from cottention.data.arrow_cache import datasets_cache
+from cottention.data.tokenizer_files import save_tokenizer
 from cottention.errors import DataError, SettingsError, did_you_mean
 from cottention.files import WholeFile, one_line, write_text
 from cottention.locks import LOCK, sole_writer
@@ -203,6 +205,11 @@ class CorpusWriter:
                 self._shard.write(table)
             if self._shard is not None and self._shard.num_bytes >= self.shard_bytes:
                 self._close_shard()
+
+    def save(self, tokenizer: PreTrainedTokenizerBase) -> None:
+        """Save the tokenizer of the rows."""
+        with self._writing():
+            save_tokenizer(tokenizer, self.tokenizer_path)
 
     def finish(self, *, note: Mapping[str, Any] | None = None) -> None:
         """Complete the last shard and write the manifest.

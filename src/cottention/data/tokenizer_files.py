@@ -13,6 +13,7 @@ import base64
 import binascii
 import json
 import os
+import re
 import sys
 import tempfile
 from collections.abc import Callable, Iterator
@@ -191,3 +192,25 @@ def _panics_silent() -> Iterator[None]:
             held.seek(0)
             if not panicked and (written := held.read()):
                 os.write(2, written)
+
+
+def save_tokenizer(tokenizer: PreTrainedTokenizerBase, folder: Path) -> None:
+    """Save a tokenizer; the same files whether it was made just now or opened from disk.
+
+    Raises:
+        OSError: it cannot be written.
+    """
+    try:
+        tokenizer.save_pretrained(folder)
+    except Exception as error:
+        # The tokenizers library tells every error of the system as a plain Exception.
+        told = re.search(r"\(os error (\d+)\)", str(error)) if type(error) is Exception else None
+        if told is None:
+            raise
+        raise OSError(int(told[1]), os.strerror(int(told[1])), str(folder)) from error
+    path = folder / "tokenizer_config.json"
+    config = json.loads(path.read_text(encoding="utf-8"))
+    opened_with = {"is_local", "local_files_only"} & config.keys()
+    if opened_with:
+        kept = {name: value for name, value in config.items() if name not in opened_with}
+        path.write_text(json.dumps(kept, indent=2, sort_keys=True, ensure_ascii=False) + "\n", encoding="utf-8")

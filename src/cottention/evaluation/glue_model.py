@@ -9,6 +9,8 @@ scores with three decimals.
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 
 import numpy as np
@@ -18,10 +20,11 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from cottention.data.glue import has_split, load_glue
 from cottention.data.glue_batches import GlueCollator, encode_glue, packs_best
-from cottention.data.glue_tasks import DIAGNOSTIC, GlueTask
+from cottention.data.glue_tasks import DIAGNOSTIC, GLUE_TASKS, GlueTask
 from cottention.errors import DataError, SettingsError
 from cottention.evaluation.glue import GlueScores, glue_logits, glue_scores, predictions_of
-from cottention.files import write_text
+from cottention.files import one_line, write_text
+from cottention.locks import sole_writer
 from cottention.logging import get_logger
 
 _SUFFIXES = {"test_matched": "-m", "test_mismatched": "-mm"}
@@ -113,9 +116,29 @@ def write_submission(
             folder.mkdir(parents=True, exist_ok=True)
             write_text(path, "index\tprediction\n" + "".join(lines))
         except OSError as error:
-            raise DataError(f"cannot write {path}: {error.strerror}") from error
+            raise DataError(f"cannot write {path}: {one_line(error)}") from error
         written.append(path)
     return written
+
+
+@contextmanager
+def submission_folder(folder: Path) -> Iterator[None]:
+    """Be the only one who writes predictions into a folder, before any are made.
+
+    Raises:
+        DataError: it holds something else than predictions, or cannot be written.
+        InUseError: another process writes there.
+    """
+    with ExitStack() as held:
+        try:
+            held.enter_context(sole_writer(folder))
+        except OSError as error:
+            raise DataError(f"cannot write {folder}: {one_line(error)}") from error
+        names = sorted(entry.name for entry in folder.iterdir() if not entry.name.startswith("."))
+        titles = {task.title for task in (*GLUE_TASKS.values(), DIAGNOSTIC)}
+        if names and not any(name.endswith(".tsv") and name[:-4].rstrip("m").rstrip("-") in titles for name in names):
+            raise DataError(f"{folder} holds {names[0]} but no predictions; choose another folder")
+        yield
 
 
 def check_outputs(model: PreTrainedModel, task: GlueTask) -> None:

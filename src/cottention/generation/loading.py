@@ -26,6 +26,7 @@ from cottention.files import one_line
 from cottention.generation.source import resolve_directory
 from cottention.json_files import read_json
 from cottention.models.auto import REMOTE_MODULE
+from cottention.seals import check_model
 
 Kind = Literal["causal-lm", "masked-lm", "next-sentence", "classifier", "encoder"]
 
@@ -85,6 +86,7 @@ def load_model_and_tokenizer(
     model = _load_model(directory, kind, source, dtype)
     tokenizer = _load_tokenizer(directory, source)
     check_ids(tokenizer, model.config.vocab_size, source)
+    check_model(directory, tokenizer=True)
     model.to(target)  # pyright: ignore[reportArgumentType]  # the stub of Module.to loses torch.device here
     return model.eval(), tokenizer
 

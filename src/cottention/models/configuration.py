@@ -18,6 +18,7 @@ from transformers.utils import CONFIG_NAME
 from cottention.errors import CheckpointError, SettingsError, did_you_mean
 from cottention.models.auto import REMOTE_MODULE, auto_map, remote_module
 from cottention.models.directory import check_config_file, own_fields
+from cottention.seals import MANIFEST
 
 ATTENTION_TYPES = ("cosine", "softmax")
 DTYPES = ("float64", "float32", "float16", "bfloat16")
@@ -97,6 +98,8 @@ class CottentionConfig(PreTrainedConfig):
         """Write the config; beside a config.json, the module that its `auto_map` names too."""
         super().to_json_file(json_file_path, use_diff=use_diff)
         path = Path(json_file_path)
+        if path.name == CONFIG_NAME:
+            path.with_name(MANIFEST).unlink(missing_ok=True)  # which is about the config that was there before
         if path.name == CONFIG_NAME and auto_map(type(self).__module__):
             path.with_name(f"{REMOTE_MODULE}.py").write_text(remote_module(type(self).__module__), encoding="utf-8")
 

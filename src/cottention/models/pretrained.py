@@ -25,6 +25,7 @@ from transformers.activations import ACT2FN
 from transformers.configuration_utils import PreTrainedConfig
 from transformers.modeling_utils import PreTrainedModel
 
+from cottention import seals
 from cottention.errors import CheckpointError, CottentionError
 from cottention.layers.rotary import packed_positions
 from cottention.models.configuration import is_ours
@@ -63,8 +64,8 @@ class CottentionPreTrainedModel(PreTrainedModel):
         """Load a saved model, as in transformers.
 
         Raises:
-            CheckpointError: the files are damaged, hold the other attention type or another shape, or lack weights of
-                the model itself; one line each.
+            CheckpointError: the files are damaged, differ from the seal that they were saved with, hold the other
+                attention type or another shape, or lack weights of the model itself; one line each.
         """
         source = pretrained_model_name_or_path or "the given state dict"
         directory = Path(pretrained_model_name_or_path or "") / kwargs.get("subfolder", "")
@@ -91,7 +92,21 @@ class CottentionPreTrainedModel(PreTrainedModel):
             model, info = loaded
             _check_loaded(model, info, source, ignore_mismatched_sizes)
             release()
+        if pretrained_model_name_or_path:
+            seals.check_model(directory)
         return (model, info) if output_loading_info else model
+
+    def save_pretrained(self, save_directory: Any, *, seal: bool = True, **kwargs: Any) -> None:
+        """Save, as in transformers, with a seal by which damage to config and weights is found when they are opened.
+
+        Args:
+            save_directory: made when missing.
+            seal: write it; without, the directory opens unchecked.
+            **kwargs: of transformers.
+        """
+        super().save_pretrained(save_directory, **kwargs)  # the config takes an earlier seal away
+        if seal and kwargs.get("is_main_process", True) and Path(save_directory).is_dir():
+            seals.seal(Path(save_directory), seals.model_files(Path(save_directory), tokenizer=False))
 
     @classmethod
     def register_for_auto_class(cls, auto_class: Any = "AutoModel") -> None:

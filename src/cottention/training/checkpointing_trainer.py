@@ -16,6 +16,7 @@ from typing import Any, cast
 import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, Trainer
 
+from cottention.data.tokenizer_files import save_tokenizer
 from cottention.errors import CheckpointError, CottentionError
 from cottention.generation.loading import quiet_progress
 from cottention.training.checkpoints import staging_area
@@ -80,13 +81,13 @@ class CheckpointingTrainer(Trainer):
 def save_model(
     model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, folder: Path, *, state_dict: dict | None = None
 ) -> None:
-    """Write a model directory: config, weights, tokenizer."""
+    """Write a model directory: config, weights, tokenizer; the caller seals it."""
     # The Trainer switches the cache off for training; whoever opens the model wants it on.
     training_use_cache = getattr(model.config, "use_cache", None)
     if training_use_cache is not None:
         model.config.use_cache = True
     with quiet_progress():
-        model.save_pretrained(folder, state_dict=state_dict)
+        model.save_pretrained(folder, state_dict=state_dict, seal=False)  # pyright: ignore[reportCallIssue]  # ours
     if training_use_cache is not None:
         model.config.use_cache = training_use_cache
-    tokenizer.save_pretrained(folder)
+    save_tokenizer(tokenizer, folder)

@@ -25,13 +25,20 @@ from cottention.errors import CheckpointError
 from cottention.files import one_line, write_text, written_directory
 from cottention.logging import get_logger
 from cottention.seals import MANIFEST as MANIFEST  # for those who look into a checkpoint
-from cottention.seals import WEIGHTS, damage
+from cottention.seals import WEIGHTS, check_model, damage, missing_parts
 from cottention.seals import seal as _write_manifest
 
 RUN_STATE = "run_state.json"
 """What a run adds to the Trainer's files."""
 
-PARTS = (("config.json",), WEIGHTS, ("optimizer.pt",), ("scheduler.pt",), ("rng_state*.pth",), (RUN_STATE,))
+PARTS = (
+    ("config.json",),
+    WEIGHTS,
+    ("optimizer.pt",),
+    ("scheduler.pt",),
+    ("rng_state.pth", "rng_state_*.pth"),
+    (RUN_STATE,),
+)
 """What a run goes on from, beside trainer_state.json; of the names in brackets one has to be there."""
 
 _TRAINER_STATE = "trainer_state.json"
@@ -156,6 +163,24 @@ def _json_object(path: Path) -> dict[str, Any]:
     except (OSError, ValueError, RecursionError):
         return {}
     return content if isinstance(content, dict) else {}
+
+
+def finished_model(folder: Path) -> bool:
+    """Whether a run's model is there, whole; a run without its weights is not finished.
+
+    Raises:
+        CheckpointError: it was changed after it was written.
+    """
+    lost = missing_parts(folder)
+    if lost:
+        if folder.exists():
+            logger.warning("%s lacks %s: it is made again", folder, lost[0])
+        return False
+    try:
+        check_model(folder, tokenizer=True)
+    except CheckpointError as error:
+        raise CheckpointError(f"{error}; without {folder} the same command makes it again") from error
+    return True
 
 
 def rotate(folder: Path, keep: int) -> None:

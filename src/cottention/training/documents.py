@@ -7,12 +7,14 @@ tokenizer = open_tokenizer(recipe, train, run_dir)
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 from datasets import Dataset
 from transformers import PreTrainedTokenizerBase
 
 from cottention.data.corpus import DEFAULT_CORPUS, load_corpus
 from cottention.data.tokenizer import load_tokenizer, train_tokenizer
+from cottention.errors import SettingsError
 from cottention.logging import get_logger
 from cottention.training.corpora import TRAINED, open_source, reading_options
 from cottention.training.recipe import Recipe
@@ -41,6 +43,32 @@ def open_documents(settings: DataSettings, *, seed: int, least: int = 1) -> tupl
             return train, load_corpus(f"{DEFAULT_CORPUS}:validation", **options)
         return hold_out(open_source(settings.source, **limited), settings.validation, seed, least)
     return open_source(settings.source, **limited), open_source(settings.validation, **options)
+
+
+def check_tokenizer(recipe: Recipe) -> None:
+    """Look at a tokenizer that a recipe names before any text is read for it.
+
+    Raises:
+        DataError: it cannot be opened.
+        SettingsError: it lacks a token that the recipe needs, or has more tokens than the model has rows.
+    """
+    name = recipe.data.tokenizer
+    if name == TRAINED:
+        return
+    tokenizer: Any = load_tokenizer(name)
+    if len(tokenizer) > recipe.model.vocab_size:
+        raise SettingsError(
+            f"model.vocab_size must be at least the tokenizer's {len(tokenizer)}; got {recipe.model.vocab_size}"
+        )
+    if recipe.arch == "gpt":
+        if tokenizer.eos_token_id is None:
+            raise SettingsError("the tokenizer has no end-of-text token (eos_token); documents cannot be told apart")
+        return
+    lacking = [token for token in ("cls_token", "sep_token", "pad_token") if getattr(tokenizer, token) is None]
+    if lacking:
+        raise SettingsError(f"the tokenizer has no {', '.join(lacking)}; masked-language modelling needs BERT's tokens")
+    if tokenizer.mask_token_id is None:
+        raise SettingsError(f"a BERT needs a tokenizer with a mask token; {name!r} has none")
 
 
 def open_tokenizer(recipe: Recipe, train: Dataset, run_dir: Path | None) -> PreTrainedTokenizerBase:

@@ -39,11 +39,15 @@ from cottention.data.glue_tasks import GlueTask
 from cottention.errors import DataError
 from cottention.evaluation.glue import glue_logits, glue_scores, predictions_of
 from cottention.logging import get_logger
+from cottention.seals import model_files, seal
 from cottention.training.checkpointing_trainer import CheckpointingTrainer, NonFiniteLossError, save_model
 from cottention.training.checkpoints import (
+    PARTS,
+    RUN_STATE,
     atomic_directory,
     checkpoint_name,
     newest_intact_checkpoint,
+    read_run_state,
     rotate,
     write_atomically,
     writing_to,
@@ -55,7 +59,6 @@ from cottention.training.progress import RunControl
 from cottention.training.recipe_sections import OptimizerSettings
 from cottention.training.stream import ExampleStream
 
-_RUN_STATE = "run_state.json"
 _STEPS_BETWEEN_CHECKPOINTS = 1000  # MNLI's epochs have 12,000
 _FIELDS = ("input_ids", "num_first", "label")
 
@@ -138,9 +141,9 @@ class FinetuneTrainer(CheckpointingTrainer):
             CheckpointError: every checkpoint is damaged, or the disk is full.
             DataError: the checkpoint was trained on other rows.
         """
-        checkpoint = newest_intact_checkpoint(self.checkpoints_dir)
+        checkpoint = newest_intact_checkpoint(self.checkpoints_dir, PARTS)
         if checkpoint is not None:
-            state = json.loads((checkpoint / _RUN_STATE).read_text(encoding="utf-8"))
+            state = read_run_state(checkpoint, {"epochs": list, "loss_sum": (int, float), "rows": str})
             if state["rows"] != fingerprint_of(self._train):
                 raise DataError(f"the rows are not those that {checkpoint} was trained on; --overwrite starts again")
             self.epochs = state["epochs"]
@@ -224,6 +227,7 @@ class FinetuneTrainer(CheckpointingTrainer):
         if self.best_epoch == epoch:
             with writing_to(self.run_dir), atomic_directory(self.run_dir / "best", sealed=False) as staging:
                 save_model(cast(PreTrainedModel, self.model), self.saved_tokenizer, staging)
+                seal(staging, model_files(staging, tokenizer=True))
         measured = {"score": first["main"]}
         self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics=measured)
         return measured
@@ -253,7 +257,7 @@ class FinetuneTrainer(CheckpointingTrainer):
         }
         with writing_to(folder):
             with atomic_directory(folder / checkpoint_name(self.state.global_step), sealed=True) as staging:
-                write_atomically(staging / _RUN_STATE, json.dumps(run_state))
+                write_atomically(staging / RUN_STATE, json.dumps(run_state))
                 super()._save_checkpoint(model, trial)
             rotate(folder, 1)
 

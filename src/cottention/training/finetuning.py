@@ -18,6 +18,7 @@ import os
 import shutil
 import signal
 from collections.abc import Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -28,19 +29,24 @@ import yaml
 from datasets import Dataset
 from transformers import PreTrainedTokenizerBase, set_seed
 
-from cottention.data.glue import has_split, load_glue
+from cottention.data.glue import has_split, load_glue, task_folder
 from cottention.data.glue_batches import encode_glue
 from cottention.data.glue_tasks import GlueTask, glue_task
-from cottention.errors import SettingsError
+from cottention.errors import CheckpointError, SettingsError
+from cottention.files import one_line
 from cottention.generation import load_model_and_tokenizer
+from cottention.json_files import read_json_object
+from cottention.locks import LOCK, sole_writer
 from cottention.logging import get_logger
 from cottention.models import CottentionBertForSequenceClassification
+from cottention.seals import check_model, damage, missing_parts
 from cottention.training.checkpoints import atomic_directory, write_atomically, writing_to
 from cottention.training.finetune_settings import FinetuneSettings
 from cottention.training.finetune_trainer import FinetuneTrainer
 
 _SETTINGS, _METRICS = "settings.yaml", "metrics.json"
 _FINISHED = "result.json"
+_REMEDY = "choose another --output-dir, or --overwrite to start again"
 
 logger = get_logger(__name__)
 
@@ -108,7 +114,26 @@ def finetune(
     _check_seeds(seeds)
     if int(os.environ.get("WORLD_SIZE", "1")) > 1:
         raise SettingsError("fine-tuning runs in one process; got WORLD_SIZE above 1")
+    if not has_split(chosen, data, "train"):
+        task_folder(chosen, data)  # says what is missing; a folder without the file is told of when it is read
     content = {"model": str(model), "data": str(data), "task": task, **settings.as_dict()}
+    with ExitStack() as held:
+        with writing_to(run_dir):
+            held.enter_context(sole_writer(run_dir))
+        return _finetune(chosen, run_dir, content, model, data, settings, seeds, overwrite)
+
+
+def _finetune(
+    chosen: GlueTask,
+    run_dir: Path,
+    content: dict[str, Any],
+    model: str | Path,
+    data: str | Path,
+    settings: FinetuneSettings,
+    seeds: Sequence[int],
+    overwrite: bool,
+) -> FinetuneResult:
+    """The run, in a directory that nobody else writes."""
     continues = _continues(run_dir, content, overwrite=overwrite)
     # Opened before the data: a wrong directory shall not cost the time of tokenising.
     encoder, tokenizer = load_model_and_tokenizer(model, "encoder", device="cpu", dtype=torch.float32)
@@ -124,7 +149,7 @@ def finetune(
             logger.info("%s, seed %d is done already", chosen.title, seed)
             continue
         seed_dir = run_dir / f"seed-{seed}"
-        if not (seed_dir / _FINISHED).is_file():
+        if _finished_seed(seed_dir) is None:
             classifier = build_classifier(model, chosen, seed=seed, from_scratch=settings.from_scratch)
             trainer = FinetuneTrainer(
                 classifier,
@@ -231,19 +256,31 @@ def _continues(run_dir: Path, content: dict[str, Any], *, overwrite: bool) -> bo
     """Whether the directory holds a run of these settings that goes on; changes nothing."""
     path = run_dir / _SETTINGS
     if not path.is_file():
-        if run_dir.is_dir() and any(run_dir.iterdir()):
+        if run_dir.is_dir() and any(entry.name != LOCK for entry in run_dir.iterdir()):
             raise SettingsError(f"{run_dir} is not empty and holds no {_SETTINGS}; choose another --output-dir")
         return False
     if overwrite or not ((run_dir / _METRICS).is_file() or any(run_dir.glob("seed-*"))):
         return False
-    there = yaml.safe_load(path.read_text(encoding="utf-8"))
+    try:
+        there = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except (yaml.YAMLError, ValueError, RecursionError) as error:
+        raise SettingsError(f"{path} is damaged: {one_line(error)}; {_REMEDY}") from error
+    if not isinstance(there, dict):
+        raise SettingsError(f"{path} is damaged: it holds no settings; {_REMEDY}")
     for name, value in content.items():
-        if there.get(name) != value:
+        if there.get(name) != value and not (name in ("model", "data") and _same_place(there.get(name), value)):
             raise SettingsError(
-                f"{run_dir} holds a run of other settings: {name} ({there.get(name)} there, {value} now); "
-                "choose another --output-dir, or --overwrite to start again"
+                f"{run_dir} holds a run of other settings: {name} ({there.get(name)} there, {value} now); {_REMEDY}"
             )
     return True
+
+
+def _same_place(there: Any, now: str) -> bool:
+    """Whether two names lead to one folder; a run may be gone on with from another working directory."""
+    try:
+        return Path(str(there)).expanduser().samefile(Path(now).expanduser())
+    except OSError:
+        return False
 
 
 def _claim(run_dir: Path, content: dict[str, Any]) -> None:
@@ -264,9 +301,44 @@ def _remove(path: Path) -> None:
 
 def _metrics_of(run_dir: Path, content: dict[str, Any]) -> dict[str, Any]:
     path = run_dir / _METRICS
-    if path.is_file():
-        return json.loads(path.read_text(encoding="utf-8"))
-    return {**content, "best": None, "seeds": []}
+    if not path.is_file():
+        return {**content, "best": None, "seeds": []}
+    found = read_json_object(path, error=SettingsError)
+    best, seeds = found.get("best"), found.get("seeds")
+    if not isinstance(best, dict) or not isinstance(seeds, list) or not all(map(_is_entry, seeds)):
+        raise SettingsError(f"{path} is damaged: it holds no scores; {_REMEDY}")
+    lost = missing_parts(run_dir / "model")
+    if lost:
+        raise CheckpointError(f"{run_dir / 'model'} lacks {lost[0]}; {_REMEDY}")
+    check_model(run_dir / "model", tokenizer=True)
+    return found
+
+
+def _finished_seed(seed_dir: Path) -> dict[str, Any] | None:
+    """The scores of a seed that is done, with its best model; None where it has to go on from its last checkpoint."""
+    path = seed_dir / _FINISHED
+    if not path.is_file():
+        return None
+    try:
+        entry = json.loads(path.read_text(encoding="utf-8"))
+    except (ValueError, RecursionError):
+        entry = None
+    problem = damage(seed_dir / "best") if _is_entry(entry) else f"{_FINISHED} cannot be read"
+    if problem is None:
+        return entry
+    if problem.startswith(_FINISHED):  # the last checkpoint holds the same scores
+        logger.warning("%s: %s; it is written again", seed_dir, problem)
+        return None
+    raise CheckpointError(f"{seed_dir / 'best'} is damaged ({problem}); remove {seed_dir} to train that seed again")
+
+
+def _is_entry(entry: Any) -> bool:
+    """Whether this is what a seed's training comes to."""
+    if not isinstance(entry, dict) or not {"seed", "best_epoch", "epochs"} <= entry.keys():
+        return False
+    epochs, best = entry["epochs"], entry["best_epoch"]
+    has_best = isinstance(epochs, list) and isinstance(best, int) and 1 <= best <= len(epochs)
+    return has_best and all(isinstance(epoch, dict) and {"score", "epoch"} <= epoch.keys() for epoch in epochs)
 
 
 def _take_in(run_dir: Path, seed_dir: Path, metrics: dict[str, Any]) -> dict[str, Any]:
@@ -274,7 +346,8 @@ def _take_in(run_dir: Path, seed_dir: Path, metrics: dict[str, Any]) -> dict[str
 
     Each step may be repeated: a run that is killed between two of them does them again.
     """
-    entry = json.loads((seed_dir / _FINISHED).read_text(encoding="utf-8"))
+    entry = _finished_seed(seed_dir)
+    assert entry is not None
     epoch = entry["epochs"][entry["best_epoch"] - 1]
     best = metrics["best"]
     with writing_to(run_dir):

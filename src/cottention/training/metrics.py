@@ -15,6 +15,9 @@ from pathlib import Path
 from typing import Any
 
 from cottention.files import write_text, written_file
+from cottention.logging import get_logger
+
+logger = get_logger(__name__)
 
 
 class MetricsLog:
@@ -28,7 +31,7 @@ class MetricsLog:
             resume_step: updates that the resumed checkpoint has seen, 0 for a fresh run. Later lines are dropped.
         """
         self.path = path
-        kept = [line for line in read_metrics(path) if 0 < line["step"] <= resume_step]
+        kept = [line for line in read_metrics(path, warn=True) if 0 < line["step"] <= resume_step]
         write_text(path, "".join(_line(entry) for entry in kept))
 
     def write(self, entry: dict[str, Any]) -> None:
@@ -39,19 +42,32 @@ class MetricsLog:
             os.fsync(file.fileno())
 
 
-def read_metrics(path: Path) -> list[dict[str, Any]]:
-    """Read the lines of a metrics.jsonl; a last line that a crash cut short is left out."""
+def read_metrics(path: Path, *, warn: bool = False) -> list[dict[str, Any]]:
+    """Read the lines of a metrics.jsonl.
+
+    Args:
+        path: the file; when it is missing, there are no lines.
+        warn: say how many lines are damaged, but for a last one that a crash cut short. They are left out in any case.
+    """
     if not path.is_file():
         return []
-    entries = []
-    for line in path.read_text(encoding="utf-8").splitlines():
-        try:
-            entry = json.loads(line)
-        except json.JSONDecodeError:
-            continue
-        if isinstance(entry, dict) and isinstance(entry.get("step"), int):
-            entries.append(entry)
-    return entries
+    lines = path.read_bytes().splitlines()
+    found = [_entry(line) for line in lines]
+    num_damaged = sum(entry is None for entry in found[:-1])
+    if num_damaged and warn:
+        logger.warning("%s: %d of %d lines are damaged and left out", path, num_damaged, len(lines))
+    return [entry for entry in found if entry is not None]
+
+
+def _entry(line: bytes) -> dict[str, Any] | None:
+    """A line as it was written: a step, and nothing but numbers."""
+    try:
+        entry = json.loads(line)
+    except (ValueError, RecursionError):
+        return None
+    if not isinstance(entry, dict) or not isinstance(entry.get("step"), int):
+        return None
+    return entry if all(isinstance(value, (int, float)) for value in entry.values()) else None
 
 
 def draw_loss_curve(metrics: list[dict[str, Any]], path: Path, *, title: str) -> None:
@@ -66,8 +82,9 @@ def draw_loss_curve(metrics: list[dict[str, Any]], path: Path, *, title: str) ->
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
-    train = [(entry["tokens"], entry["loss"]) for entry in metrics if "loss" in entry]
-    held_out = [(entry["tokens"], entry["val_loss"]) for entry in metrics if "val_loss" in entry]
+    placed = [entry for entry in metrics if "tokens" in entry]
+    train = [(entry["tokens"], entry["loss"]) for entry in placed if "loss" in entry]
+    held_out = [(entry["tokens"], entry["val_loss"]) for entry in placed if "val_loss" in entry]
     figure = Figure(figsize=(7, 4), dpi=120, layout="constrained")
     FigureCanvasAgg(figure)
     axes = figure.add_subplot()

@@ -13,14 +13,17 @@ import dataclasses
 import os
 import shutil
 import signal
+from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from transformers import PreTrainedModel, PreTrainedTokenizerBase, set_seed
+from transformers import PreTrainedModel, PreTrainedTokenizerBase, TrainingArguments, set_seed
 
 from cottention.data.corpus import DEFAULT_CORPUS
+from cottention.data.tokenizer_files import save_tokenizer
 from cottention.errors import SettingsError
+from cottention.locks import sole_writer
 from cottention.logging import get_logger
 from cottention.models import (
     CottentionBertConfig,
@@ -30,10 +33,13 @@ from cottention.models import (
     CottentionGPTForCausalLM,
 )
 from cottention.models.model_card import write_model_card
+from cottention.seals import model_files, seal
 from cottention.training.arguments import shared_out, training_arguments
 from cottention.training.checkpointing_trainer import save_model
 from cottention.training.checkpoints import (
+    PARTS,
     atomic_directory,
+    finished_model,
     list_checkpoints,
     newest_intact_checkpoint,
     write_atomically,
@@ -41,6 +47,7 @@ from cottention.training.checkpoints import (
 )
 from cottention.training.corpora import TRAINED
 from cottention.training.metrics import draw_loss_curve, read_metrics
+from cottention.training.quickstart import RECORD
 from cottention.training.recipe import BertRecipe, GPTRecipe, Recipe
 from cottention.training.recipe_files import differing_setting, load_recipe, recipe_text
 from cottention.training.text import PreparedText, prepare_text
@@ -49,6 +56,7 @@ from cottention.training.trainer import PretrainingTrainer
 _RECIPE = "recipe.yaml"
 _FOLDERS = ("checkpoints", "model", "tokenizer")
 _FILES = ("metrics.jsonl", "loss_curve.png")
+_LOGS = (".log", ".out", ".err")
 
 logger = get_logger(__name__)
 
@@ -105,7 +113,8 @@ def pretrain(
         Where the model is, and its last held-out figures.
 
     Raises:
-        SettingsError: the directory holds a run of another recipe.
+        SettingsError: the directory holds a run of another recipe, or something else.
+        InUseError: another process writes it.
         CheckpointError: every checkpoint is damaged, or the disk is full.
         DataError: the text cannot be used.
         NonFiniteLossError: the loss became infinite or NaN.
@@ -113,19 +122,35 @@ def pretrain(
     if not str(output_dir):
         raise SettingsError("the output directory must have a name; got ''")
     run_dir = Path(output_dir)
-    model_dir = run_dir / "model"
     arguments = training_arguments(recipe, run_dir)
+    with ExitStack() as held:
+        with writing_to(run_dir):
+            held.enter_context(sole_writer(run_dir, nested=True))
+        return _pretrain(recipe, run_dir, arguments, resume=resume, overwrite=overwrite, text=text)
+
+
+def _pretrain(
+    recipe: Recipe,
+    run_dir: Path,
+    arguments: TrainingArguments,
+    *,
+    resume: bool,
+    overwrite: bool,
+    text: PreparedText | None,
+) -> PretrainResult:
+    """The run, in a directory that nobody else writes."""
+    model_dir = run_dir / "model"
     given, recipe = recipe, shared_out(recipe, max(1, arguments.world_size))
     # Process 0 prepares everything; the others then find the run started, whatever was asked for.
     with arguments.main_process_first(local=False):
         is_first = arguments.process_index == 0
         continues = check_run_directory(given, run_dir, resume=resume or not is_first, overwrite=overwrite and is_first)
-        if continues and (model_dir / "config.json").is_file():
+        if continues and finished_model(model_dir):
             logger.info("%s is finished already: %s", run_dir, model_dir)
             return PretrainResult(
                 run_dir=run_dir, model_dir=model_dir, step=recipe.training.max_steps, metrics=_last_held_out(run_dir)
             )
-        checkpoint = newest_intact_checkpoint(run_dir / "checkpoints") if continues else None
+        checkpoint = newest_intact_checkpoint(run_dir / "checkpoints", PARTS) if continues else None
         if text is None:
             text = prepare_text(recipe, run_dir if continues or not is_first else None)
         set_seed(recipe.training.seed)
@@ -165,6 +190,7 @@ def pretrain(
                         name=run_dir.resolve().name,
                         data=_held_out_name(recipe),
                     )
+                    seal(staging, model_files(staging, tokenizer=True))
     trainer.accelerator.wait_for_everyone()
     step = trainer.state.global_step
     if stopped_by is not None:
@@ -179,20 +205,18 @@ def pretrain(
 
 
 def check_run_directory(recipe: Recipe, run_dir: Path, *, resume: bool = True, overwrite: bool = False) -> bool:
-    """Say whether the directory holds a run of this recipe that goes on; change nothing but make it when missing.
+    """Say whether the directory holds a run of this recipe that goes on; change nothing.
 
     Raises:
         SettingsError: it holds a run of another recipe, or something else than a run, or cannot be written.
     """
-    with writing_to(run_dir):
-        run_dir.mkdir(parents=True, exist_ok=True)
-    if not os.access(run_dir, os.W_OK):
+    if run_dir.is_dir() and not os.access(run_dir, os.W_OK):
         raise SettingsError(f"the run directory must be writable; got {run_dir}")
     recipe_file = run_dir / _RECIPE
     if not recipe_file.is_file():
-        foreign = [name for name in (*_FOLDERS, *_FILES) if (run_dir / name).exists()]
-        if foreign:
-            raise SettingsError(f"{run_dir} holds {foreign[0]} but no {_RECIPE}; choose another --output-dir")
+        foreign = _foreign(run_dir)
+        if foreign is not None:
+            raise SettingsError(f"{run_dir} holds {foreign} but no {_RECIPE}; choose another --output-dir")
         return False
     if overwrite or not (list_checkpoints(run_dir / "checkpoints") or (run_dir / "model").is_dir()):
         return False  # a run that was stopped before its first checkpoint starts again too
@@ -205,9 +229,17 @@ def check_run_directory(recipe: Recipe, run_dir: Path, *, resume: bool = True, o
     return True
 
 
+def _foreign(run_dir: Path) -> str | None:
+    """What lies in a directory that no run has begun in, and no shell and no scheduler has put there."""
+    names = sorted(entry.name for entry in run_dir.iterdir()) if run_dir.is_dir() else []
+    strange = [name for name in names if not name.startswith(".") and not name.endswith(_LOGS) and name != RECORD]
+    return strange[0] if strange else None
+
+
 def claim_run_directory(recipe: Recipe, run_dir: Path, tokenizer: PreTrainedTokenizerBase) -> None:
     """Begin a new run: delete what an earlier one left, write the resolved recipe and the tokenizer trained for it."""
     with writing_to(run_dir):
+        run_dir.mkdir(parents=True, exist_ok=True)
         for name in _FOLDERS:
             shutil.rmtree(run_dir / name, ignore_errors=True)
         for name in _FILES:
@@ -215,7 +247,7 @@ def claim_run_directory(recipe: Recipe, run_dir: Path, tokenizer: PreTrainedToke
         write_atomically(run_dir / _RECIPE, recipe_text(recipe))
         if recipe.data.tokenizer == TRAINED:
             with atomic_directory(run_dir / "tokenizer", sealed=False) as staging:
-                tokenizer.save_pretrained(staging)
+                save_tokenizer(tokenizer, staging)
 
 
 def build_model(recipe: Recipe, tokenizer: PreTrainedTokenizerBase | None = None) -> PreTrainedModel:

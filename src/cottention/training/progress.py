@@ -1,8 +1,8 @@
 """What a run shows while it works, and how it is stopped.
 
 `ProgressBar` draws a bar with loss, tokens per second and the remaining time on stderr; where stderr is no terminal it
-logs a line now and then instead. `RunControl` turns SIGTERM and Ctrl-C into one last checkpoint, and adds an evaluation
-and a log line at the last step.
+logs a line now and then instead. `RunControl` turns SIGTERM, Ctrl-C and their like into one last checkpoint, and adds
+an evaluation and a log line at the last step.
 """
 
 from __future__ import annotations
@@ -22,6 +22,7 @@ from tqdm import tqdm
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from cottention.logging import get_logger
+from cottention.stopping import handlers
 from cottention.training.metrics import short_number
 from cottention.training.recipe import Recipe
 
@@ -121,12 +122,12 @@ class RunControl(TrainerCallback):
 
     @contextmanager
     def listening(self) -> Iterator[None]:
-        """Take SIGTERM and Ctrl-C as a wish to stop after the step; the second one acts as usual."""
+        """Take a signal that asks to end as a wish to stop after the step; the second one acts as usual."""
         if threading.current_thread() is not threading.main_thread():
             yield  # only the main thread may set handlers
             return
         owner = os.getpid()
-        before = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)}
+        before = handlers()
 
         def ask_to_stop(number: int, _frame: FrameType | None) -> None:
             if os.getpid() != owner:

@@ -14,13 +14,15 @@ import dataclasses
 import json
 import math
 from collections.abc import Callable
+from contextlib import ExitStack
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 from cottention.errors import SettingsError
+from cottention.locks import sole_writer
 from cottention.logging import get_logger
-from cottention.training.checkpoints import write_atomically, writing_to
+from cottention.training.checkpoints import finished_model, write_atomically, writing_to
 from cottention.training.metrics import read_metrics
 from cottention.training.recipe import RECIPE_CLASSES, Recipe
 from cottention.training.recipe_files import load_recipe, replace_settings
@@ -29,7 +31,8 @@ if TYPE_CHECKING:
     from cottention.training.pretraining import PretrainResult
     from cottention.training.text import PreparedText
 
-_FILE = "quickstart.json"
+RECORD = "quickstart.json"
+"""What a quickstart writes into its run directory, before the run begins and at its end."""
 _FITTED = ("precision", "max_steps", "eval_every", "save_every")
 _REMEDY = "choose another --output-dir, or --overwrite to start again"
 
@@ -126,8 +129,22 @@ def run_quickstart(
     """
     settings = settings or QuickstartSettings()
     run_dir = Path(output_dir or settings.output_dir)
+    with ExitStack() as held:
+        with writing_to(run_dir):
+            held.enter_context(sole_writer(run_dir))
+        return _quickstart(settings, run_dir, overwrite, recipe, on_scores, on_text)
+
+
+def _quickstart(
+    settings: QuickstartSettings,
+    run_dir: Path,
+    overwrite: bool,
+    recipe: Recipe | None,
+    on_scores: Callable[[QuickstartReport], None] | None,
+    on_text: Callable[[str], None] | None,
+) -> QuickstartReport:
     record = None if overwrite else _read(run_dir, settings)
-    if record is not None and record["report"] is not None and (run_dir / "model" / "config.json").is_file():
+    if record is not None and record["report"] is not None and finished_model(run_dir / "model"):
         logger.info("%s is finished already; --overwrite starts again", run_dir)
         report = _report_of(record["report"], settings, run_dir)
         if on_scores is not None:
@@ -198,7 +215,7 @@ def _write(run_dir: Path, settings: QuickstartSettings, recipe: Recipe, report: 
         "report": None if report is None else report.as_dict(),
     }
     with writing_to(run_dir):
-        write_atomically(run_dir / _FILE, json.dumps(record, indent=1, ensure_ascii=False))
+        write_atomically(run_dir / RECORD, json.dumps(record, indent=1, ensure_ascii=False))
 
 
 def _read(run_dir: Path, settings: QuickstartSettings) -> dict[str, Any] | None:
@@ -207,7 +224,7 @@ def _read(run_dir: Path, settings: QuickstartSettings) -> dict[str, Any] | None:
     Raises:
         SettingsError: it asked for something else, or is damaged.
     """
-    path = run_dir / _FILE
+    path = run_dir / RECORD
     if not path.is_file():
         return None
     try:

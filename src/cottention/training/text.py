@@ -28,7 +28,7 @@ from cottention.data.tokenization import tokenize_documents
 from cottention.errors import SettingsError
 from cottention.logging import get_logger
 from cottention.training.corpora import corpus_tokens, token_corpus
-from cottention.training.documents import open_documents, open_tokenizer
+from cottention.training.documents import check_tokenizer, open_documents, open_tokenizer
 from cottention.training.gpt_text import gpt_examples, gpt_stream, spread
 from cottention.training.held_out import HeldOut
 from cottention.training.held_out_carried import CarriedHeldOut
@@ -113,6 +113,7 @@ def prepare_text(recipe: Recipe, run_dir: Path | None) -> PreparedText:
         DataError: the text cannot be used, or is too short for its windows.
         SettingsError: the tokenizer does not fit the recipe.
     """
+    check_tokenizer(recipe)
     if isinstance(recipe, GPTRecipe) and (corpus := token_corpus(recipe.data.source)) is not None:
         return _prepare_gpt(recipe, *corpus_tokens(corpus, recipe.data, seed=recipe.training.seed))
     if isinstance(recipe, BertRecipe) and recipe.data.next_sentence:

@@ -35,10 +35,12 @@ from cottention.training.arguments import compute_type
 from cottention.training.carried import CarriedStates
 from cottention.training.checkpointing_trainer import CheckpointingTrainer, NonFiniteLossError
 from cottention.training.checkpoints import (
+    RUN_STATE,
     atomic_directory,
     checkpoint_name,
     checkpoint_step,
     list_checkpoints,
+    read_run_state,
     rotate,
     write_atomically,
     writing_to,
@@ -53,7 +55,13 @@ from cottention.training.recipe import BertRecipe, GPTRecipe, Recipe
 from cottention.training.stopwatch import Stopwatch
 from cottention.training.text import PreparedText
 
-_RUN_STATE = "run_state.json"
+_RUN_STATE_KINDS = {
+    "step": int,
+    "window_start": int,
+    "window_losses": list,
+    "elapsed_s": (int, float),
+    "text": str,
+}
 _CARRIED = "carried_states.safetensors"
 
 logger = get_logger(__name__)
@@ -129,7 +137,7 @@ class PretrainingTrainer(CheckpointingTrainer):
         """
         state = {"step": 0, "window_start": 0, "window_losses": [], "elapsed_s": 0.0}
         if resume_from is not None:
-            state = json.loads((resume_from / _RUN_STATE).read_text(encoding="utf-8"))
+            state = read_run_state(resume_from, _RUN_STATE_KINDS)
             if state["text"] != self.text.fingerprint():
                 raise DataError(
                     f"the text is not the one that {resume_from} was trained on; bring that back, or --overwrite "
@@ -313,7 +321,7 @@ class PretrainingTrainer(CheckpointingTrainer):
                 if writes:
                     target = folder / checkpoint_name(self.state.global_step)
                     staging = until_all_have_written.enter_context(atomic_directory(target, sealed=True))
-                    write_atomically(staging / _RUN_STATE, json.dumps(run_state))
+                    write_atomically(staging / RUN_STATE, json.dumps(run_state))
                     if carried is not None:
                         save_file(carried, staging / _CARRIED)
                 self.accelerator.wait_for_everyone()
