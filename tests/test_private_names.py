@@ -111,8 +111,9 @@ _USED = {
     ],
     "torch.nn.modules.module": ["_has_any_global_hook"],
     "transformers.TrainingArguments": ["_n_gpu"],
+    "transformers.modeling_layers": ["GradientCheckpointingLayer"],
+    "transformers.utils.import_utils": ["is_tracing"],
     "transformers.PreTrainedModel": [
-        "_gradient_checkpointing_func",
         "activation_checkpointing_enable|gradient_checkpointing_enable",
     ],
     "transformers.models.auto.configuration_auto": ["AutoConfig"],

@@ -22,7 +22,7 @@ from cottention.models import (
     CottentionGPTForSequenceClassification,
     CottentionGPTModel,
 )
-from tests.models.helpers import ATTENTION_TYPES, bert_config, gpt_config, randomised, some_tokens
+from tests.models.helpers import ATTENTION_TYPES, bert_config, checkpointed, gpt_config, randomised, some_tokens
 from tests.models.test_softmax_twins import MASKS, assert_same, bert_twins, gpt_twins
 
 TOKENS = some_tokens(2, 11)
@@ -134,14 +134,45 @@ def test_gradients_flow_through_maps_with_and_without_checkpointing() -> None:
     gradients = []
     for checkpoints in (False, True):
         model = randomised(CottentionBertModel(bert_config())).train()
-        if checkpoints:  # transformers 5.23 renamed it
-            enable = getattr(model, "activation_checkpointing_enable", None) or model.gradient_checkpointing_enable
-            enable({"use_reentrant": False})
+        if checkpoints:
+            checkpointed(model, use_reentrant=False)
         out = model(TOKENS, output_attentions=True)
         assert len(out.attentions) == 2
         (out.last_hidden_state.sum() + sum(weights.square().sum() for weights in out.attentions)).backward()
         gradients.append([p.grad for p in model.parameters() if p.grad is not None])
     torch.testing.assert_close(gradients[0], gradients[1])
+
+
+@pytest.mark.parametrize("checkpoints", [False, True])
+@pytest.mark.parametrize("attention_type", ATTENTION_TYPES)
+@pytest.mark.parametrize(("kind", "make"), ALL)
+def test_a_map_has_a_gradient_of_what_depends_on_it(
+    kind: Any, make: Any, attention_type: str, checkpoints: bool
+) -> None:
+    model = randomised(kind(make(attention_type))).train()
+    if checkpoints:
+        checkpointed(model, use_reentrant=False)
+    mask = torch.ones_like(TOKENS)
+    mask[1, -3:] = 0
+    out = model(TOKENS, attention_mask=mask, output_attentions=True)
+    for weights in out.attentions:
+        weights.retain_grad()
+    out[0].square().sum().backward()
+    for weights in out.attentions:
+        assert weights.grad is not None
+        assert weights.grad.abs().sum() > 0
+
+
+def test_a_cosine_maps_gradient_is_that_of_its_context() -> None:
+    attention = CosineAttention(32, 4, causal=True).double()
+    x, maps = torch.randn(2, 7, 32, dtype=torch.float64), []
+    o, _ = attention(x, maps=maps)
+    maps[0].retain_grad()
+    direction = torch.randn_like(o)
+    (o * direction).sum().backward()
+    v = attention.v_proj(x).unflatten(-1, (4, 8))
+    expected = torch.einsum("bthv,bshv->bhts", (direction @ attention.out_proj.weight).unflatten(-1, (4, 8)), v)
+    torch.testing.assert_close(maps[0].grad, expected)
 
 
 def test_a_softmax_map_covers_the_keys_of_the_cache() -> None:

@@ -4,7 +4,7 @@ from cottention.layers import CosineAttention
 """
 
 from cottention.layers.attention import CosineAttention, KeyValueState, SoftmaxAttention
-from cottention.layers.maps import cosine_map, softmax_map
+from cottention.layers.maps import cosine_map, map_context, softmax_map
 from cottention.layers.rotary import RotaryTable, apply_rotary, packed_positions, rotary_table
 from cottention.layers.softmax import softmax_attention
 
@@ -15,6 +15,7 @@ __all__ = [
     "SoftmaxAttention",
     "apply_rotary",
     "cosine_map",
+    "map_context",
     "packed_positions",
     "rotary_table",
     "softmax_attention",

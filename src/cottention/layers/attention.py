@@ -17,7 +17,7 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 from torch.nn.functional import dropout, pad
 
-from cottention.layers.maps import cosine_map, softmax_map
+from cottention.layers.maps import cosine_map, map_context, softmax_map
 from cottention.layers.rotary import RotaryTable, apply_rotary, packed_positions, rotary_table, sequence_of_each_token
 from cottention.layers.softmax import softmax_attention
 from cottention.ops import CosineState, cosine_attention, cosine_attention_step
@@ -204,6 +204,7 @@ class CosineAttention(_ProjectedAttention):
             seen = None if initial_state is None else initial_state.seen
             rotary = self._rotary_table(hidden_states, position_ids, attention_mask, cu_seqlens, seen)
         q, k, v = self.project(hidden_states, key_value_states, rotary)
+        context = None
         if maps is not None:
             if initial_state is not None:
                 raise ValueError("maps need every key, of which a state of cosine attention keeps none; got both")
@@ -214,6 +215,9 @@ class CosineAttention(_ProjectedAttention):
                     q, k, self.norm_const, causal=self.causal, attention_mask=attention_mask, masks_queries=of_itself
                 )
             )
+            context = map_context(maps[-1], v, attention_mask)
+            if not output_final_state:
+                return self.merge(context), None
         if self._is_one_step(q, initial_state, cu_seqlens):
             o, state = cosine_attention_step(q, k, v, self.norm_const, initial_state, attention_mask=attention_mask)
             return self.merge(o), state if output_final_state else None
@@ -233,7 +237,7 @@ class CosineAttention(_ProjectedAttention):
             output_final_state=output_final_state,
             implementation=self.implementation,
         )
-        return self.merge(o), state
+        return self.merge(o if context is None else context), state
 
     def _is_one_step(self, q: Tensor, initial_state: CosineState | None, cu_seqlens: Tensor | None) -> bool:
         """Whether the recurrent step serves; a form that was asked for by name is never replaced by it."""

@@ -56,6 +56,24 @@ def cosine_map(
     return (weights.tril() if causal else weights).to(q.dtype)
 
 
+def map_context(
+    weights: Float[Tensor, "B H T S"], v: Float[Tensor, "B S H V"], attention_mask: Int[Tensor, "B S"] | None = None
+) -> Float[Tensor, "B T H V"]:
+    """map @ v: the context that a map stands for, through which the map gets its gradient.
+
+    Args:
+        weights: the map.
+        v: values; what stands at padding has no part.
+        attention_mask: 1 = real.
+
+    Returns:
+        The context of every query and head.
+    """
+    if attention_mask is not None:
+        v = v.masked_fill(~attention_mask.to(torch.bool)[..., None, None], 0)
+    return torch.einsum("bhts,bshv->bthv", weights, v)
+
+
 @without_autocast
 def softmax_map(
     q: Float[Tensor, "B T H K"],

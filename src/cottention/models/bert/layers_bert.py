@@ -5,14 +5,14 @@ x = CottentionBertLayer(config)(x, attention_mask, cu_seqlens=None)      # x: [B
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import Any
 
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor, nn
+from transformers.modeling_layers import GradientCheckpointingLayer
 
-from cottention.layers import cosine_map, softmax_attention, softmax_map
+from cottention.layers import cosine_map, map_context, softmax_attention, softmax_map
 from cottention.models.bert.configuration_bert import CottentionBertConfig
 from cottention.models.packing import check_no_empty_text
 from cottention.models.pretrained import activation
@@ -83,7 +83,9 @@ class CottentionBertSelfAttention(nn.Module):
         dropout_p = self.dropout if self.training else 0.0
         if self.is_cosine:
             if maps is not None:
+                # The context comes from the map, so that what depends on it gives the map a gradient too.
                 maps.append(cosine_map(q, k, self.norm_const, causal=False, attention_mask=attention_mask))
+                return map_context(maps[-1], v, attention_mask).flatten(-2)
             o, _ = cosine_attention(
                 q,
                 k,
@@ -147,7 +149,7 @@ class CottentionBertIntermediate(nn.Module):
         return self.act(self.dense(x))
 
 
-class CottentionBertLayer(nn.Module):
+class CottentionBertLayer(GradientCheckpointingLayer):
     """Attention sublayer, then feed-forward sublayer, each followed by LayerNorm."""
 
     def __init__(self, config: CottentionBertConfig) -> None:
@@ -161,11 +163,14 @@ class CottentionBertLayer(nn.Module):
         x: Tensor,
         attention_mask: Tensor | None,
         cu_seqlens: Tensor | None,
-        maps: list[Tensor] | None = None,
-    ) -> Tensor:
-        """One layer; `maps` takes up its attention map."""
+        output_attentions: bool = False,
+    ) -> Tensor | tuple[Tensor, Tensor]:
+        """One layer's tokens, and its attention map when asked for."""
+        # A list of this pass's own: under checkpointing another pass computes the map again.
+        maps: list[Tensor] | None = [] if output_attentions else None
         x = self.attention(x, attention_mask, cu_seqlens, maps)
-        return self.output(self.intermediate(x), x)
+        x = self.output(self.intermediate(x), x)
+        return (x, maps[0]) if maps else x
 
 
 class CottentionBertEncoder(nn.Module):
@@ -182,12 +187,13 @@ class CottentionBertEncoder(nn.Module):
         cu_seqlens: Tensor | None,
         maps: list[Tensor] | None,
         hidden_states: list[Tensor] | None,
-        checkpoint: Callable[..., Tensor] | None = None,
     ) -> Float[Tensor, "B T D"]:
-        """The last layer's tokens; `hidden_states` takes up every layer's, `checkpoint` runs a layer and keeps less."""
+        """The last layer's tokens; `hidden_states` takes up every layer's, `maps` every attention map."""
         for layer in self.layer:
-            arguments = (x, attention_mask, cu_seqlens, maps)
-            x = layer(*arguments) if checkpoint is None else checkpoint(layer.__call__, *arguments)
+            x = layer(x, attention_mask, cu_seqlens, maps is not None)
+            if maps is not None:
+                x, weights = x
+                maps.append(weights)
             if hidden_states is not None:
                 hidden_states.append(x)
         return x

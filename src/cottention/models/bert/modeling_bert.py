@@ -139,11 +139,10 @@ class CottentionBertModel(CottentionBertPreTrainedModel):
             position_ids = default_positions(num_tokens, cu_seqlens, tokens.device).reshape(-1, T)
         x = self.embeddings(input_ids, inputs_embeds, token_type_ids, position_ids)
         keep = self.config.output_hidden_states if output_hidden_states is None else output_hidden_states
-        checkpoint = self._gradient_checkpointing_func if self.gradient_checkpointing and self.training else None
         if cu_seqlens is not None:
             x = one_row(x)
         hidden_states = [x] if keep else None
-        x = self.encoder(x, attention_mask, cu_seqlens, maps, hidden_states, checkpoint)
+        x = self.encoder(x, attention_mask, cu_seqlens, maps, hidden_states)
         pooled = None if self.pooler is None else self.pooler(x, cu_seqlens)
         if cu_seqlens is not None:
             x, *kept = (states.reshape(B, T, -1) for states in (x, *(hidden_states or ())))

@@ -11,6 +11,7 @@ from typing import Any
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 from transformers.cache_utils import Cache
+from transformers.modeling_layers import GradientCheckpointingLayer
 
 from cottention.layers import CosineAttention, RotaryTable, SoftmaxAttention
 from cottention.models.cache import CosineCache
@@ -34,7 +35,7 @@ class CottentionGPTMLP(nn.Module):
         return self.dropout(self.fc_out(self.act(self.fc_in(x))))
 
 
-class CottentionGPTBlock(nn.Module):
+class CottentionGPTBlock(GradientCheckpointingLayer):
     """One block; attention and feed-forward read the same normalised tokens."""
 
     def __init__(self, config: CottentionGPTConfig, layer_idx: int) -> None:
@@ -52,12 +53,15 @@ class CottentionGPTBlock(nn.Module):
         cu_seqlens: Int[Tensor, " N_plus_1"] | None,
         rotary: RotaryTable,
         cache: Cache | None,
-        maps: list[Tensor] | None = None,
-    ) -> Float[Tensor, "B T D"]:
-        """The block's tokens; `cache` takes up what later tokens need, `maps` the attention map."""
+        output_attentions: bool = False,
+    ) -> Float[Tensor, "B T D"] | tuple[Float[Tensor, "B T D"], Float[Tensor, "B H T S"]]:
+        """The block's tokens, and its attention map when asked for; `cache` takes up what later tokens need."""
         normed = self.ln_1(x)
+        # A list of this pass's own: under checkpointing another pass computes the map again.
+        maps: list[Tensor] | None = [] if output_attentions else None
         attended = self._attend(normed, attention_mask, cu_seqlens, rotary, cache, maps)
-        return self.dropout(attended) + self.mlp(normed) + x
+        x = self.dropout(attended) + self.mlp(normed) + x
+        return (x, maps[0]) if maps else x
 
     def _attend(
         self,

@@ -12,11 +12,13 @@ from __future__ import annotations
 from functools import wraps
 from typing import Any, ClassVar
 
+import torch
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 from transformers.cache_utils import Cache, DynamicCache
 from transformers.generation.utils import GenerationMixin
 from transformers.modeling_outputs import BaseModelOutputWithPast, CausalLMOutputWithPast
+from transformers.utils import logging
 
 from cottention.layers import RotaryTable, rotary_table
 from cottention.models.arguments import DECODER_WORDS, known_arguments, zeros_and_ones
@@ -44,6 +46,18 @@ from cottention.models.versions import (
     with_one_name,
 )
 
+logger = logging.get_logger(__name__)
+
+
+class _Stateful:
+    """Whether decoding keeps a state, which cannot be rolled back as a cache of keys and values can.
+
+    A model says what holds for its attention; its class, which serves both kinds, what holds for cosine, the default.
+    """
+
+    def __get__(self, model: Any, owner: type) -> bool:
+        return model is None or model.config.attention_type == "cosine"
+
 
 class CottentionGPTPreTrainedModel(CottentionPreTrainedModel):
     """Base of the GPT models."""
@@ -53,6 +67,7 @@ class CottentionGPTPreTrainedModel(CottentionPreTrainedModel):
     base_model_prefix = "transformer"
     _no_split_modules: ClassVar[list[str]] = ["CottentionGPTBlock"]
     _skip_keys_device_placement: ClassVar[list[str]] = list(CACHE_NAMES)
+    _is_stateful: Any = _Stateful()
     gaps_begin_texts = True
     # Heads of the sibling tasks, and buffers that old GPT-J files carry.
     _keys_to_ignore_on_load_unexpected: ClassVar[list[str]] = [
@@ -135,9 +150,9 @@ class CottentionGPTModel(CottentionGPTPreTrainedModel):
             CottentionError: the text is too long for a softmax model.
         """
         known_arguments(others, ("num_items_in_batch",), f"{type(self).__name__}.forward", DECODER_WORDS)
-        attention_mask = zeros_and_ones(attention_mask)
         past = either_name(past_key_values, cache)
         self._check_cache(past)
+        attention_mask = zeros_and_ones(attention_mask)
         past_length = 0 if past is None else past.get_seq_length()
         is_cosine = self.config.attention_type == "cosine"
         check_inputs(input_ids, inputs_embeds, attention_mask, cu_seqlens, past_length, packs_past=is_cosine)
@@ -161,10 +176,10 @@ class CottentionGPTModel(CottentionGPTPreTrainedModel):
         for block in self.h:
             if keep:
                 hidden_states += (x,)
-            if self.gradient_checkpointing and self.training:
-                x = self._gradient_checkpointing_func(block.__call__, x, attention_mask, cu_seqlens, rotary, None, maps)
-            else:
-                x = block(x, attention_mask, cu_seqlens, rotary, cache, maps)
+            x = block(x, attention_mask, cu_seqlens, rotary, cache, maps is not None)
+            if maps is not None:
+                x, weights = x
+                maps.append(weights)
         x = self.ln_f(x)
         if isinstance(cache, CosineCache):
             if cu_seqlens is None:
@@ -200,12 +215,18 @@ class CottentionGPTModel(CottentionGPTPreTrainedModel):
 
     def _cache(self, past: Cache | None, use_cache: bool | None, cu_seqlens: Tensor | None) -> Cache | None:
         """The cache to fill: a new one where it is wanted and none is given."""
-        checkpoints = self.gradient_checkpointing and self.training
         is_cosine = self.config.attention_type == "cosine"
-        if checkpoints or (cu_seqlens is not None and not is_cosine):
+        if cu_seqlens is not None and not is_cosine:
             if use_cache or past is not None:
-                reason = "gradient checkpointing" if checkpoints else "cu_seqlens"
-                raise ValueError(f"use_cache and past_key_values exclude {reason}; got both")
+                raise ValueError("use_cache and past_key_values exclude cu_seqlens; got both")
+            return None
+        if self.gradient_checkpointing and self.training and torch.is_grad_enabled():
+            # The backward pass goes through the blocks again, which would fill a cache twice. Without it (`generate`
+            # while training) nothing is recomputed.
+            if past is not None and past.get_seq_length() > 0:
+                raise ValueError("a filled past_key_values and gradient checkpointing exclude each other; got both")
+            if use_cache or past is not None:
+                logger.warning_once("use_cache is left out: it does not go with gradient checkpointing")
             return None
         if past is not None:
             return past
@@ -263,8 +284,6 @@ class CottentionGPTForCausalLM(CottentionGPTPreTrainedModel, GenerationMixin):
         super().__init__(config)
         self.transformer = CottentionGPTModel(config)
         self.lm_head = nn.Linear(config.n_embd, config.vocab_size)
-        # A recurrent state cannot be rolled back, which assisted generation needs; a KV cache can.
-        self._is_stateful = config.attention_type == "cosine"
         self.post_init()
 
     def get_output_embeddings(self) -> nn.Module:
