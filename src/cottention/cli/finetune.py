@@ -18,6 +18,7 @@ import yaml
 from cottention.cli.main import new_parser
 from cottention.errors import SettingsError, check_known_keys
 from cottention.training.finetune_settings import FinetuneSettings
+from cottention.training.plain_yaml import read_yaml, shown
 
 if TYPE_CHECKING:
     from cottention.training.finetuning import FinetuneResult
@@ -67,12 +68,9 @@ class _SettingsFile(jsonargparse.ActionConfigFile):  # pyright: ignore[reportPri
             path = Path(str(resources.files("cottention") / "recipes" / "glue.yaml"))
         elif not path.is_file():
             raise SettingsError(f"--config must be a file or `glue`; got {values!r}")
-        try:
-            content = yaml.safe_load(path.read_text(encoding="utf-8"))
-        except (yaml.YAMLError, UnicodeDecodeError) as error:
-            raise SettingsError(f"{path} is not valid YAML: {' '.join(str(error).split())}") from error
+        content = read_yaml(path, str(path))
         if not isinstance(content, dict):
-            raise SettingsError(f"{path} must hold `name: value` lines; got {content!r}")
+            raise SettingsError(f"{path} must hold `name: value` lines; got {shown(content)}")
         check_known_keys(content, FinetuneSettings().as_dict(), str(path))
         super().__call__(parser, cfg, yaml.safe_dump(content), option_string)
 

@@ -43,6 +43,7 @@ from cottention.seals import check_model, damage, missing_parts
 from cottention.training.checkpoints import atomic_directory, write_atomically, writing_to
 from cottention.training.finetune_settings import FinetuneSettings
 from cottention.training.finetune_trainer import FinetuneTrainer
+from cottention.training.plain_yaml import read_yaml, shown
 
 _SETTINGS, _METRICS = "settings.yaml", "metrics.json"
 _FINISHED = "result.json"
@@ -262,15 +263,16 @@ def _continues(run_dir: Path, content: dict[str, Any], *, overwrite: bool) -> bo
     if overwrite or not ((run_dir / _METRICS).is_file() or any(run_dir.glob("seed-*"))):
         return False
     try:
-        there = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except (yaml.YAMLError, ValueError, RecursionError) as error:
+        there = read_yaml(path, str(path))
+    except SettingsError as error:
         raise SettingsError(f"{path} is damaged: {one_line(error)}; {_REMEDY}") from error
     if not isinstance(there, dict):
         raise SettingsError(f"{path} is damaged: it holds no settings; {_REMEDY}")
     for name, value in content.items():
         if there.get(name) != value and not (name in ("model", "data") and _same_place(there.get(name), value)):
             raise SettingsError(
-                f"{run_dir} holds a run of other settings: {name} ({there.get(name)} there, {value} now); {_REMEDY}"
+                f"{run_dir} holds a run of other settings: {name} ({shown(there.get(name))} there, {shown(value)} "
+                f"now); {_REMEDY}"
             )
     return True
 

@@ -19,6 +19,7 @@ import jsonargparse
 import yaml
 
 from cottention.errors import SettingsError, check_known_keys, did_you_mean
+from cottention.training.plain_yaml import read_yaml, shown
 from cottention.training.recipe import RECIPE_CLASSES, Recipe
 
 _SUFFIXES = (".yaml", ".yml")
@@ -53,8 +54,8 @@ class RecipeParser(jsonargparse.ArgumentParser):
         )
         self.add_class_arguments(recipe_class)
         for section in dataclasses.fields(recipe_class):
-            # jsonargparse also offers `--model FILE`, a second way to do what --config does: not advertised.
-            self._option_string_actions[f"--{section.name}"].help = argparse.SUPPRESS
+            # jsonargparse also offers `--model FILE`, a second way to do what --config does, without its checks.
+            self._option_string_actions.pop(f"--{section.name}").help = argparse.SUPPRESS
 
     def parse_args(self, args: Sequence[str] | None = None, *rest: Any, **options: Any) -> jsonargparse.Namespace:  # type: ignore[override]
         """Parse as usual, with the recipe's file read first."""
@@ -119,16 +120,13 @@ def read_recipe_file(path: Path, arch: str | None = None) -> dict[str, Any]:
     Raises:
         SettingsError: not YAML, an unknown key, or a recipe of the other architecture.
     """
-    try:
-        content = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise SettingsError(f"recipe {path} is not valid YAML: {' '.join(str(error).split())}") from error
+    content = read_yaml(path, f"recipe {path}")
     if not isinstance(content, dict):
         got = "nothing" if content is None else f"a {type(content).__name__}"
         raise SettingsError(f"recipe {path} must hold sections of `name: value` lines; got {got}")
     own = content.get("arch", arch)
-    if own not in RECIPE_CLASSES:
-        raise SettingsError(f"recipe {path} must say `arch: gpt` or `arch: bert`; got {own!r}")
+    if not isinstance(own, str) or own not in RECIPE_CLASSES:
+        raise SettingsError(f"recipe {path} must say `arch: gpt` or `arch: bert`; got {shown(own)}")
     if arch is not None and own != arch:
         raise SettingsError(f"recipe {path} is for {own}, not for {arch}: use `cottention pretrain {own}`")
     # A section all of whose lines are comments is null to YAML.
@@ -147,7 +145,9 @@ def check_sections(recipe_class: type[Recipe], content: Mapping[str, Any], where
     check_known_keys(content, ["arch", *sections], f"recipe {where}")
     for name, values in content.items():
         if not isinstance(values, Mapping):
-            raise SettingsError(f"section {name!r} of recipe {where} must hold `name: value` lines; got {values!r}")
+            raise SettingsError(
+                f"section {name!r} of recipe {where} must hold `name: value` lines; got {shown(values)}"
+            )
         known = [setting.name for setting in dataclasses.fields(getattr(recipe_class(), name))]
         check_known_keys(values, known, f"section {name!r} of recipe {where}")
 
