@@ -176,6 +176,13 @@ def test_one_bad_row_of_json_is_left_out_and_counted(tmp_path, monkeypatch, reas
     assert counts == {PREFIX + reason: 2}
 
 
+def test_a_zero_byte_in_text_is_told_from_a_binary_file(tmp_path):
+    message = refused(write(tmp_path / "a.txt", GERMAN.encode() * 9 + b"\0" + GERMAN.encode() * 9))
+    assert "text that is damaged" in message
+    assert "--skip-malformed" in message
+    assert "damaged" not in refused(write(tmp_path / "b.txt", bytes(range(256)) * 9))
+
+
 def test_every_reason_has_words():
     assert set(BAD) == set(REASONS)
     counts = {PREFIX + "bad_byte": 1200, PREFIX + "broken_json": 1, "documents": 3}

@@ -23,7 +23,9 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor
 
-from cottention.errors import CheckpointError
+from cottention.convert.pickles import check_archive, check_legacy
+from cottention.data.opening import check_regular
+from cottention.errors import CheckpointError, CottentionError
 from cottention.files import one_line
 from cottention.models.directory import shards_of
 
@@ -80,10 +82,16 @@ def load_pickle_of_primitives(path: Path) -> Any:
         CheckpointError: the file is damaged, or names code to run.
     """
     try:
+        check_regular(path)
         is_zip = zipfile.is_zipfile(path)
         if is_zip:
+            check_archive(path)
             _verify_checksums(path)
+        else:
+            check_legacy(path)
         return torch.load(path, map_location="cpu", weights_only=True, mmap=is_zip)
+    except CottentionError:
+        raise
     except pickle.UnpicklingError as error:
         raise _explained(path, error) from error
     except _DAMAGE as error:
@@ -117,6 +125,8 @@ def _read_file(path: Path) -> dict[str, Tensor]:
             raise CheckpointError(f"{path} holds no dictionary of tensors: {key!r} is {type(value).__name__}")
         if value.layout != torch.strided or value.is_quantized:
             raise CheckpointError(f"{path} holds {key} as a sparse or quantised tensor; expected a plain one")
+        if value.is_nested or value.is_meta or value.numel() * value.itemsize > value.untyped_storage().nbytes():
+            raise CheckpointError(f"{path} holds less of {key} than its shape {tuple(value.shape)} has")
     return {key: value.detach() for key, value in state.items()}
 
 

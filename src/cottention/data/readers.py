@@ -47,6 +47,8 @@ _LONGEST_LINE = 1 << 28  # bytes of one JSON row: more is one array written in a
 _LONGEST_TEXT_LINE = 1 << 26  # bytes of a line that stands for a sentence
 _PART = 1 << 26  # bytes of a longer line of text that are left out together
 _HEAD = 4 << 20  # bytes at the beginning of a file that show what encoding it is in
+_CONTROLS = bytes([*range(9), *range(14, 32)])  # text has none
+_BYTES_PER_CONTROL = 100  # where they are rarer, it is text that is damaged
 _BLANK_HEAD = re.compile(r"(?:[ \t]*\n)+")
 
 
@@ -259,10 +261,9 @@ def _checked(path: Path, chunks: Iterator[bytes], *, refuse_zeros: bool) -> Iter
         if not num_read and (what := other_kind(chunk)):
             raise DataError(f"{path} is not plain text but {what}")
         if refuse_zeros and (offset := chunk.find(b"\0")) >= 0:
-            raise DataError(
-                f"{path} is a binary file, not text (or damaged: {SKIPPING} leave out the lines that are): "
-                f"zero byte at offset {num_read + offset}"
-            )
+            few = (len(chunk) - len(chunk.translate(None, _CONTROLS))) * _BYTES_PER_CONTROL <= len(chunk)
+            remedy = f", or text that is damaged: {SKIPPING} leave out the lines that have one" if few else ""
+            raise DataError(f"{path} is a binary file, not text: zero byte at offset {num_read + offset}{remedy}")
         num_read += len(chunk)
         yield chunk
 
