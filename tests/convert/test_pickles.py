@@ -64,7 +64,7 @@ def test_entries_that_share_their_bytes_are_refused(tmp_path: Path) -> None:
             again.file_size = again.compress_size = data.file_size
             again.header_offset, again.CRC = data.header_offset, data.CRC
             archive.filelist.append(again)
-            archive._didModify = True
+            archive._didModify = True  # pyright: ignore[reportAttributeAccessIssue]
     assert "more than the file's" in refused(path)
 
 
