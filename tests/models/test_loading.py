@@ -10,7 +10,7 @@ import pytest
 import torch
 from safetensors import safe_open
 from safetensors.torch import save_file
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, AutoModelForPreTraining
 
 from cottention.errors import CheckpointError
 from cottention.models import (
@@ -205,15 +205,19 @@ def test_a_resized_model_comes_back_with_its_biases(
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
-def test_norm_const_alone_stays_float32(dtype: torch.dtype, tmp_path: Path) -> None:
-    for attention_type in ATTENTION_TYPES:
-        model = CottentionGPTForCausalLM(gpt_config(attention_type))
-        kept = model._keep_in_fp32_modules_strict
-        assert kept == ({"norm_const"} if attention_type == "cosine" else set())
-        model.save_pretrained(tmp_path / attention_type)
-        back = CottentionGPTForCausalLM.from_pretrained(tmp_path / attention_type, dtype=dtype)
+@pytest.mark.parametrize(("kind", "make"), PAIRS)
+@pytest.mark.parametrize("attention_type", ATTENTION_TYPES)
+def test_norm_const_alone_stays_float32(
+    kind: Any, make: Any, attention_type: str, dtype: torch.dtype, tmp_path: Path
+) -> None:
+    model = kind(make(attention_type))
+    assert model._keep_in_fp32_modules_strict == ({"norm_const"} if attention_type == "cosine" else set())
+    model.save_pretrained(tmp_path)
+    auto = AutoModelForPreTraining
+    for back in (kind.from_pretrained(tmp_path, dtype=dtype), auto.from_config(model.config, dtype=dtype)):
         for name, parameter in back.named_parameters():
             assert parameter.dtype == (torch.float32 if name.endswith("norm_const") else dtype)
+        assert back(some_tokens(2, 9))[0].dtype == dtype
 
 
 @pytest.mark.parametrize(("kind", "make"), PAIRS)

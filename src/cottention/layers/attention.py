@@ -130,6 +130,12 @@ class _ProjectedAttention(nn.Module):
         )
 
 
+def new_norm_const(num_attention_heads: int, start: float) -> nn.Parameter:
+    """The learned exponents, in float32 where the default type is a shorter one, which would move the divisor."""
+    dtype = torch.promote_types(torch.get_default_dtype(), torch.float32)
+    return nn.Parameter(torch.full((1, num_attention_heads, 1, 1), float(start), dtype=dtype))
+
+
 class CosineAttention(_ProjectedAttention):
     """Multi-head cosine attention in O(T) time and memory.
 
@@ -165,7 +171,7 @@ class CosineAttention(_ProjectedAttention):
             hidden_size, num_attention_heads, causal=causal, head_dim=head_dim, rotary_dim=rotary_dim, bias=bias
         )
         self.implementation = implementation
-        self.norm_const = nn.Parameter(torch.full((1, num_attention_heads, 1, 1), float(norm_const_init)))
+        self.norm_const = new_norm_const(num_attention_heads, norm_const_init)
 
     def forward(
         self,

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from transformers.modeling_layers import GradientCheckpointingLayer
 
 from cottention.layers import cosine_map, map_context, softmax_attention, softmax_map
+from cottention.layers.attention import new_norm_const
 from cottention.models.bert.configuration_bert import CottentionBertConfig
 from cottention.models.packing import check_no_empty_text
 from cottention.models.pretrained import activation
@@ -61,7 +62,7 @@ class CottentionBertSelfAttention(nn.Module):
         self.is_cosine = config.attention_type == "cosine"
         self.implementation = "auto"
         if self.is_cosine:
-            self.norm_const = nn.Parameter(torch.full((1, config.num_attention_heads, 1, 1), config.norm_const_init))
+            self.norm_const = new_norm_const(config.num_attention_heads, config.norm_const_init)
         self.query = nn.Linear(config.hidden_size, config.hidden_size)
         self.key = nn.Linear(config.hidden_size, config.hidden_size)
         self.value = nn.Linear(config.hidden_size, config.hidden_size)
