@@ -118,6 +118,7 @@ clean: ## remove environments, caches and builds; runs/ stays
 
 $(BIN)/python:
 	@command -v $(PYTHON) >/dev/null || { echo "make: no '$(PYTHON)' here; name yours: make PYTHON=/path/to/python3 ..." >&2; exit 1; }
+	@$(PYTHON) -c '' 2>/dev/null || { echo "make: $(PYTHON) does not run ('$(PYTHON) --version' says why). Name another: make PYTHON=python3.11 ..." >&2; exit 1; }
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10))' || \
 	    { echo "make: Python 3.10 or newer is needed; $(PYTHON) is $$($(PYTHON) --version). Name another: make PYTHON=python3.11 ..." >&2; exit 1; }
 	@$(PYTHON) -c 'import ensurepip, venv' 2>/dev/null || \

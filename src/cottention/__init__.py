@@ -8,7 +8,11 @@ The public names below are imported on first use, so `import cottention` itself 
 
 from __future__ import annotations
 
+import sys
 from importlib import import_module
+from opcode import opmap
+from pathlib import Path
+from types import FrameType
 from typing import TYPE_CHECKING, Any
 
 from cottention import _register
@@ -48,13 +52,30 @@ def __getattr__(name: str) -> Any:
     elif name in _SUBPACKAGES:
         value = import_module(f"{__name__}.{name}")
     else:
-        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+        home = None if name.startswith("_") else _home_of(name)
+        where = f"; it is in {__name__}.{home}" if home else ""
+        # Behind `from cottention import NAME` Python drops the text of an AttributeError.
+        error = ImportError if where and _is_import(sys._getframe(1)) else AttributeError
+        raise error(f"module {__name__!r} has no attribute {name!r}{where}")
     globals()[name] = value
     return value
 
 
 def __dir__() -> list[str]:
-    return sorted({*globals(), *__all__, *_SUBPACKAGES})
+    return sorted({*(name for name in globals() if name.startswith("__")), *__all__, *_SUBPACKAGES})
+
+
+def _home_of(name: str) -> str | None:
+    """The subpackage whose __all__ has this name, without importing any."""
+    for subpackage in sorted(_SUBPACKAGES):
+        text = (Path(__file__).parent / subpackage / "__init__.py").read_text(encoding="utf-8")
+        if f'"{name}"' in text.partition("__all__")[2]:
+            return subpackage
+    return None
+
+
+def _is_import(caller: FrameType) -> bool:
+    return caller.f_code.co_code[caller.f_lasti] == opmap["IMPORT_FROM"]
 
 
 _register.register_with_transformers()

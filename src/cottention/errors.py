@@ -9,6 +9,7 @@ Anything else that escapes is a bug and keeps its traceback.
 from __future__ import annotations
 
 import difflib
+import os
 from collections.abc import Iterable
 
 
@@ -62,6 +63,12 @@ def check_known_keys(given: Iterable[str], known: Iterable[str], what: str) -> N
     for key in given:
         if key not in allowed:
             raise SettingsError(f"{what} has no key {key!r}{did_you_mean(key, allowed)}")
+
+
+def why_offline() -> str:
+    """What of the settings keeps the Hugging Face Hub from being asked, ready to end an error message; else ""."""
+    names = [name for name in ("HF_HUB_OFFLINE", "TRANSFORMERS_OFFLINE") if os.environ.get(name, "0") not in ("", "0")]
+    return f"; {names[0]} is set" if names else ""
 
 
 def _normalised(name: str) -> str:

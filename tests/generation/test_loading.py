@@ -91,7 +91,7 @@ def test_home_is_expanded(gpt_dir: Path, monkeypatch: pytest.MonkeyPatch) -> Non
 def test_a_hub_name_without_a_network_is_one_line() -> None:
     assert os.environ["HF_HUB_OFFLINE"] == "1"
     name = "somebody/a-model"
-    reason = f"the Hugging Face Hub cannot be reached (nor is {name} in its local cache)"
+    reason = f"the Hugging Face Hub cannot be reached (nor is {name} in its local cache); HF_HUB_OFFLINE is set"
     assert refusal(name) == f"no directory {name} here, and {reason}"
 
 
@@ -283,3 +283,36 @@ def test_a_config_without_a_size_does_not_fit(gpt_dir: Path) -> None:
 def test_a_missing_head_is_one_line_and_no_table(bert_dir: Path, caplog: pytest.LogCaptureFixture) -> None:
     assert refusal(bert_dir, "classifier") == f"{bert_dir} has no classifier; fine-tune it first: cottention finetune"
     assert not caplog.records
+
+
+@pytest.mark.parametrize(
+    ("fields", "expected"),
+    [
+        ({"eos_token_id": "x"}, "eos_token_id must be an int or None; got 'x'"),
+        ({"bos_token_id": {}}, "bos_token_id must be an int or None; got {}"),
+        ({"pad_token_id": 290}, "pad_token_id must be from 0 to vocab_size - 1 = 289; got 290"),
+        ({"eos_token_id": [0, 5000]}, "eos_token_id must be from 0 to vocab_size - 1 = 289; got 5000"),
+    ],
+)
+def test_special_tokens_of_a_generation_config_are_checked(gpt_dir: Path, fields: dict, expected: str) -> None:
+    change_json(gpt_dir / "generation_config.json", **fields)
+    assert expected in refusal(gpt_dir)
+
+
+def test_a_generation_config_decides_nothing_but_its_special_tokens(gpt_dir: Path) -> None:
+    """A stranger's file might ask for a thousand million beams, or for a bias of its own."""
+    change_json(
+        gpt_dir / "generation_config.json", num_beams=10**9, sequence_bias=[[5, -1]], stop_strings=[5], eos_token_id=7
+    )
+    model, _ = load_model_and_tokenizer(gpt_dir, "causal-lm")
+    config: Any = model.generation_config
+    assert (config.num_beams, config.sequence_bias, config.stop_strings, config.eos_token_id) in (
+        (1, None, None, 7),
+        (None, None, None, 7),  # newer versions leave what nobody chose
+    )
+
+
+@pytest.mark.parametrize("content", ["[]", "null", "[" * 100_000, '{"eos_token_id": 1' + "0" * 5000 + "}"])
+def test_a_generation_config_that_is_none_is_one_line(gpt_dir: Path, content: str) -> None:
+    (gpt_dir / "generation_config.json").write_text(content)
+    assert "generation_config.json" in refusal(gpt_dir)

@@ -8,6 +8,8 @@ import shutil
 from pathlib import Path
 
 import pytest
+import torch
+from transformers import TrainerState
 
 from cottention.errors import CheckpointError
 from cottention.training import checkpoints
@@ -194,3 +196,53 @@ def test_only_errors_of_writing_are_reported_as_such(tmp_path: Path) -> None:
 def test_a_manifest_names_every_file(tmp_path: Path) -> None:
     entries = json.loads((save(tmp_path, 1) / checkpoints.MANIFEST).read_text())
     assert {name: entry["bytes"] for name, entry in entries.items()} == {"model": 7, "deep/state": 100}
+
+
+FORGED: dict[str, list[str]] = {
+    "run_state.json": [
+        "",
+        "[]",
+        "{}",
+        "null",
+        "[" * 100_000,
+        '{"step": "3", "window_start": 0, "window_losses": [], "elapsed_s": 1, "text": "x"}',
+        '{"step": 3, "window_start": 0, "window_losses": [["x"]], "elapsed_s": 1, "text": "x"}',
+        '{"epochs": {}, "loss_sum": 0, "rows": "x"}',
+    ],
+    "trainer_state.json": [
+        "[]",
+        "{}",
+        '{"global_step": "3", "epoch": 1.0}',
+        '{"global_step": 3, "epoch": 1.0, "x": 1}',
+    ],
+    "tokenizer_config.json": ["[]", "{"],
+    "optimizer.pt": ["", "cos\nsystem\n(S'touch canary'\ntR.", "PK"],
+    "rng_state.pth": ["garbage"],
+}
+
+
+@pytest.mark.parametrize(("name", "content"), [(name, text) for name, texts in FORGED.items() for text in texts])
+def test_a_checkpoint_of_wrong_content_under_a_right_seal_is_passed_over(
+    name: str, content: str, tmp_path: Path, log_lines: list[str]
+) -> None:
+    honest = save(tmp_path, 1)
+    with atomic_directory(tmp_path / checkpoint_name(3), sealed=True) as staging:
+        (staging / name).write_text(content)
+    assert damage(tmp_path / "checkpoint-3") is None
+    assert newest_intact_checkpoint(tmp_path) == honest
+    assert len(log_lines) == 1
+    assert "checkpoint-3 is damaged" in log_lines[0]
+    assert name in log_lines[0]
+
+
+def test_what_runs_write_is_taken(tmp_path: Path) -> None:
+    states = (
+        {"step": 3, "window_start": 2, "window_losses": [[1.5, 2]], "elapsed_s": 1, "text": "x"},
+        {"epochs": [{}], "loss_sum": 0.0, "rows": "x"},
+    )
+    for step, state in enumerate(states, start=1):
+        with atomic_directory(tmp_path / checkpoint_name(step), sealed=True) as staging:
+            (staging / "run_state.json").write_text(json.dumps(state))
+            TrainerState(global_step=step, epoch=0.5, max_steps=9).save_to_json(str(staging / "trainer_state.json"))
+            torch.save({"a": torch.ones(2)}, staging / "optimizer.pt")
+        assert newest_intact_checkpoint(tmp_path) == tmp_path / checkpoint_name(step)

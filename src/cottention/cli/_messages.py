@@ -19,6 +19,8 @@ _UNKNOWN_KEY = re.compile(r"(?:Group '(?P<group>[^']+)' does not accept option|O
 _WRONG_CHOICE = re.compile(
     r"argument (?P<name>\S+): invalid choice: '?(?P<value>.*?)'? \(choose from (?P<choices>.*)\)", re.DOTALL
 )
+# What jsonargparse adds to every parser and does not speak of as we do.
+_NOT_OURS = re.compile(r"--print_(?:shtab|completion|config)\b")
 _MISSING = re.compile(r"the following arguments are required: (?P<names>.*)", re.DOTALL)
 _NO_SUBCOMMAND = re.compile(r'expected ".*" to be one of \{(?P<choices>[^}]*)\}, but it was not provided')
 _BAD_YAML = re.compile(r'(?P<problem>[^\n]+)\n\s+in "<unicode string>", (?P<place>line \d+, column \d+)\s*$')
@@ -52,6 +54,7 @@ def _unknown_arguments(found: re.Match[str], known: list[str]) -> str:
     for word in words:
         if word.startswith("-"):
             option = word.split("=")[0]
+            known = [name for name in known if not _NOT_OURS.match(name)]
             return f"unknown option {option}{did_you_mean(option, [name for name in known if name.startswith('-')])}"
     return f"unexpected argument {words[0] if words else ''!r}"  # an empty one leaves nothing to split
 
@@ -102,12 +105,19 @@ def _type_name(shown: str) -> str:
     literal = re.fullmatch(r"(?:typing\.)?Literal\[(.*)\]", shown)
     if literal:
         return literal[1].replace(", ", " or ")
+    if shown.startswith(("<class 'tuple'>", "tuple")):
+        return "a list of values such as [0.9, 0.95]"
     class_ = re.fullmatch(r"<class '(?:.*\.)?([^'.]+)'>", shown)
     return class_[1] if class_ else shown.replace("typing.", "")
 
 
+def _not_ours(found: re.Match[str], _known: list[str]) -> str:
+    return f"unknown option {found[0]}"
+
+
 _REWORDINGS = (
     (_UNKNOWN_ARGUMENTS, _unknown_arguments),
+    (_NOT_OURS, _not_ours),
     (_UNKNOWN_KEY, _unknown_key),
     (_WRONG_CHOICE, _wrong_choice),
     (_MISSING, _missing),

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 from jsonargparse import ArgumentParser, Namespace
 
 from cottention.cli.main import new_parser
-from cottention.errors import SettingsError
+from cottention.errors import DataError, SettingsError
 from cottention.files import check_writable
 from cottention.logging import get_logger
 
@@ -119,6 +119,13 @@ def _check(args: Namespace, prompts: list[str]) -> None:
         raise SettingsError(f"--save-state takes one prompt; got {len(prompts)}")
     else:
         check_writable(args.save_state, "--save-state")
+    # What `generate_text` refuses too, but seconds later, behind torch and the model.
+    least = {"max_new_tokens": 0, "temperature": 0, "top_k": 1, "num_beams": 1, "prefill_chunk": 1, "seed": 0}
+    for name, smallest in least.items():
+        if args[name] is not None and not args[name] >= smallest:
+            raise SettingsError(f"{name} must be at least {smallest}; got {args[name]}")
+    if not 0 < args.top_p <= 1:
+        raise SettingsError(f"top_p must be above 0 and at most 1; got {args.top_p}")
 
 
 def _read_and_save(model: Any, tokenizer: Any, prompt: str, state: ReadState | None, args: Namespace) -> ReadState:
@@ -169,7 +176,13 @@ def _prompts(args: Namespace) -> list[str]:
         raise SettingsError("--each-line and --json-lines exclude each other")
     if args.json_lines or (args.prompt_file.endswith(".jsonl") and not args.each_line):
         return read_json_lines(args.prompt_file, "prompt")
-    return read_lines(args.prompt_file) if args.each_line else [read_text(args.prompt_file)]
+    if args.each_line:
+        return read_lines(args.prompt_file)
+    text = read_text(args.prompt_file)
+    if not text.strip():
+        shown = "stdin" if args.prompt_file == "-" else args.prompt_file
+        raise DataError(f"{shown} holds no text; --prompt '' starts a new one")
+    return [text]
 
 
 def _print_rows(result: GenerationResult, prompts: list[str], args: Namespace) -> None:

@@ -44,6 +44,7 @@ COMMANDS: dict[str, tuple[str, str]] = {
 _USER_MISTAKE = 2
 _INTERRUPTED = 130  # 128 + SIGINT, what a shell reports
 _PIPE_CLOSED = 141  # 128 + SIGPIPE
+_LONGEST_MESSAGE = 1000
 # What torch says, in an error of no class of its own, where an allocation failed.
 _OUT_OF_MEMORY = ("can't allocate memory", "out of memory")
 
@@ -184,6 +185,8 @@ def _shown(filename: object) -> str:
 
 
 def _complain(command: str, message: str) -> None:
+    if len(message) > _LONGEST_MESSAGE:  # it quotes what was given
+        message = f"{message[: _LONGEST_MESSAGE // 2]} ... {message[-_LONGEST_MESSAGE // 2 :]}"
     line = f"{f'cottention {command}'.strip()}: error: {message}"
     wait_for_first()
     print(line, file=sys.stderr, flush=True)

@@ -5,18 +5,20 @@ cottention pretrain gpt --config quickstart_gpt --training.max_steps 500 --outpu
 
 from __future__ import annotations
 
+import itertools
 import json
 import shlex
-from typing import TYPE_CHECKING
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any
+
+import jsonargparse
 
 from cottention.cli._process import rank
-from cottention.cli.main import new_parser
+from cottention.errors import SettingsError
 from cottention.training.recipe import RECIPE_CLASSES
-from cottention.training.recipe_files import RecipeParser, recipe_from_dict
+from cottention.training.recipe_files import RecipeParser, find_recipe, read_recipe_file, recipe_from_dict
 
 if TYPE_CHECKING:
-    import jsonargparse
-
     from cottention.training.pretraining import PretrainResult
 
 _DESCRIPTION = """Pretrain a GPT (next token) or a BERT (masked tokens) by a recipe.
@@ -27,7 +29,7 @@ directory continues a run that was stopped or killed."""
 
 def build_parser() -> jsonargparse.ArgumentParser:
     """Make the parser: one subcommand per architecture, one flag per setting of its recipe."""
-    parser = new_parser("pretrain", _DESCRIPTION)
+    parser = _PretrainParser(prog="cottention pretrain", description=_DESCRIPTION, exit_on_error=False)
     subcommands = parser.add_subcommands(dest="arch", required=True)
     for arch, recipe_class in RECIPE_CLASSES.items():
         subparser = RecipeParser(recipe_class=recipe_class, description=_DESCRIPTION)
@@ -36,6 +38,26 @@ def build_parser() -> jsonargparse.ArgumentParser:
         subparser.add_argument("--json", action="store_true", help="Print the result as one JSON object.")
         subcommands.add_subcommand(arch, subparser, help=f"pretrain a {arch.upper()}")
     return parser
+
+
+class _PretrainParser(jsonargparse.ArgumentParser):
+    """Says which architecture is meant where a recipe comes without it."""
+
+    def parse_args(self, args: Sequence[str] | None = None, *rest: Any, **options: Any) -> jsonargparse.Namespace:  # type: ignore[override]
+        """Parse as usual.
+
+        Raises:
+            SettingsError: options come first; the message has the words that were meant.
+        """
+        words = list(args or ())
+        if words and words[0].startswith("-") and words[0] not in ("-h", "--help"):
+            configs = [value for word, value in itertools.pairwise(words) if word == "--config"]
+            configs += [word.partition("=")[2] for word in words if word.startswith("--config=")]
+            if not configs:
+                raise SettingsError(f"say which first, before the options: {', '.join(RECIPE_CLASSES)}")
+            arch = read_recipe_file(find_recipe(configs[0]))["arch"]
+            raise SettingsError(f"say which first: cottention pretrain {arch} {shlex.join(words)}")
+        return super().parse_args(args, *rest, **options)
 
 
 def run(args: jsonargparse.Namespace) -> int:

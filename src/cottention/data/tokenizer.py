@@ -25,7 +25,7 @@ from transformers import AutoTokenizer, PreTrainedTokenizerBase, PreTrainedToken
 
 from cottention.data.tokenization import check_has_text
 from cottention.data.tokenizer_files import damage_told_as, open_tokenizer
-from cottention.errors import DataError, SettingsError, did_you_mean
+from cottention.errors import DataError, SettingsError, did_you_mean, why_offline
 from cottention.files import one_line
 from cottention.logging import get_logger
 
@@ -261,6 +261,7 @@ def _from_hub(name: str) -> Path:
     except LocalEntryNotFoundError as error:
         raise DataError(
             f"no folder {name} here, and as a hub name it is neither in the local cache nor can the hub be reached"
+            f"{why_offline()}"
         ) from error
     except HfHubHTTPError as error:
         status = getattr(error.response, "status_code", "an error")

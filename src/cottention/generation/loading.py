@@ -16,16 +16,17 @@ from typing import Any, Literal
 
 import torch
 from safetensors import SafetensorError
-from transformers import AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import AutoTokenizer, GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
 from transformers.utils import logging as transformers_logging
 
 from cottention import models
 from cottention.data.tokenizer_files import check_ids, is_damage, open_tokenizer
-from cottention.errors import CheckpointError, CottentionError, SettingsError
+from cottention.errors import CheckpointError, CottentionError, SettingsError, did_you_mean
 from cottention.files import one_line
 from cottention.generation.source import resolve_directory
 from cottention.json_files import read_json
 from cottention.models.auto import REMOTE_MODULE
+from cottention.models.configuration import check_token_id
 from cottention.seals import check_model
 
 Kind = Literal["causal-lm", "masked-lm", "next-sentence", "classifier", "encoder"]
@@ -146,6 +147,8 @@ def _load_model(directory: Path, kind: Kind, source: str | Path, dtype: torch.dt
         if not is_damage(error) and not isinstance(error, SafetensorError):
             raise
         raise CheckpointError(f"{source} cannot be opened, config or weights are damaged: {one_line(error)}") from error
+    if kind == "causal-lm":
+        model.generation_config = _own_generation_config(model, source)
     missing = sorted(info["missing_keys"])
     if kind == "encoder":  # a model that was trained on masked tokens alone has no pooler; its tokens are all there
         missing = [key for key in missing if not key.startswith("pooler.")]
@@ -155,6 +158,18 @@ def _load_model(directory: Path, kind: Kind, source: str | Path, dtype: torch.dt
     if missing:
         raise CheckpointError(f"{source} lacks {len(missing)} of the model's tensors, such as {missing[0]}")
     return model
+
+
+def _own_generation_config(model: PreTrainedModel, source: str | Path) -> GenerationConfig:
+    """The special tokens alone: how a text is written is for whoever asks for it, not for generation_config.json."""
+    given: Any = model.generation_config
+    tokens = {name: getattr(given, name, None) for name in ("bos_token_id", "eos_token_id", "pad_token_id")}
+    for name, value in tokens.items():
+        try:
+            check_token_id(name, value, model.config.vocab_size)
+        except (ValueError, TypeError) as error:
+            raise CheckpointError(f"generation_config.json of {source}: {one_line(error)}") from error
+    return GenerationConfig(**tokens)
 
 
 def _load_tokenizer(directory: Path, source: str | Path) -> PreTrainedTokenizerBase:
@@ -205,4 +220,10 @@ def choose_device(device: str | torch.device | None) -> torch.device:
     try:
         return torch.empty(0, device=device).device
     except (RuntimeError, AssertionError) as error:
+        if "Expected one of" in str(error):  # followed by every kind that torch has a name for
+            near = did_you_mean(str(device), ["cpu", "cuda", "mps", "xpu"])
+            name = "; did you mean 'cuda'?" if str(device).startswith("gpu") else near
+            raise SettingsError(
+                f"device {str(device)!r} cannot be used here; there are cpu, cuda, cuda:1 and the like{name}"
+            ) from error
         raise SettingsError(f"device {str(device)!r} cannot be used here: {one_line(error)}") from error

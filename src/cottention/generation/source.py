@@ -12,7 +12,7 @@ import re
 from collections.abc import Sequence
 from pathlib import Path
 
-from cottention.errors import CheckpointError, did_you_mean
+from cottention.errors import CheckpointError, did_you_mean, why_offline
 from cottention.files import one_line
 
 _HUB_NAME = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
@@ -71,6 +71,7 @@ def _download(name: str, file_patterns: Sequence[str], revision: str | None) -> 
     except LocalEntryNotFoundError as error:
         raise CheckpointError(
             f"no directory {name} here, and the Hugging Face Hub cannot be reached (nor is {where} in its local cache)"
+            f"{why_offline()}"
         ) from error
     except HfHubHTTPError as error:
         status = error.response.status_code if error.response is not None else "an error"

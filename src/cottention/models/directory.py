@@ -85,8 +85,11 @@ def check_weights(directory: Path, config: Any) -> None:
         config: of the model that they are for, one of ours.
 
     Raises:
-        CheckpointError: an index names files elsewhere; or the files are too small for a model of these sizes.
+        CheckpointError: an index names files elsewhere; generation_config.json is no JSON object; or the files are
+            too small for a model of these sizes.
     """
+    if (directory / "generation_config.json").exists():  # transformers takes its fields whatever they are
+        read_json_object(directory / "generation_config.json")
     for pattern in _INDICES:
         for index in sorted(directory.glob(pattern)):
             shards_of(index)

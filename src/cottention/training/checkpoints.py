@@ -10,9 +10,11 @@ directory without one, with a file that differs from it, or without one of the p
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import re
 import shutil
+import zipfile
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from fnmatch import fnmatch
@@ -20,9 +22,11 @@ from pathlib import Path
 from typing import Any
 
 from safetensors import SafetensorError
+from transformers import TrainerState
 
 from cottention.errors import CheckpointError
 from cottention.files import one_line, write_text, written_directory
+from cottention.json_files import LARGEST_TABLE, read_json_object
 from cottention.logging import get_logger
 from cottention.seals import MANIFEST as MANIFEST  # for those who look into a checkpoint
 from cottention.seals import WEIGHTS, check_model, damage, missing_parts
@@ -42,6 +46,11 @@ PARTS = (
 """What a run goes on from, beside trainer_state.json; of the names in brackets one has to be there."""
 
 _TRAINER_STATE = "trainer_state.json"
+# What pretraining and fine-tuning write into RUN_STATE.
+_RUN_STATES: tuple[dict[str, type | tuple[type, ...]], ...] = (
+    {"step": int, "window_start": int, "window_losses": list, "elapsed_s": (int, float), "text": str},
+    {"epochs": list, "loss_sum": (int, float), "rows": str},
+)
 _NAME = re.compile(r"checkpoint-[0-9]+")
 
 logger = get_logger(__name__)
@@ -119,13 +128,44 @@ def newest_intact_checkpoint(folder: Path, parts: Sequence[Sequence[str]] = ()) 
     """
     checkpoints = list_checkpoints(folder)
     for path in reversed(checkpoints):
-        problem = damage(path) or (_lacks(path, parts) if parts else None)
+        problem = damage(path) or (_lacks(path, parts) if parts else None) or _nonsense(path)
         if problem is None:
             return path
         logger.warning("checkpoint %s is damaged (%s): trying the one before", path, problem)
     if checkpoints:
         raise CheckpointError(f"every checkpoint in {folder} is damaged; --overwrite starts again")
     return None
+
+
+def _nonsense(path: Path) -> str | None:
+    """What in a checkpoint is not what a run writes there, though the seal fits: somebody else wrote it."""
+    for file in sorted(path.glob("*.json")):
+        try:
+            content = read_json_object(file, limit=LARGEST_TABLE)
+        except CheckpointError as error:
+            return str(error)
+        if file.name == RUN_STATE and not any(_has_kinds(content, kinds) for kinds in _RUN_STATES):
+            return f"{RUN_STATE} is not that of a run"
+        if file.name == _TRAINER_STATE and not _is_trainer_state(content):
+            return f"{_TRAINER_STATE} is not that of a run"
+    strange = [file.name for file in path.iterdir() if file.suffix in (".pt", ".pth") and not zipfile.is_zipfile(file)]
+    return f"{strange[0]} is no file of torch" if strange else None
+
+
+def _has_kinds(content: dict[str, Any], kinds: dict[str, type | tuple[type, ...]]) -> bool:
+    losses = content.get("window_losses", [])
+    return all(isinstance(content.get(name), kind) for name, kind in kinds.items()) and all(
+        isinstance(row, list) and all(isinstance(loss, (int, float)) for loss in row) for row in losses
+    )
+
+
+def _is_trainer_state(content: dict[str, Any]) -> bool:
+    """Whether every value is of the kind that transformers' own state has there."""
+    default = dataclasses.asdict(TrainerState())
+    kinds = {name: (int, float) if isinstance(value, (int, float)) else type(value) for name, value in default.items()}
+    return {"global_step", "epoch"} <= content.keys() <= default.keys() and all(
+        value is None or default[name] is None or isinstance(value, kinds[name]) for name, value in content.items()
+    )
 
 
 def _lacks(path: Path, parts: Sequence[Sequence[str]]) -> str | None:

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
+import json
 from collections.abc import Mapping, Sequence
 from importlib import resources
 from pathlib import Path
@@ -59,7 +60,26 @@ class RecipeParser(jsonargparse.ArgumentParser):
 
     def parse_args(self, args: Sequence[str] | None = None, *rest: Any, **options: Any) -> jsonargparse.Namespace:  # type: ignore[override]
         """Parse as usual, with the recipe's file read first."""
-        return super().parse_args(None if args is None else _config_first(args), *rest, **options)
+        if args is not None:
+            args = _config_first(self._spelled(args))
+        return super().parse_args(args, *rest, **options)
+
+    def _spelled(self, args: Sequence[str]) -> list[str]:
+        """Spell options as they are defined, by - or _, and join what several words give to a setting into a list."""
+        defined = {name.replace("-", "_"): name for name in self._option_string_actions}
+        spelled: list[str] = []
+        words = list(args)
+        while words:
+            option, equals, value = words.pop(0).partition("=")
+            option = defined.get(option.replace("-", "_"), option) if option.startswith("--") else option
+            if "." not in option or option not in self._option_string_actions or equals:
+                spelled.append(f"{option}{equals}{value}")
+                continue
+            values = []
+            while words and not _is_option(words[0]):
+                values.append(words.pop(0))
+            spelled += [option, *values] if len(values) < 2 else [option, f"[{', '.join(map(_as_yaml, values))}]"]
+        return spelled
 
     def recipe(self, namespace: jsonargparse.Namespace) -> Recipe:
         """Build the recipe from what was parsed.
@@ -214,6 +234,19 @@ def differing_setting(ours: Recipe, theirs: Recipe) -> str | None:
             if value != other[section][name] and f"{section}.{name}" not in _CHANGES_NO_NUMBER:
                 return f"{section}.{name} ({other[section][name]} there, {value} now)"
     return None
+
+
+def _is_option(word: str) -> bool:
+    return word.startswith("-") and not word[1:2].isdigit() and word != "-"
+
+
+def _as_yaml(word: str) -> str:
+    """A number as it is, anything else as a quoted text."""
+    try:
+        float(word)
+    except ValueError:
+        return json.dumps(word)
+    return word
 
 
 def _config_first(args: Sequence[str]) -> list[str]:
