@@ -17,7 +17,7 @@ from typing import Any, NoReturn
 import torch
 from jaxtyping import Int
 from torch import Tensor
-from transformers.cache_utils import Cache, CacheLayerMixin
+from transformers.cache_utils import Cache, CacheLayerMixin, DynamicCache
 
 from cottention.layers.rotary import packed_positions, sequence_of_each_token
 from cottention.ops import CosineState
@@ -118,6 +118,25 @@ class CosineCache(Cache):
     def __init__(self, num_layers: int) -> None:
         super().__init__(layers=[CosineCacheLayer() for _ in range(num_layers)])
         self.next_position: Int[Tensor, " B"] | None = None
+
+    @classmethod
+    def adopt(cls, cache: Cache | None) -> None:
+        """Make an empty `DynamicCache(config=model.config)` a CosineCache, in place, as its owner holds on to it.
+
+        Others are left as they are: what has been filled by another model cannot be read.
+        """
+        if type(cache) is not DynamicCache or not cache.layers or not all(cache.is_linear):
+            return
+        kept: list[Any] = cache.layers
+        if any(
+            filled
+            for layer in kept
+            for filled in (*layer.is_conv_states_initialized.values(), *layer.is_recurrent_states_initialized.values())
+        ):
+            return
+        empty: Any = cache
+        empty.__class__ = cls
+        empty.__init__(len(kept))
 
     @property
     def states(self) -> tuple[CosineState | None, ...]:

@@ -20,7 +20,9 @@ from cottention.models.auto import REMOTE_MODULE, auto_map, remote_module
 from cottention.models.directory import check_config_file, own_fields
 from cottention.seals import MANIFEST
 
-ATTENTION_TYPES = ("cosine", "softmax")
+# With transformers' names for what each layer keeps: a recurrent state, or every key.
+LAYER_TYPES = {"cosine": "linear_attention", "softmax": "full_attention"}
+ATTENTION_TYPES = tuple(LAYER_TYPES)
 DTYPES = ("float64", "float32", "float16", "bfloat16")
 # A config may come from a stranger, and what it names is built before weights are read.
 LARGEST_SIZE = 1 << 24
@@ -51,6 +53,7 @@ class CottentionConfig(PreTrainedConfig):
             projections, BERT's q, k and v. For comparison with its curves.
 
     Attributes:
+        layer_types: transformers' names for the layers' attention, written to config.json.
         auto_map: which of our classes each Auto class opens, for processes that never imported cottention. It comes
             from the class, whatever a file says, and is written to config.json with the module that it names.
     """
@@ -69,7 +72,7 @@ class CottentionConfig(PreTrainedConfig):
     original_init: bool = False
 
     def __post_init__(self, **kwargs: Any) -> None:
-        given = kwargs.pop("auto_map", None)
+        given, layer_types = kwargs.pop("auto_map", None), kwargs.pop("layer_types", None)
         # transformers makes a table of so many labels, and takes any attribute of torch for a type.
         if kwargs.get("num_labels") is not None:
             check_size("num_labels", kwargs["num_labels"], maximum=MOST_LABELS)
@@ -82,6 +85,27 @@ class CottentionConfig(PreTrainedConfig):
         check_number("norm_const_init", self.norm_const_init)
         if not isinstance(self.original_init, bool):
             raise TypeError(f"original_init must be True or False; got {self.original_init!r}")
+        if layer_types is not None:
+            check_size("num_hidden_layers", self.num_hidden_layers, maximum=MOST_LAYERS)
+            self.layer_types = layer_types
+
+    @property
+    def layer_types(self) -> list[str]:
+        """The attention of each layer, by transformers' names; it follows from `attention_type`.
+
+        accelerate asks it whether a sequence may be cut between processes, DynamicCache which layers it needs.
+        """
+        if self.attention_type not in ATTENTION_TYPES or not isinstance(self.num_hidden_layers, int):
+            raise AttributeError("layer_types: attention_type and num_hidden_layers must be valid first")
+        return [LAYER_TYPES[self.attention_type]] * self.num_hidden_layers
+
+    @layer_types.setter
+    def layer_types(self, given: Any) -> None:
+        if not isinstance(given, (list, tuple)) or list(given) != self.layer_types:
+            expected = f"{LAYER_TYPES[self.attention_type]!r} for each of {self.num_hidden_layers} layers"
+            raise SettingsError(
+                f"layer_types must be {expected} with attention_type={self.attention_type!r}; got {given}"
+            )
 
     def to_dict(self) -> dict[str, Any]:
         """The settings; `auto_map` is none."""
@@ -92,6 +116,7 @@ class CottentionConfig(PreTrainedConfig):
     def to_diff_dict(self) -> dict[str, Any]:
         """What config.json holds."""
         written = super().to_diff_dict()
+        written["layer_types"] = self.layer_types
         return {**written, "auto_map": dict(self.auto_map)} if self.auto_map else written
 
     def to_json_file(self, json_file_path: str | os.PathLike, use_diff: bool = True) -> None:

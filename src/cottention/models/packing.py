@@ -172,11 +172,14 @@ def _by_positions(model: Any, given: dict[str, Any], B: int, T: int) -> Tensor |
     position_ids, mask = given.get("position_ids"), given.get("attention_mask")
     if position_ids is None or T < 2:
         return None
-    if mask is not None and (mask.dim() != 2 or mask.shape[0] != B or mask.shape[1] < T):
+    if mask is not None and not (
+        isinstance(mask, Tensor) and mask.dim() == 2 and len(mask) == B and mask.shape[1] >= T
+    ):
         return None  # not a mask that a forward takes: it says so
     position_ids = position_ids.expand(B, T)
     caches = [given[name] for name in CACHE_NAMES if isinstance(given.get(name), Cache)]
-    filled = any(cache.get_seq_length() > 0 for cache in caches)
+    # Layers of transformers' linear attention know no length; a model makes them its own while they are empty.
+    filled = any(not all(cache.is_linear) and cache.get_seq_length() > 0 for cache in caches)
     if mask is not None:
         real = mask[:, -T:] != 0
         again = _falls_between_real(position_ids, real)

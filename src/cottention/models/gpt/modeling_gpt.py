@@ -151,6 +151,8 @@ class CottentionGPTModel(CottentionGPTPreTrainedModel):
         """
         known_arguments(others, ("num_items_in_batch",), f"{type(self).__name__}.forward", DECODER_WORDS)
         past = either_name(past_key_values, cache)
+        if self._is_stateful:
+            CosineCache.adopt(past)
         self._check_cache(past)
         attention_mask = zeros_and_ones(attention_mask)
         past_length = 0 if past is None else past.get_seq_length()
@@ -377,7 +379,10 @@ class CottentionGPTForCausalLM(CottentionGPTPreTrainedModel, GenerationMixin):
     @wraps(GenerationMixin.generate)  # pyright: ignore[reportAttributeAccessIssue]
     def generate(self, *args: Any, **kwargs: Any) -> Any:
         """transformers' `generate`; the cache may have either of its names."""
-        return super().generate(*args, **with_one_name(kwargs))  # pyright: ignore[reportAttributeAccessIssue]
+        kwargs = with_one_name(kwargs)
+        if self._is_stateful:
+            CosineCache.adopt(kwargs.get(CACHE_NAME))
+        return super().generate(*args, **kwargs)  # pyright: ignore[reportAttributeAccessIssue]
 
     def _prepare_cache_for_generation(self, generation_config: Any, model_kwargs: dict[str, Any], *args: Any) -> None:
         """Start `generate` with an empty cache of our kind; transformers would make one of keys and values."""
@@ -385,11 +390,12 @@ class CottentionGPTForCausalLM(CottentionGPTPreTrainedModel, GenerationMixin):
         if past is not None and past.get_seq_length() > 0 and generation_config.prefill_chunk_size is not None:
             check_chunked_continuation()
         if self._is_stateful and generation_config.use_cache and past is None:
-            if generation_config.cache_implementation is not None:
+            if generation_config.cache_implementation not in (None, "dynamic"):
                 raise ValueError(
-                    f"cache_implementation must be left out for attention_type='cosine', whose cache has a constant "
-                    f"size; got {generation_config.cache_implementation!r}"
+                    f"cache_implementation must be left out or 'dynamic' for attention_type='cosine', whose cache has "
+                    f"a constant size; got {generation_config.cache_implementation!r}"
                 )
+            generation_config.cache_implementation = None  # of this call's own copy; the cache is there
             model_kwargs[CACHE_NAME] = CosineCache(self.config.n_layer)
         super()._prepare_cache_for_generation(  # pyright: ignore[reportAttributeAccessIssue]
             generation_config, model_kwargs, *args
