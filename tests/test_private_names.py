@@ -68,6 +68,7 @@ _OVERRIDDEN = {
         "get_input_embeddings",
         "get_output_embeddings",
         "register_for_auto_class",
+        "save_pretrained",
         "set_input_embeddings",
         "set_output_embeddings",
         "supports_gradient_checkpointing",
