@@ -5,11 +5,14 @@ for line in read_lines("questions.txt"): ...
 
 from __future__ import annotations
 
+import contextlib
 import json
 import sys
 from pathlib import Path
 
 from cottention.errors import DataError
+
+_MOST_BYTES = 256 << 20
 
 
 def read_text(name: str) -> str:
@@ -18,18 +21,33 @@ def read_text(name: str) -> str:
     Raises:
         DataError: the file is not there, or is not UTF-8 text.
     """
+    from cottention.data.encodings import other_kind, remedy_for
+
     shown = "stdin" if name == "-" else name
     try:
-        content = sys.stdin.buffer.read() if name == "-" else Path(name).expanduser().read_bytes()
+        content = _bytes_of(name, shown)
+        if what := other_kind(content):
+            raise DataError(f"{shown} is not plain text but {what}")
         text = content.decode("utf-8-sig")
     except UnicodeDecodeError as error:
-        raise DataError(f"{shown} is not UTF-8 text (byte {error.start})") from error
+        remedy = "" if b"\0" in content else f"; {remedy_for(error, skipping='')}"
+        raise DataError(f"{shown} is not UTF-8 text (byte {error.start}){remedy}") from error
     except OSError as error:
         raise DataError(f"{shown} cannot be read: {error.strerror}") from error
     if (at := text.find("\0")) >= 0:
         raise DataError(f"{shown} is a binary file, not text (zero byte at character {at})")
     # Editors and `echo` end a file with a newline, which nobody means as the end of a prompt.
     return text.removesuffix("\n").removesuffix("\r")
+
+
+def _bytes_of(name: str, shown: str) -> bytes:
+    """What a file, a pipe or stdin holds, as far as a prompt may go: a device has no end."""
+    with contextlib.ExitStack() as stack:
+        file = sys.stdin.buffer if name == "-" else stack.enter_context(Path(name).expanduser().open("rb"))
+        content = file.read(_MOST_BYTES + 1)
+    if len(content) > _MOST_BYTES:
+        raise DataError(f"{shown} is larger than {_MOST_BYTES >> 20} MiB, which no text here may be")
+    return content
 
 
 def read_lines(name: str) -> list[str]:
@@ -58,7 +76,7 @@ def read_json_lines(name: str, field: str) -> list[str]:
             continue
         try:
             row = json.loads(line)
-        except ValueError as error:
+        except (ValueError, RecursionError) as error:  # or nested by thousands
             raise DataError(f"{shown}, line {number}: not JSON ({error})") from error
         text = row.get(field) if isinstance(row, dict) else row
         if not isinstance(text, str):

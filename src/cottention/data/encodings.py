@@ -60,13 +60,13 @@ def remedy_for(
     Args:
         error: what the decoder said of them.
         head: the beginning of the file they are in, which shows what the rest of it is; the more the better.
-        skipping: what leaves such lines out.
+        skipping: what leaves such lines out; "" where nothing does.
     """
     sample = head if error.object in head else head + error.object
     bad = [byte for byte in _MULTIBYTE.sub(b"", sample) if byte >= 0x80]
     num_good = sum(1 for _ in _MULTIBYTE.finditer(sample))
     is_cut = error.reason == "unexpected end of data" and len(error.object) - error.start > 1
-    drop = f"iconv -c -f utf-8 -t utf-8 takes such bytes out, {skipping}"
+    drop = f"iconv -c -f utf-8 -t utf-8 takes such bytes out{skipping and f', {skipping}'}"
     if num_good > len(bad) or is_cut or _NEVER_LETTERS.issuperset(bad):
         return f"it is UTF-8 with broken bytes: {drop}"
     num_letters = len(bad) + len(re.findall(rb"[A-Za-z]", sample))

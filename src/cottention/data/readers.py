@@ -49,6 +49,9 @@ _PART = 1 << 26  # bytes of a longer line of text that are left out together
 _HEAD = 4 << 20  # bytes at the beginning of a file that show what encoding it is in
 _CONTROLS = bytes([*range(9), *range(14, 32)])  # text has none
 _BYTES_PER_CONTROL = 100  # where they are rarer, it is text that is damaged
+_SEARCHED = 1 << 12  # characters searched together for a place to cut
+_BETWEEN_WORDS = re.compile(r"(?<=[^\W\d_]) (?=[^\W\d_])")
+_BEFORE_LINE = re.compile(r"\n(?=\S)")
 _BLANK_HEAD = re.compile(r"(?:[ \t]*\n)+")
 
 
@@ -188,6 +191,8 @@ def _split(chunks: Iterable[str], separator: re.Pattern[str] | None) -> Iterator
         if separator is not None:
             *complete, rest = separator.split(rest)
             for document in complete:
+                if not inside and (not document or document.isspace()):  # blank ones may be millions
+                    continue
                 yield from _last_blocks(_without_head(document, inside), inside)
                 inside = False
         rest, inside = yield from _first_blocks(rest, inside)
@@ -231,18 +236,22 @@ def _first_blocks(text: str, inside: bool) -> Generator[tuple[str, bool], None, 
 def _cut(text: str, start: int) -> int:
     """Find where to cut at most BLOCK characters after `start`: before a space between letters, else after a line."""
     low, high = start + BLOCK // 2, start + BLOCK
-    for at in _found_backwards(text, " ", low, high):
+    for at in _found_backwards(" ", _BETWEEN_WORDS, text, low, high):
         if text[at - 1].isalpha() and text[at + 1].isalpha():
             return at
-    for at in _found_backwards(text, "\n", low, high):
-        if not text[at + 1].isspace():
-            return at + 1
+    for at in _found_backwards("\n", _BEFORE_LINE, text, low, high):
+        return at + 1
     return high
 
 
-def _found_backwards(text: str, character: str, low: int, high: int) -> Iterator[int]:
-    while (high := text.rfind(character, low, high)) >= 0:
-        yield high
+def _found_backwards(character: str, pattern: re.Pattern[str], text: str, low: int, high: int) -> Iterator[int]:
+    """Where a pattern of a character and those around it begins, the last place first."""
+    while (high := text.rfind(character, low, high) + 1) > low:
+        begin = max(low, high - _SEARCHED)
+        yield from reversed(
+            [found.start() for found in pattern.finditer(text, begin, high + 1) if found.start() < high]
+        )
+        high = begin
 
 
 def _chunks(path: Path, compression: str | None) -> Iterator[bytes]:
