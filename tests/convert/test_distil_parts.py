@@ -80,6 +80,13 @@ def test_the_end_is_kept_and_nothing_is_lost_or_read_twice(texts: tuple[str, ...
     assert before["ends_document"][-1]
 
 
+@pytest.mark.parametrize("texts", [("字" * 30_000,), ("字" * 20_000, "文" * 10_000), ("word " * 4000 + "字" * 20_000,)])
+def test_text_without_spaces_keeps_a_tenth_too(texts: tuple[str, ...]) -> None:
+    before, after = split_off_end(corpus_of(*texts))
+    assert "".join([*before["text"], *after["text"]]).replace(" ", "") == "".join(texts).replace(" ", "")
+    assert sum(map(len, after["text"])) / sum(map(len, texts)) == pytest.approx(0.1, abs=0.01)
+
+
 def test_a_text_of_one_word_cannot_be_split() -> None:
     with pytest.raises(DataError, match="must hold enough words to keep some for the scores; got 9 characters"):
         split_off_end(corpus_of("wordwords"))

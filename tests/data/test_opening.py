@@ -205,6 +205,57 @@ def test_a_name_that_is_not_utf8_goes_through_a_whole_build(tmp_path, capsys):
         assert open_corpus(folder, kind=kind).manifest["settings"]["sources"][0]["file"] == "caf\\xe9.txt"
 
 
+ODD = {  # what JSON, text and names may hold; the words of the line, or None where it is read
+    "nothing": ("a.txt", b"", "no text"),
+    "spaces": ("a.txt", b" " * (1 << 21), "no text"),
+    "line ends": ("a.txt", b"\n" * (1 << 21), "no text"),
+    "carriage returns": ("a.txt", b"\r" * (1 << 20), "no text"),
+    "a mark alone": ("a.txt", b"\xef\xbb\xbf", "no text"),
+    "half a mark": ("a.txt", b"\xef\xbb", "not UTF-8"),
+    "a surrogate in UTF-8": ("a.txt", b"a \xed\xa0\x80 b", "not UTF-8"),
+    "overlong": ("a.txt", b"a \xc0\xaf b", "not UTF-8"),
+    "beyond Unicode": ("a.txt", b"a \xf5\x80\x80\x80 b", "not UTF-8"),
+    "an executable": ("a.txt", b"\x7fELF\x02\x01\x01" + bytes(99), "binary file"),
+    "no row": ("a.jsonl", b"", "no text"),
+    "empty lines": ("a.jsonl", b"\n" * (1 << 20), "no text"),
+    "nulls": ("a.jsonl", b'{"text": null}\n' * 99, "no text"),
+    "an array": ("a.jsonl", b'[{"text": "a"}]', "got a list"),
+    "NaN": ("a.jsonl", b'{"text": NaN}', "must hold text"),
+    "infinity": ("a.jsonl", b'{"text": "a b c", "n": Infinity}', None),
+    "1e999999": ("a.jsonl", b'{"text": "a b c", "n": 1e999999}', None),
+    "a long number": ("a.jsonl", b'{"text": "a", "n": ' + b"9" * 5000 + b"}", "digits"),
+    "deep": ("a.jsonl", b'{"text": "a", "n": ' + b"[" * 200_000 + b"]" * 200_000 + b"}", "recursion"),
+    "deep objects": ("a.jsonl", b'{"text": "a", "n": ' + b'{"a":' * 99_999 + b"1" + b"}" * 100_000, "recursion"),
+    "a name twice": ("a.jsonl", b'{"text": "a b", "text": "c d"}', None),
+    "escaped zero": ("a.jsonl", b'{"text": "a \\u0000 b"}', None),
+    "half a pair": ("a.jsonl", b'{"text": "a \\ud800 b"}', None),
+    "text behind": ("a.jsonl", b'{"text": "a"} x', "not JSON"),
+    "two rows on a line": ("a.jsonl", b'{"text": "a"}{"text": "b"}', "not JSON"),
+    "single quotes": ("a.jsonl", b"{'text': 'a'}", "not JSON"),
+    "many names": ("a.jsonl", json.dumps({str(number): 1 for number in range(9999)}).encode(), "no column 'text'"),
+    "parquet cut": ("a.parquet", b"PAR1" + bytes(50) + b"PAR1", "parquet"),
+    "parquet of zeros": ("a.parquet", bytes(5000), "parquet"),
+}
+
+
+@pytest.mark.parametrize("case", ODD)
+@pytest.mark.parametrize("command", ["gpt", "bert"])
+def test_odd_sources_are_read_or_one_short_line(tmp_path, capsys, case, command):
+    name, content, expected = ODD[case]
+    write(tmp_path / name, content)
+    code = main(["data", "build", command, str(tmp_path / name), "--output-dir", str(tmp_path / "o")])
+    said = capsys.readouterr().err
+    if expected is None and command == "gpt":
+        assert code == 0
+    elif expected is not None and "no text" not in expected:
+        assert code == 2
+        assert expected in said
+    if code:
+        assert code == 2
+        assert said.count("\n") == 1
+        assert len(said) < 900
+
+
 def repeated_parquet(path: Path, num_rows: int, row_bytes: int, **options) -> Path:
     """Few bytes on disk, `num_rows` equal rows in a reader's hand."""
     text = pa.array(["x" * row_bytes])
@@ -355,3 +406,10 @@ def test_bombs_of_columns_and_values_take_little_memory(tmp_path):
     )
     assert "more than 100 for one" in said
     assert peak < 400
+
+
+def test_a_name_of_the_hub_says_why_the_hub_is_not_asked(tmp_path, capsys, monkeypatch):
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    monkeypatch.chdir(tmp_path)
+    assert main(["data", "build", "bert", "wikipedia", "--output-dir", "o"]) == 2
+    assert capsys.readouterr().err.rstrip().endswith("HF_HUB_OFFLINE is set")

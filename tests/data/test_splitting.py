@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import pytest
 
-from cottention.data.splitting import Piece, SplitTask, lines_of, pieces_of, sentences_of
+from cottention.data.building import build_sentences
+from cottention.data.splitting import Piece, SplitTask, check_language, lines_of, pieces_of, sentences_of
+from cottention.errors import SettingsError
 
 SPLIT = SplitTask(language="en", rows="documents", min_sentences=2)
 WRAPPED = (
@@ -117,3 +119,18 @@ def test_a_long_document_is_kept_whatever_its_last_part_holds():
     assert table["document"].to_pylist() == [7, 7]
     assert table["sentences"].to_pylist() == [["One.", "Two."], ["Three."]]
     assert (counts["documents"], counts["documents_kept"]) == (1, 1)
+
+
+@pytest.mark.parametrize("language", ["en", "de", "zh", "zh-hant", "gsw", "eo", "sr-latn"])
+def test_codes_of_languages_are_taken(language):
+    assert sentences_of("One. Two.", language)[0]
+    check_language(language)
+
+
+@pytest.mark.parametrize("language", ["xx", "english", "EN", "", "e", "en_US", "1"])
+def test_what_is_no_language_is_refused_with_those_that_have_rules(tmp_path, language):
+    (tmp_path / "a.txt").write_text("One sentence. Another one.")
+    with pytest.raises(SettingsError, match="language must be the code of a language; got") as error:
+        build_sentences(tmp_path / "a.txt", tmp_path / "o", language=language)
+    assert "there are rules for am, ar, bg" in str(error.value)
+    assert not (tmp_path / "o").exists()

@@ -58,7 +58,9 @@ def _build_bert() -> ArgumentParser:
     )
     parser.add_argument("sources", nargs="+", metavar="SOURCE", help=_SOURCES)
     _add_reading(parser)
-    parser.add_argument("--language", default="en", help="of the text, for the sentence splitter")
+    parser.add_argument(
+        "--language", default="en", help="code of the text's language (en, de, ...), for the sentence splitter"
+    )
     parser.add_argument("--min-sentences", type=int, default=2, help="documents with fewer are left out")
     _add_num_proc(parser)
     _add_output(parser)

@@ -32,7 +32,7 @@ from cottention.data.encodings import other_kind, remedy_for
 from cottention.data.glue_tasks import GlueTask
 from cottention.data.malformed import MalformedError, described_malformed, leave_out, numbered_lines
 from cottention.data.opening import decoded_chunks
-from cottention.errors import DataError, did_you_mean
+from cottention.errors import DataError, did_you_mean, why_offline
 from cottention.logging import get_logger
 
 HUB = "hub"
@@ -307,7 +307,9 @@ def _from_hub(task: GlueTask, name: str, split: str) -> Dataset:
         loaded: Any = load_dataset(name, task.name, split=_FILE_NAMES[split][1])
     except (OSError, ValueError) as error:
         reason = next(iter(str(error).splitlines()), type(error).__name__)
-        raise DataError(f"cannot fetch {task.title} from {name} on the Hugging Face Hub: {reason}") from error
+        raise DataError(
+            f"cannot fetch {task.title} from {name} on the Hugging Face Hub: {reason}{why_offline()}"
+        ) from error
     names = loaded.column_names
     first, second = (
         next((column for column in wanted if column in names), None) for wanted in (task.first, task.second)

@@ -23,7 +23,7 @@ from transformers import PreTrainedTokenizerBase
 from cottention.data.arrow_cache import cached_dataset, fingerprint_of
 from cottention.data.pairing import SPECIAL_TOKENS, Pairing, PairTask
 from cottention.data.parallel import ordered_map
-from cottention.data.splitting import MIN_SENTENCES, SPLITTER, Piece, SplitTask, pieces_of
+from cottention.data.splitting import MIN_SENTENCES, SPLITTER, Piece, SplitTask, check_language, pieces_of
 from cottention.data.tokenization import arrow_batches, check_has_text
 from cottention.errors import DataError, SettingsError, did_you_mean
 from cottention.logging import get_logger
@@ -124,6 +124,7 @@ def new_splitting(*, language: str, rows: str, min_sentences: int) -> SplitTask:
     """
     if min_sentences < 1:
         raise SettingsError(f"min_sentences must be at least 1; got {min_sentences}")
+    check_language(language)
     return SplitTask(language=language, rows=rows, min_sentences=min_sentences)
 
 

@@ -31,7 +31,7 @@ from cottention.data.malformed import no_column
 from cottention.data.opening import check_regular
 from cottention.data.readers import BLOCK, SEPARATORS, format_of, read_records, read_rows, split_text
 from cottention.data.tokenization import arrow_batches
-from cottention.errors import DataError, SettingsError, did_you_mean
+from cottention.errors import DataError, SettingsError, did_you_mean, why_offline
 
 ROWS = ("documents", "sentences")
 DOCUMENTS_BY = ("file", "blank", "column:NAME", "rows:N")
@@ -236,7 +236,6 @@ class _Hub:
 @contextlib.contextmanager
 def _on_the_hub(name: str) -> Iterator[None]:
     """Turn what can go wrong between here and the Hub into one line."""
-    from huggingface_hub import constants as hub_constants
     from huggingface_hub.errors import HfHubHTTPError, HFValidationError
 
     try:
@@ -250,9 +249,9 @@ def _on_the_hub(name: str) -> Iterator[None]:
         raise DataError(f"no file or folder {name} here, and it is no name of a Hub dataset") from error
     # The bases are OSError, and the root of the errors of whichever HTTP library this version of the Hub's client uses.
     except HfHubHTTPError.__bases__ as error:  # pyright: ignore[reportGeneralTypeIssues]
-        why = " (HF_HUB_OFFLINE is set)" if hub_constants.HF_HUB_OFFLINE else ""
         raise DataError(
-            f"no file or folder {name} here, and the Hugging Face Hub cannot be reached for a dataset of this name{why}"
+            f"no file or folder {name} here, and the Hugging Face Hub cannot be reached for a dataset of this name"
+            f"{why_offline()}"
         ) from error
     except ValueError as error:  # no such configuration, no such split
         raise DataError(f"{name}: {' '.join(str(error).split())}") from error

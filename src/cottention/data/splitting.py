@@ -13,6 +13,7 @@ It imports neither datasets nor torch: worker processes start with it alone.
 
 from __future__ import annotations
 
+import re
 from collections import Counter
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
@@ -21,14 +22,31 @@ from importlib import metadata
 import pyarrow as pa
 from sentencex import segment  # pyright: ignore[reportAttributeAccessIssue]  # compiled, without stubs
 
+from cottention.errors import SettingsError, did_you_mean
+
 SPLITTER = f"sentencex {metadata.version('sentencex')}"
 """What decides the sentences, beside this file."""
+
+OWN_RULES = (
+    "am, ar, bg, bn, ca, da, de, el, en, es, fi, fr, gu, hi, hy, it, ja, kk, kn, ml, mr, my, nl, pa, pl, pt, ru, sk, "
+    "ta, te, uk"
+)
+"""Languages that sentencex has rules for; for others it takes those of a related one."""
 
 MIN_SENTENCES = 2
 """A document of fewer has no pair to give."""
 
 SENTENCES = pa.schema([("document", pa.int64()), ("sentences", pa.list_(pa.string()))])
 
+_TWO_LETTERS = """
+    aa ab ae af ak am an ar as av ay az ba be bg bh bi bm bn bo br bs ca ce ch co cr cs cu cv cy da de dv dz ee el en
+    eo es et eu fa ff fi fj fo fr fy ga gd gl gn gu gv ha he hi ho hr ht hu hy hz ia id ie ig ii ik io is it iu ja jv
+    ka kg ki kj kk kl km kn ko kr ks ku kv kw ky la lb lg li ln lo lt lu lv mg mh mi mk ml mn mr ms mt my na nb nd ne
+    ng nl nn no nr nv ny oc oj om or os pa pi pl ps pt qu rm rn ro ru rw sa sc sd se sg sh si sk sl sm sn so sq sr ss
+    st su sv sw ta te tg th ti tk tl tn to tr ts tt tw ty ug uk ur uz ve vi vo wa wo xh yi yo za zh zu
+"""
+_ISO_639_1 = frozenset(_TWO_LETTERS.split())
+_LONGER_CODE = re.compile(r"[a-z]{3}")  # of ISO 639-3, which has eight thousand
 _COUNTS: tuple[str, ...] = (
     "bytes",
     "documents",
@@ -48,6 +66,20 @@ _LONG_QUOTATION = 200  # characters
 _OPENING = ('"', "“", "„", "«")
 _CLOSING = "\"'”’»)]*_"  # may follow the mark that ends a sentence; * and _ are emphasis in plain text
 _END_MARKS = tuple(".!?…:;,—-。！？")
+
+
+def check_language(language: str) -> None:
+    """Refuse what is no language's code; sentencex would take it for English.
+
+    Raises:
+        SettingsError: with the languages that have rules.
+    """
+    code = language.partition("-")[0]
+    if code not in _ISO_639_1 and not _LONGER_CODE.fullmatch(code):
+        raise SettingsError(
+            f"language must be the code of a language; got {language!r}{did_you_mean(language, _ISO_639_1)}; "
+            f"there are rules for {OWN_RULES}, and for others those of a related one"
+        )
 
 
 @dataclass(frozen=True)
