@@ -42,6 +42,12 @@ import json, transformers
 assert "cottention" not in sys.modules
 for directory in {directories!r}:
     names = json.load(open(directory + "/config.json"))["auto_map"]
+    if "cottention" not in sys.modules:
+        try:
+            transformers.AutoConfig.from_pretrained(directory, trust_remote_code=False)
+        except ValueError as error:
+            assert "pass the argument `trust_remote_code=True`" in str(error)
+        assert "cottention" not in sys.modules
     config = transformers.AutoConfig.from_pretrained(directory, trust_remote_code=True)
     for auto, reference in names.items():
         if auto != "AutoConfig":
@@ -96,6 +102,12 @@ def settings_of(directory: Path) -> dict[str, Any]:
     return json.loads((directory / "config.json").read_text())
 
 
+def change_settings(directory: Path, settings: dict[str, Any]) -> None:
+    """Write another config.json, into a directory that says no more what it should hold."""
+    (directory / "MANIFEST.json").unlink(missing_ok=True)
+    (directory / "config.json").write_text(json.dumps(settings))
+
+
 @pytest.mark.parametrize("config", [gpt_config(), bert_config()], ids=["gpt", "bert"])
 def test_a_config_names_every_auto_class_and_the_module_has_every_class(config: Any, tmp_path: Path) -> None:
     config.save_pretrained(tmp_path)
@@ -122,9 +134,8 @@ def test_a_map_in_a_file_is_ignored(tmp_path: Path) -> None:
     harm = tmp_path / "harm"
     (tmp_path / "evil.py").write_text(f"import os; os.mkdir({str(harm)!r})\n")
     (tmp_path / MODULE).write_text(f"import os; os.mkdir({str(harm)!r})\n")
-    path = tmp_path / "config.json"
     names = dict.fromkeys(("AutoConfig", "AutoModelForCausalLM"), "evil.Thing")
-    path.write_text(json.dumps({**settings_of(tmp_path), "auto_map": names}))
+    change_settings(tmp_path, {**settings_of(tmp_path), "auto_map": names})
     for trusted in (None, False, True):
         assert type(AutoConfig.from_pretrained(tmp_path, trust_remote_code=trusted)) is CottentionGPTConfig
         opened = AutoModelForCausalLM.from_pretrained(tmp_path, trust_remote_code=trusted)
@@ -139,7 +150,7 @@ def test_a_directory_without_a_map_opens_as_before(tmp_path: Path) -> None:
     (tmp_path / MODULE).unlink()
     settings = settings_of(tmp_path)
     del settings["auto_map"]
-    (tmp_path / "config.json").write_text(json.dumps(settings))
+    change_settings(tmp_path, settings)
     model = AutoModelForCausalLM.from_pretrained(tmp_path, trust_remote_code=True)
     assert type(model) is CottentionGPTForCausalLM
     assert model.config.auto_map["AutoModelForCausalLM"] == "modeling_cottention.CottentionGPTForCausalLM"

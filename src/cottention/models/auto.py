@@ -4,7 +4,7 @@ Importing `transformers` loads almost nothing, and a registration should not cha
 entries when transformers loads that table, by post-import hooks: configs with the config table, models with the model
 table, tokenizers with theirs. Either side may be half imported when the other one arrives (our modelling imports
 transformers', whose table imports ours), so a module's classes are registered when that module has been imported to its
-end.
+end; what cannot be imported before that is tried again then.
 
 A process that never imports cottention finds the same classes through `auto_map`, which config.json carries, and a
 module of one line beside it (`remote_module`): with trust_remote_code=True, transformers imports that module.
@@ -63,6 +63,9 @@ _REMOTE_TEXT = """\
 # This model's classes come with the package cottention (pip install cottention); no other code is in this directory.
 from cottention.models import {names}
 """
+# transformers' module that our modelling takes its layers from; importing it loads the table of models on the way.
+_LAYERS = "transformers.modeling_layers"
+_waiting: list[tuple[str, str]] = []
 _hooked = False
 
 
@@ -114,21 +117,44 @@ def install_hooks() -> None:
     _hooked = True
     for table, modules in _CLASSES.items():
         for module in modules:
-            register_post_import_hook(lambda _, table=table, module=module: _register(table, module), module)
+            register_post_import_hook(lambda _, table=table, module=module: _module_is_there(table, module), module)
         register_post_import_hook(lambda _, table=table: _table_is_there(table), table)
+    register_post_import_hook(lambda _: _try_again(), _LAYERS)
 
 
 def _table_is_there(table: str) -> None:
     for module in _CLASSES[table]:
-        # A module that is half imported just now registers itself at its end.
-        if module not in sys.modules:
-            try:
-                import_module(module)
-            except ImportError as error:
+        _import_and_register(table, module)
+
+
+def _import_and_register(table: str, module: str) -> None:
+    # A module that is half imported just now registers itself at its end.
+    if module not in sys.modules:
+        try:
+            import_module(module)
+        except ImportError as error:
+            if any(map(_is_half_imported, (_LAYERS, *(ours for modules in _CLASSES.values() for ours in modules)))):
+                _waiting.append((table, module))
+            else:
                 # Another transformers than ours, beside the operation alone, must stay usable.
                 get_logger(__name__).warning("%s is not registered with transformers: %s", module, error)
-                continue
-        _register(table, module)
+            return
+    _register(table, module)
+
+
+def _is_half_imported(name: str) -> bool:
+    return getattr(getattr(sys.modules.get(name), "__spec__", None), "_initializing", False)
+
+
+def _module_is_there(table: str, module: str) -> None:
+    _register(table, module)
+    _try_again()
+
+
+def _try_again() -> None:
+    waiting, _waiting[:] = tuple(_waiting), []
+    for table, module in waiting:
+        _import_and_register(table, module)
 
 
 def _register(table: str, module: str) -> None:
