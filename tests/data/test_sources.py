@@ -166,10 +166,12 @@ def test_a_hub_dataset_of_another_form_is_told(hub):
     assert "Unknown split" in refused("pile", hub_split="test")
 
 
-def test_without_a_network_a_hub_name_fails_at_once():
+def test_without_a_network_a_hub_name_fails_at_once(monkeypatch):
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
     for name in ("wikipedia", "somebody/something:config@main"):
         assert refused(name) == (
-            f"no file or folder {name} here, and the Hugging Face Hub cannot be reached for a dataset of this name"
+            f"no file or folder {name} here, and the Hugging Face Hub cannot be reached for a dataset of this name; "
+            "HF_HUB_OFFLINE is set"
         )
 
 

@@ -228,7 +228,7 @@ def _decoded(path: Path, number: int, line: bytes, compression: str | None) -> s
         return line.removesuffix(b"\r").decode("utf-8")
     except UnicodeDecodeError as error:
         head = next(decoded_chunks(path, compression, size=_HEAD))
-        message = f"{path}, line {number} is not UTF-8 text: {error.reason}; {remedy_for(error, head, _SKIPPING)}"
+        message = f"{path} is not UTF-8 text: {error.reason} in line {number}; {remedy_for(error, head, _SKIPPING)}"
         raise MalformedError("bad_byte", message) from None
 
 
