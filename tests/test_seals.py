@@ -81,8 +81,9 @@ def test_a_seal_that_is_none_is_one_line(content: str, problem: str, tmp_path: P
     os.mkfifo(folder / "pipe")
     (folder / MANIFEST).write_text(content)
     assert damage(folder) == problem
-    with pytest.raises(CheckpointError):
-        check_model(folder)
+    if problem.startswith(MANIFEST):
+        with pytest.raises(CheckpointError, match=MANIFEST):
+            check_model(folder)
 
 
 def test_a_file_is_read_once_until_it_changes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

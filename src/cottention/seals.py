@@ -76,7 +76,7 @@ def damage(folder: Path) -> str | None:
     if isinstance(entries, str):
         return entries
     for name, (num_bytes, digest) in entries.items():
-        problem = file_damage(folder / name, num_bytes, digest)
+        problem = file_damage(folder / name, num_bytes, digest, afresh=True)
         if problem is not None:
             return f"{name} {problem}"
     return None
@@ -119,7 +119,13 @@ def missing_parts(folder: Path) -> list[str]:
 
 
 def file_damage(
-    path: Path, num_bytes: int, digest: str, *, num_hashed: int | None = None, remember: Path | None = None
+    path: Path,
+    num_bytes: int,
+    digest: str,
+    *,
+    num_hashed: int | None = None,
+    remember: Path | None = None,
+    afresh: bool = False,
 ) -> str | None:
     """Say what is wrong with a file, in a few words; None when it is as it was written.
 
@@ -130,6 +136,7 @@ def file_damage(
         num_hashed: bytes that the hash is of; None: all.
         remember: a folder in which to note what was found whole, so that a large file is read once on a machine, not
             once in a process; it is read again when its times, size or place have changed.
+        afresh: read it in any case.
     """
     try:
         status = path.stat()
@@ -143,7 +150,7 @@ def file_damage(
         return f"has {status.st_size} bytes instead of {num_bytes}"
     identity = (os.path.realpath(path), status.st_ino, num_bytes, status.st_mtime_ns, status.st_ctime_ns, digest)
     note = None if remember is None else remember / hashlib.sha256(repr(identity).encode()).hexdigest()
-    if identity in _intact or (note is not None and note.exists()):
+    if not afresh and (identity in _intact or (note is not None and note.exists())):
         return None
     try:
         if sha256(path, num_hashed) != digest:
@@ -156,11 +163,13 @@ def file_damage(
     return None
 
 
-def first_damage(files: Iterable[tuple[Path, int, str]], *, remember: Path | None = None) -> tuple[Path, str] | None:
-    """The first of many files that is damaged, and how; read on all cores."""
+def first_damage(
+    files: Iterable[tuple[Path, int, str]], *, remember: Path | None = None, afresh: bool = False
+) -> tuple[Path, str] | None:
+    """The first of many files that is damaged, and how; read on all cores. The rest as for `file_damage`."""
     listed = list(files)
     with ThreadPoolExecutor(max(1, min(usable_cores(), len(listed)))) as pool:
-        problems = pool.map(lambda file: file_damage(*file, remember=remember), listed)
+        problems = pool.map(lambda file: file_damage(*file, remember=remember, afresh=afresh), listed)
         return next(((file[0], problem) for file, problem in zip(listed, problems, strict=True) if problem), None)
 
 

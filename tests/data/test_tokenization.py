@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import random
 
 import numpy as np
 import pyarrow as pa
@@ -14,6 +15,7 @@ from cottention.data import load_corpus, tokenization, tokenize_documents, train
 from cottention.data.arrow_cache import fingerprint_of
 from cottention.data.tokenization import arrow_batches
 from cottention.errors import DataError
+from tests.damage import HARMS
 from tests.data.helpers import ordinary_user, refusal, write
 
 TEXTS = ["Fellow citizens of the Senate,", "", "<|endoftext|>[CLS] a [SEP][MASK]", "Größe 🎉\tund  mehr\n", "the end"]
@@ -68,7 +70,6 @@ def test_long_rows_are_whole(tokenizer):
     assert len(tokens[0]["input_ids"]) >= 3000
 
 
-@pytest.mark.filterwarnings("ignore:.*fork:DeprecationWarning")  # of Python 3.12, about every process with threads
 def test_several_processes_give_the_same(rows, tokenizer, monkeypatch):
     monkeypatch.setenv("TOKENIZERS_PARALLELISM", "true")
     parallel = tokenize_documents(rows, tokenizer, num_proc=2).to_dict()
@@ -168,3 +169,18 @@ def test_a_cache_that_may_not_be_written_is_one_line(public_path, tokenizer):
     with ordinary_user(), pytest.raises(DataError) as error:
         tokenize_documents(corpus, tokenizer)
     assert "HF_DATASETS_CACHE chooses another" in refusal(error)
+
+
+@pytest.mark.parametrize("harm", HARMS)
+def test_a_damaged_cache_of_tokens_is_made_again(harm, cache, tmp_path, tokenizer):
+    corpus = load_corpus(write(tmp_path / "a.txt", "some text that has been read " * 300))
+    expected = tokenize_documents(corpus, tokenizer).to_dict()
+    files = [path for path in cache.rglob("*") if path.is_file()]
+    assert len(files) == 2  # one of text and one of tokens, both ours
+    for path in files:
+        content = path.read_bytes()
+        path.unlink()  # a mapped file keeps what was mapped
+        path.write_bytes(content)
+        harm(path, random.Random(1))
+        assert tokenize_documents(load_corpus(tmp_path / "a.txt"), tokenizer).to_dict() == expected
+        assert path.read_bytes() == content

@@ -46,6 +46,9 @@ def run(args: Namespace) -> None:
         ("tokenize", "gpt"): _run_tokenize_gpt,
     }[args.step, step.model]
     chosen = step[step.model]
+    from cottention.data.shards import check_corpus_directory
+
+    check_corpus_directory(chosen.output_dir)  # before text is read and hashed
     report = work(chosen)
     print(json.dumps(report.to_dict(), indent=2) if chosen.json else report.summary())
 

@@ -4,7 +4,10 @@ It looks at the installed versions, the processor and the GPUs, runs every imple
 example against `naive`, the equations themselves, and tells which one will be taken. Exit code 1 when something needs
 mending; an implementation that is missing is named with the reason and the remedy, and is no defect.
 
+With --model it compares a finished directory with the hashes that it was written with instead.
+
     cottention doctor --json
+    cottention doctor --model runs/bert
 """
 
 from __future__ import annotations
@@ -13,6 +16,7 @@ import json
 import platform
 from dataclasses import asdict, dataclass, field
 from importlib import metadata
+from pathlib import Path
 
 import jsonargparse
 
@@ -47,15 +51,34 @@ class Diagnosis:
 def build_parser() -> jsonargparse.ArgumentParser:
     """The flags of `cottention doctor`."""
     parser = new_parser("doctor", "Say what this machine can run, what is missing, and what to do about it.")
+    parser.add_argument(
+        "--model",
+        metavar="DIR",
+        help="only compare a model, a run or a corpus with the hashes that it was written with, file by file",
+    )
     parser.add_argument("--json", action="store_true", help="print the findings as one JSON object")
     return parser
 
 
 def run(args: jsonargparse.Namespace) -> int:
     """Examine and report; 1 when there is a problem."""
+    if args.model is not None:
+        return _compare(args)
     diagnosis = diagnose()
     print(json.dumps(asdict(diagnosis), indent=2) if args.json else _as_text(diagnosis))
     return 1 if diagnosis.problems else 0
+
+
+def _compare(args: jsonargparse.Namespace) -> int:
+    from cottention.cli._seals import compare
+
+    parts, problems = compare(Path(args.model).expanduser())
+    if args.json:
+        print(json.dumps({"parts": parts, "problems": problems}, indent=2))
+    else:
+        print("\n".join(f"{part}: {said}" for part, said in parts.items()))
+        print("\n".join(["", *(f"problem: {each}" for each in problems)]) if problems else "\nNothing is damaged.")
+    return 1 if problems else 0
 
 
 def diagnose() -> Diagnosis:

@@ -9,6 +9,7 @@ import itertools
 import json
 import shlex
 from collections.abc import Sequence
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import jsonargparse
@@ -20,6 +21,7 @@ from cottention.training.recipe_files import RecipeParser, find_recipe, read_rec
 
 if TYPE_CHECKING:
     from cottention.training.pretraining import PretrainResult
+    from cottention.training.recipe import Recipe
 
 _DESCRIPTION = """Pretrain a GPT (next token) or a BERT (masked tokens) by a recipe.
 
@@ -64,6 +66,7 @@ def run(args: jsonargparse.Namespace) -> int:
     """Train, then print where the model is and how good it is."""
     given = args[args.arch]
     recipe = recipe_from_dict(RECIPE_CLASSES[args.arch], given.as_dict())
+    _check_sources(recipe)
     from cottention.training.pretraining import pretrain  # seconds of torch, after the settings have been checked
 
     result = pretrain(recipe, output_dir=given.output_dir, overwrite=given.overwrite)
@@ -74,6 +77,20 @@ def run(args: jsonargparse.Namespace) -> int:
     elif result.model_dir is not None:
         print(_summary(args.arch, result))
     return result.exit_code
+
+
+def _check_sources(recipe: Recipe) -> None:
+    """Look for the text before seconds of torch.
+
+    Raises:
+        DataError: it is not there.
+    """
+    named = [recipe.data.source, recipe.data.validation]
+    for source in (one for each in named for one in (each if isinstance(each, list) else [each])):
+        if isinstance(source, str) and not source.startswith("sotu") and not Path(source).expanduser().exists():
+            from cottention.data.corpus import files_of  # which says what is there instead
+
+            files_of(source)
 
 
 def _summary(arch: str, result: PretrainResult) -> str:

@@ -17,11 +17,10 @@ from typing import Any
 import numpy as np
 import torch
 from datasets import Dataset, Features, List, Value
-from datasets.fingerprint import Hasher
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
-from cottention.data.arrow_cache import fingerprint_of, using_cache
+from cottention.data.arrow_cache import cached_map, fingerprint_of
 from cottention.errors import SettingsError
 
 _VERSION = 1  # part of the cache key: raise it when the same rows shall give other tokens
@@ -61,16 +60,7 @@ def encode_glue(rows: Dataset, tokenizer: PreTrainedTokenizerBase, max_length: i
     backend: Any = getattr(tokenizer, "backend_tokenizer")  # noqa: B009  # the base class does not declare it
     _set_free(backend)
     key = ["glue tokens", _VERSION, fingerprint_of(rows), backend.to_str(), max_length]
-    with using_cache():
-        encoded = rows.map(
-            _Encode(tokenizer, max_length),
-            batched=True,
-            batch_size=_ROWS_PER_BATCH,
-            remove_columns=[name for name in rows.column_names if name != "label"],
-            features=features,
-            new_fingerprint=Hasher.hash(key),
-            desc="Tokenising",
-        )
+    encoded = cached_map(rows, _Encode(tokenizer, max_length), features, key=key, batch_size=_ROWS_PER_BATCH)
     _set_free(backend)
     return EncodedRows(rows=encoded, num_cut=int(np.sum(encoded["was_cut"])))
 
@@ -82,13 +72,13 @@ def _set_free(backend: Any) -> None:
 
 
 class _Encode:
-    """The step of `datasets.map`."""
+    """The step of `cached_map`."""
 
     def __init__(self, tokenizer: PreTrainedTokenizerBase, max_length: int) -> None:
         self.tokenizer = tokenizer
         self.max_length = max_length
 
-    def __call__(self, batch: Mapping[str, list[str]]) -> dict[str, list[Any]]:
+    def __call__(self, batch: Mapping[str, list[Any]]) -> dict[str, Sequence[Any]]:
         has_pairs = any(batch["second"])
         found: Any = self.tokenizer(
             batch["first"],
@@ -101,6 +91,7 @@ class _Encode:
             "input_ids": found["input_ids"],
             "num_first": [encoding.type_ids.count(0) for encoding in found.encodings],
             "was_cut": [bool(encoding.overflowing) for encoding in found.encodings],
+            "label": batch.get("label", ()),
         }
 
 

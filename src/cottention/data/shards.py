@@ -129,6 +129,41 @@ def open_corpus(path: str | os.PathLike[str], *, kind: str | None = None) -> Cor
     return Corpus(path=folder, kind=found, manifest=manifest, dataset=dataset)
 
 
+def check_corpus(path: str | os.PathLike[str]) -> bool:
+    """Read all of a corpus and compare it with its hashes; False where an older version wrote it without.
+
+    Raises:
+        DataError: it is damaged, see `open_corpus`.
+    """
+    folder = Path(path).expanduser()
+    open_corpus(folder)
+    manifest = _read_json(folder / _MANIFEST)
+    _check_content(folder, manifest, afresh=True)
+    return _SEAL in manifest
+
+
+def check_corpus_directory(directory: str | os.PathLike[str]) -> None:
+    """Find out that a corpus can be written into a directory, before any text is read for it.
+
+    Raises:
+        DataError: it cannot be written, or holds something else.
+        InUseError: another build is at work there.
+    """
+    folder = Path(directory)
+    with contextlib.ExitStack() as held:
+        try:
+            held.enter_context(sole_writer(folder))
+        except OSError as error:
+            raise DataError(f"cannot write {folder}: {one_line(error)}") from error
+        _refuse_strangers(folder)
+
+
+def _refuse_strangers(folder: Path) -> None:
+    strange = [entry.name for entry in folder.iterdir() if not _is_ours(entry.name)]
+    if strange and not any((folder / name).is_file() for name in (_MANIFEST, _PROGRESS)):
+        raise DataError(f"{folder} is not empty (it holds {strange[0]!r}); choose another directory")
+
+
 class CorpusWriter:
     """Writes a corpus directory, or goes on with one.
 
@@ -236,9 +271,7 @@ class CorpusWriter:
             self._remove()
         state = next((name for name in (_MANIFEST, _PROGRESS) if (self.directory / name).is_file()), None)
         if state is None:
-            strange = [entry.name for entry in self.directory.iterdir() if not _is_ours(entry.name)]
-            if strange:
-                raise DataError(f"{self.directory} is not empty (it holds {strange[0]!r}); choose another directory")
+            _refuse_strangers(self.directory)
             return
         before = _read_json(self.directory / state)
         what = "holds a finished corpus" if state == _MANIFEST else "holds an interrupted build"
@@ -355,14 +388,20 @@ def _check_manifest(folder: Path, manifest: Mapping[str, Any]) -> None:
         )
 
 
-def _check_content(folder: Path, manifest: Mapping[str, Any]) -> None:
-    """Compare shards and tokenizer with their hashes; process 0 of a machine does it for all of them."""
+def _check_content(folder: Path, manifest: Mapping[str, Any], *, afresh: bool = False) -> None:
+    """Compare shards and tokenizer with their hashes; process 0 of a machine does it for all of them.
+
+    Args:
+        folder: the corpus.
+        manifest: what it should be.
+        afresh: read what was found whole before, too.
+    """
     if int(os.environ.get("LOCAL_RANK", "0")) > 0:
         return
     files = [(folder / shard["name"], shard) for shard in manifest["shards"] if "sha256" in shard]
     files += [(folder / _TOKENIZER / name, entry) for name, entry in manifest.get("tokenizer_files", {}).items()]
     sealed = [(path, entry["bytes"], entry["sha256"]) for path, entry in files]
-    damaged = first_damage(sealed, remember=datasets_cache() / "cottention-intact")
+    damaged = first_damage(sealed, remember=datasets_cache() / "cottention-intact", afresh=afresh)
     if damaged is not None:
         path, problem = damaged
         raise DataError(f"{path} is damaged: it {problem}; remove the directory and build the corpus again")

@@ -12,9 +12,7 @@ Columns of the result, one row per row of the corpus:
 
 from __future__ import annotations
 
-import contextlib
 import json
-import os
 from collections.abc import Iterator
 
 import numpy as np
@@ -23,7 +21,7 @@ from datasets import Dataset, Features, List, Value
 from datasets.fingerprint import Hasher
 from transformers import PreTrainedTokenizerBase
 
-from cottention.data.arrow_cache import fingerprint_of, using_cache
+from cottention.data.arrow_cache import cached_map, fingerprint_of
 from cottention.errors import DataError, did_you_mean
 
 _VERSION = 2  # part of the cache key: raise it when the same input shall give another output
@@ -55,19 +53,9 @@ def tokenize_documents(dataset: Dataset, tokenizer: PreTrainedTokenizerBase, num
     check_has_text(dataset)
     extra = [name for name in dataset.column_names if name not in ("text", "ends_document")]
     dataset = dataset.remove_columns(extra)
-    batch_size = _batch_size(dataset, 1000)
-    with _threads_of_tokenizers(num_proc), using_cache():
-        return dataset.map(
-            _Tokenize(tokenizer),
-            batched=True,
-            batch_size=batch_size,
-            writer_batch_size=batch_size,
-            num_proc=num_proc,
-            remove_columns=dataset.column_names,
-            features=TOKEN_FEATURES,
-            new_fingerprint=Hasher.hash(["tokens", _VERSION, fingerprint_of(dataset), _description_of(tokenizer)]),
-            desc="Tokenising",
-        )
+    key = ["tokens", _VERSION, fingerprint_of(dataset), _description_of(tokenizer)]
+    size = _batch_size(dataset, 1000)
+    return cached_map(dataset, _Tokenize(tokenizer), TOKEN_FEATURES, key=key, batch_size=size, num_proc=num_proc)
 
 
 def check_has_text(dataset: Dataset) -> None:
@@ -139,20 +127,6 @@ def _groups(texts: list[str]) -> Iterator[list[str]]:
         group.append(text)
         num_characters += len(text)
     yield group
-
-
-@contextlib.contextmanager
-def _threads_of_tokenizers(num_proc: int | None) -> Iterator[None]:
-    """Keep a tokenizer's own threads out of forked processes; it warns and may hang otherwise."""
-    before = os.environ.get("TOKENIZERS_PARALLELISM")
-    if num_proc is not None and num_proc > 1:
-        os.environ["TOKENIZERS_PARALLELISM"] = "false"
-    try:
-        yield
-    finally:
-        os.environ.pop("TOKENIZERS_PARALLELISM", None)
-        if before is not None:
-            os.environ["TOKENIZERS_PARALLELISM"] = before
 
 
 def _description_of(tokenizer: PreTrainedTokenizerBase) -> str:

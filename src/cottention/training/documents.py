@@ -56,19 +56,18 @@ def check_tokenizer(recipe: Recipe) -> None:
     if name == TRAINED:
         return
     tokenizer: Any = load_tokenizer(name)
+    if recipe.arch == "gpt" and tokenizer.eos_token_id is None:
+        raise SettingsError("the tokenizer has no end-of-text token (eos_token); documents cannot be told apart")
+    needed = ("cls_token", "sep_token", "pad_token") if recipe.arch == "bert" else ()
+    lacking = [token for token in needed if getattr(tokenizer, token) is None]
+    if lacking:
+        raise SettingsError(f"the tokenizer has no {', '.join(lacking)}; masked-language modelling needs BERT's tokens")
+    if recipe.arch == "bert" and tokenizer.mask_token_id is None:
+        raise SettingsError(f"a BERT needs a tokenizer with a mask token; {name!r} has none")
     if len(tokenizer) > recipe.model.vocab_size:
         raise SettingsError(
             f"model.vocab_size must be at least the tokenizer's {len(tokenizer)}; got {recipe.model.vocab_size}"
         )
-    if recipe.arch == "gpt":
-        if tokenizer.eos_token_id is None:
-            raise SettingsError("the tokenizer has no end-of-text token (eos_token); documents cannot be told apart")
-        return
-    lacking = [token for token in ("cls_token", "sep_token", "pad_token") if getattr(tokenizer, token) is None]
-    if lacking:
-        raise SettingsError(f"the tokenizer has no {', '.join(lacking)}; masked-language modelling needs BERT's tokens")
-    if tokenizer.mask_token_id is None:
-        raise SettingsError(f"a BERT needs a tokenizer with a mask token; {name!r} has none")
 
 
 def open_tokenizer(recipe: Recipe, train: Dataset, run_dir: Path | None) -> PreTrainedTokenizerBase:
