@@ -73,6 +73,10 @@ sanitize: $(VENV)/.stamp-test $(VENV)/.stamp-native ## run the tests of the nati
 	$(BIN)/python -c "$(IS_SANITIZED)" && \
 	    $(BIN)/python -m pytest -m "not slow" $(ARGS) $(wildcard tests/ops/test_native*.py) tests/ops/test_fuzz.py
 
+fuzz: $(VENV)/.stamp-test $(VENV)/.stamp-native ## try thousands of command lines and damaged model directories: EXAMPLES=2000
+	COTTENTION_FUZZ_EXAMPLES=$(or $(EXAMPLES),2000) OMP_NUM_THREADS=1 HF_HUB_OFFLINE=1 \
+	    $(BIN)/python -m pytest -m slow $(ARGS) tests/hostile/test_fuzz.py
+
 test-gpu: $(VENV)/.stamp-test ## run the tests that need a CUDA or HIP device
 	$(BIN)/python -m pytest -m "gpu and not slurm and not network and not peers" $(ARGS)
 

@@ -8,6 +8,7 @@ import os
 import signal
 import subprocess
 import sys
+import textwrap
 import time
 from pathlib import Path
 from types import ModuleType
@@ -90,6 +91,10 @@ def test_an_empty_argument_is_one_line(words: list[str], message: str, capsys) -
         (OSError(errno.ENOSPC, "No space left on device"), "No space left on device"),
         (OSError(errno.EROFS, "Read-only file system", "v.npy"), "v.npy: Read-only file system"),
         (OSError(errno.ENAMETOOLONG, "File name too long", "*"), "*: File name too long"),
+        (
+            UnicodeEncodeError("utf-8", "a\udcff", 1, 2, "surrogates not allowed"),
+            "names of files and texts must be UTF-8; got 'a\\udcff'",
+        ),
         (MemoryError(), "not enough memory; smaller batches or a smaller model need less (MemoryError)"),
         (
             RuntimeError(TORCH),
@@ -139,6 +144,22 @@ cli.entry_point()
     process.send_signal(signal.SIGINT)
     _, said = process.communicate(timeout=30)
     assert (process.returncode, said) == (130, "cottention: error: interrupted\n")
+
+
+def test_a_text_is_utf_8_whatever_the_locale() -> None:
+    """In a POSIX locale Python takes arguments for ASCII; bytes beyond it come as lone surrogates."""
+    code = """
+        from cottention.cli._inputs import text_of
+        print(ascii(text_of(sys.argv[1])), ascii(text_of("na\\udcff")), sys.getfilesystemencoding())
+    """
+    ran = subprocess.run(
+        [sys.executable, "-c", "import sys\n" + textwrap.dedent(code), "naïve 東京"],
+        env={**os.environ, "LC_ALL": "POSIX", "PYTHONCOERCECLOCALE": "0", "PYTHONUTF8": "0"},
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    assert ran.stdout.split() == ["'na\\xefve", "\\u6771\\u4eac'", "'na\\udcff'", "ascii"]
 
 
 def test_one_of_several_processes_says_what_is_wrong_and_torchrun_repeats_it(tmp_path: Path) -> None:

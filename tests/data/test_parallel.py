@@ -8,6 +8,7 @@ import signal
 
 import pytest
 
+from cottention.data import parallel
 from cottention.data.parallel import ordered_map
 from cottention.errors import CottentionError, DataError
 from tests.data.helpers import refusal
@@ -39,3 +40,13 @@ def test_mistakes_come_back_and_killed_processes_are_told():
     with pytest.raises(CottentionError) as error:
         list(ordered_map(work, range(66, 80), num_proc=2))
     assert "a worker process was killed" in refusal(error)
+
+
+def test_a_machine_without_shared_memory_is_one_line(monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(*_args: object) -> None:
+        raise OSError(38, "Function not implemented")
+
+    monkeypatch.setattr(parallel, "ProcessPoolExecutor", fail)
+    with pytest.raises(DataError, match="cannot start 2 processes: Function not implemented; they need a writable"):
+        list(ordered_map(str, [1], num_proc=2))
+    assert list(ordered_map(str, [1], num_proc=1)) == ["1"]

@@ -15,6 +15,7 @@ import socket
 import sys
 import time
 import traceback
+import warnings
 from dataclasses import dataclass
 from importlib import import_module
 from pathlib import Path
@@ -121,6 +122,8 @@ def _become(words: list[str], folder: Path, streams: list[Path], memory_bytes: i
             open(number, mode, encoding="utf-8", errors="backslashreplace", closefd=False)  # noqa: SIM115
             for number, mode in ((0, "r"), (1, "w"), (2, "w"))
         )
+        warnings.resetwarnings()  # pytest makes errors of them
+        warnings.simplefilter("ignore")
         os.chdir(folder)
         _forbid_network(folder)
         used = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()

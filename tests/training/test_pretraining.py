@@ -230,6 +230,12 @@ def losses_of(run_dir: Path) -> list[float]:
     return [line["loss" if "loss" in line else "val_loss"] for line in metrics_of(run_dir)]
 
 
+def test_a_directory_whose_name_is_not_utf_8_is_refused_before_anything_is_done(corpus: Path, tmp_path: Path) -> None:
+    with pytest.raises(SettingsError, match=r"must have a name in UTF-8; got '.*udcff'"):
+        pretrain(tiny_recipe("gpt", corpus), output_dir=tmp_path / "\udcff")
+    assert not list(tmp_path.iterdir())
+
+
 def test_a_run_of_the_other_architecture_is_refused(finished_gpt: Run, copied: Path, corpus: Path) -> None:
     with pytest.raises(SettingsError, match=r"holds a run of another recipe: arch \(gpt there, bert now\)"):
         pretrain(tiny_recipe("bert", corpus), output_dir=copied)

@@ -7,12 +7,24 @@ from __future__ import annotations
 
 import contextlib
 import json
+import os
 import sys
 from pathlib import Path
 
 from cottention.errors import DataError
 
 _MOST_BYTES = 256 << 20
+
+
+def text_of(word: str) -> str:
+    """A text that was given on the command line, read as UTF-8 whatever the locale.
+
+    Python keeps bytes that the locale does not know, in a POSIX locale all beyond ASCII, as lone surrogates.
+    """
+    try:
+        return os.fsencode(word).decode("utf-8")
+    except UnicodeError:
+        return word  # not UTF-8 either: whoever reads it says so
 
 
 def read_text(name: str) -> str:

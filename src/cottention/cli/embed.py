@@ -62,7 +62,7 @@ def run(args: Namespace) -> None:
 def _text(line: str, column: str, where: str) -> str:
     try:
         found = json.loads(line)
-    except ValueError:
+    except (ValueError, RecursionError):
         raise DataError(f"{where}: not JSON") from None
     text = found.get(column) if isinstance(found, dict) else None
     if not isinstance(text, str):

@@ -135,7 +135,7 @@ def _max_length(args: Namespace, run_dir: Path) -> int:
         return args.max_length
     try:
         return int(json.loads((run_dir / "metrics.json").read_text(encoding="utf-8"))["max_length"])
-    except (OSError, ValueError, KeyError, TypeError):
+    except (OSError, ValueError, KeyError, TypeError, RecursionError):
         return _DEFAULT_LENGTH
 
 

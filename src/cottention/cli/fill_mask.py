@@ -35,11 +35,11 @@ def build_parser() -> ArgumentParser:
 
 def run(args: Namespace) -> None:
     """Fill and print."""
-    from cottention.cli._inputs import read_lines
+    from cottention.cli._inputs import read_lines, text_of
 
     if bool(args.texts) == (args.file is not None):
         raise SettingsError("give either TEXT or --file FILE (- reads stdin)")
-    texts = read_lines(args.file) if args.file is not None else args.texts
+    texts = read_lines(args.file) if args.file is not None else [text_of(text) for text in args.texts]
 
     from time import perf_counter
 

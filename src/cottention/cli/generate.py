@@ -65,6 +65,7 @@ def run(args: Namespace) -> None:
     prompts = _prompts(args)
     _check(args, prompts)
 
+    from cottention.cli._inputs import text_of
     from cottention.generation import generate_text, load_model_and_tokenizer, load_state
 
     model, tokenizer = load_model_and_tokenizer(args.model, "causal-lm", device=args.device)
@@ -93,7 +94,7 @@ def run(args: Namespace) -> None:
                 repetition_penalty=args.repetition_penalty,
                 num_beams=args.num_beams,
                 seed=args.seed + number,
-                stop_strings=args.stop,
+                stop_strings=[text_of(stop) for stop in args.stop],
                 stream=streamed,
                 prefill_chunk=args.prefill_chunk,
                 state=state,
@@ -163,7 +164,7 @@ class _Streamed:
 
 
 def _prompts(args: Namespace) -> list[str]:
-    from cottention.cli._inputs import read_json_lines, read_lines, read_text
+    from cottention.cli._inputs import read_json_lines, read_lines, read_text, text_of
 
     sources = [source for source in (args.prompt, args.prompt_file) if source is not None]
     if len(sources) > 1 or (not sources and args.load_state is None):
@@ -171,7 +172,7 @@ def _prompts(args: Namespace) -> list[str]:
     if args.prompt_file is None:
         if args.each_line or args.json_lines:
             raise SettingsError(f"{'--each-line' if args.each_line else '--json-lines'} needs --prompt-file")
-        return [""] if args.prompt is None else args.prompt
+        return [""] if args.prompt is None else [text_of(prompt) for prompt in args.prompt]
     if args.each_line and args.json_lines:
         raise SettingsError("--each-line and --json-lines exclude each other")
     if args.json_lines or (args.prompt_file.endswith(".jsonl") and not args.each_line):

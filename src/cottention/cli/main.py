@@ -152,6 +152,11 @@ def _guarded(command: str, rest: Sequence[str]) -> int:
         _complain(command, one_line(str(error)))
     except BrokenPipeError:
         raise  # for `main`, which ends quietly
+    except UnicodeEncodeError as error:
+        # Python carries names of files that are not UTF-8; libraries in Rust do not.
+        if "surrogates not allowed" not in str(error):
+            raise
+        _complain(command, f"names of files and texts must be UTF-8; got {error.object[:200]!a}")
     except OSError as error:
         if error.errno is None:  # of a library, which means something else by it
             raise

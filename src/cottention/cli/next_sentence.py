@@ -35,14 +35,14 @@ def build_parser() -> ArgumentParser:
 
 def run(args: Namespace) -> None:
     """Score and print."""
-    from cottention.cli._inputs import read_lines
+    from cottention.cli._inputs import read_lines, text_of
 
     if bool(args.sentences) == (args.file is not None):
         raise SettingsError("give either two SENTENCEs or --file FILE (- reads stdin)")
     if args.file is None and len(args.sentences) != 2:
         raise SettingsError(f"give two SENTENCEs; got {len(args.sentences)}")
     if args.file is None:
-        pairs = [(args.sentences[0], args.sentences[1])]
+        pairs = [(text_of(args.sentences[0]), text_of(args.sentences[1]))]
     else:
         shown = "stdin" if args.file == "-" else args.file
         pairs = [_pair(line, f"{shown}, pair {number}") for number, line in enumerate(read_lines(args.file), start=1)]
@@ -59,7 +59,7 @@ def _pair(line: str, where: str) -> tuple[str, str]:
     if line.lstrip().startswith("{"):
         try:
             found = json.loads(line)
-        except ValueError:
+        except (ValueError, RecursionError):
             raise DataError(f"{where}: not JSON") from None
         first, second = found.get("first"), found.get("second")
         if not (isinstance(first, str) and isinstance(second, str)):

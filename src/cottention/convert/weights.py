@@ -13,6 +13,7 @@ from __future__ import annotations
 import pickle
 import re
 import struct
+import warnings
 import zipfile
 from dataclasses import dataclass
 from pathlib import Path
@@ -89,7 +90,9 @@ def load_pickle_of_primitives(path: Path) -> Any:
             _verify_checksums(path)
         else:
             check_legacy(path)
-        return torch.load(path, map_location="cpu", weights_only=True, mmap=is_zip)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # of pickle protocols that the restricted unpickler knows in part
+            return torch.load(path, map_location="cpu", weights_only=True, mmap=is_zip)
     except CottentionError:
         raise
     except pickle.UnpicklingError as error:

@@ -19,6 +19,7 @@ from itertools import islice
 from typing import Any, TypeVar
 
 from cottention.errors import DataError, SettingsError
+from cottention.files import one_line
 from cottention.stopping import leave_to_parent
 
 Task = TypeVar("Task")
@@ -48,7 +49,7 @@ def ordered_map(
         return
     pending: deque[Future[Result]] = deque()
     rest = iter(tasks)
-    pool = ProcessPoolExecutor(num_proc, multiprocessing.get_context("spawn"), _start_worker, (work,))
+    pool = _new_pool(num_proc, work)
     try:
         pending.extend(pool.submit(_work, task) for task in islice(rest, num_proc * _IN_FLIGHT))
         while pending:
@@ -61,6 +62,15 @@ def ordered_map(
         ) from error
     finally:
         pool.shutdown(cancel_futures=True)
+
+
+def _new_pool(num_proc: int, work: Callable[[Any], Any]) -> ProcessPoolExecutor:
+    try:
+        return ProcessPoolExecutor(num_proc, multiprocessing.get_context("spawn"), _start_worker, (work,))
+    except OSError as error:  # of the semaphores between the processes
+        raise DataError(
+            f"cannot start {num_proc} processes: {one_line(error)}; they need a writable /dev/shm, num_proc=1 does not"
+        ) from error
 
 
 _callable: Callable[[Any], Any]

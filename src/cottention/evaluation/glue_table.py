@@ -98,7 +98,7 @@ def _read(path: Path) -> dict[str, Any]:
         metrics = json.loads(path.read_text(encoding="utf-8"))
         if metrics["task"] not in GLUE_TASKS or not metrics["seeds"]:
             raise ValueError
-    except (ValueError, KeyError, TypeError) as error:
+    except (ValueError, KeyError, TypeError, RecursionError) as error:
         raise DataError(f"{path} is not what `cottention finetune` writes") from error
     return metrics
 

@@ -121,6 +121,10 @@ def pretrain(
     """
     if not str(output_dir):
         raise SettingsError("the output directory must have a name; got ''")
+    try:
+        str(output_dir).encode()
+    except UnicodeEncodeError:  # tokenizers and safetensors write no other
+        raise SettingsError(f"the output directory must have a name in UTF-8; got {str(output_dir)!a}") from None
     run_dir = Path(output_dir)
     arguments = training_arguments(recipe, run_dir)
     with ExitStack() as held:

@@ -230,7 +230,7 @@ def _read(run_dir: Path, settings: QuickstartSettings) -> dict[str, Any] | None:
     try:
         record = json.loads(path.read_text(encoding="utf-8"))
         there, _ = dict(record["settings"]), (dict(record["fitted"]), record["report"])
-    except (ValueError, KeyError, TypeError) as error:
+    except (ValueError, KeyError, TypeError, RecursionError) as error:
         raise SettingsError(f"{path} is damaged; {_REMEDY}") from error
     for name, value in dataclasses.asdict(settings).items():
         if there.get(name) != value:
