@@ -27,6 +27,8 @@ class Case:
     cu_seqlens: Tensor | None = None
     initial_state: CosineState | None = None
     output_final_state: bool = False
+    log_decay: Tensor | None = None
+    beta: Tensor | None = None
 
     def to(self, dtype: torch.dtype) -> Case:
         """The same values in another dtype (states in the dtype that goes with it)."""
@@ -41,7 +43,13 @@ class Case:
             v=self.v.to(dtype),
             norm_const=norm_const,
             initial_state=state,
+            log_decay=None if self.log_decay is None else self.log_decay.to(_wide(dtype)),
+            beta=None if self.beta is None else self.beta.to(dtype),
         )
+
+
+def _wide(dtype: torch.dtype) -> torch.dtype:
+    return torch.float64 if dtype == torch.float64 else torch.float32
 
 
 def make_case(
@@ -58,14 +66,22 @@ def make_case(
     with_state: bool = False,
     output_final_state: bool = False,
     norm_const: bool = True,
+    log_decay: float | None = None,
+    beta: bool = False,
     seed: int = 0,
 ) -> Case:
-    """A random call. `mask`: right, left, holes, empty_row; `lengths` packs sequences of these lengths into one row."""
+    """A random call. `mask`: right, left, holes, empty_row; `lengths` packs sequences of these lengths into one row.
+
+    `log_decay` is the strongest one; a third of the tokens forget nothing. Of beta some are 0 and some 1.
+    """
     generator = torch.Generator().manual_seed(seed)
 
     def randn(*shape: int) -> Tensor:
         # values that float16 and bfloat16 hold exactly, so that every dtype is given the same numbers
         return torch.randn(*shape, generator=generator).to(torch.bfloat16).clamp(-4, 4).to(torch.float64)
+
+    def rand(*shape: int) -> Tensor:
+        return torch.rand(*shape, generator=generator).to(torch.bfloat16).to(torch.float64)
 
     cu_seqlens = None
     if lengths is not None:
@@ -87,6 +103,8 @@ def make_case(
         cu_seqlens,
         state,
         output_final_state,
+        None if log_decay is None else log_decay * (1.5 * rand(B, T, H) - 0.5).clamp(min=0),
+        (1.4 * rand(B, T, H) - 0.2).clamp(0, 1).to(torch.bfloat16).to(torch.float64) if beta else None,
     )
 
 
@@ -111,6 +129,10 @@ def run(case: Case, implementation: str, **options: Any) -> dict[str, Tensor]:
         leaves["dnorm_const"] = case.norm_const
     if case.initial_state is not None:
         leaves["dkv"] = case.initial_state.kv
+    if case.log_decay is not None:
+        leaves["dlog_decay"] = case.log_decay
+    if case.beta is not None:
+        leaves["dbeta"] = case.beta
     leaves = {name: x.detach().clone().requires_grad_() for name, x in leaves.items()}
     state = case.initial_state
     o, final = cosine_attention(
@@ -123,6 +145,8 @@ def run(case: Case, implementation: str, **options: Any) -> dict[str, Tensor]:
         cu_seqlens=case.cu_seqlens,
         initial_state=None if state is None else CosineState(leaves["dkv"], state.seen),
         output_final_state=case.output_final_state,
+        log_decay=leaves.get("dlog_decay"),
+        beta=leaves.get("dbeta"),
         implementation=implementation,
         **options,
     )

@@ -13,6 +13,7 @@ import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from typing import Any
 
 import pytest
 import torch
@@ -240,7 +241,7 @@ def attend(call: Call, given: Arguments, implementation: str) -> dict[str, Tenso
     if state is not None:
         leaves["dkv"] = state.kv
     leaves = {name: x.detach().requires_grad_() for name, x in leaves.items()}  # the same memory, strides and all
-    options = {} if implementation == "naive" else {"chunk_size": call.chunk_size}
+    options: dict[str, Any] = {} if implementation == "naive" else {"chunk_size": call.chunk_size}
     o, final = cosine_attention(
         leaves["dq"],
         leaves["dk"],

@@ -34,6 +34,8 @@ IMPLEMENTATIONS = {
     "triton": partial(attend, "triton", triton.cut),
 }
 
+_GATED = ("naive", "chunk")  # those that take log_decay and beta
+
 _logger = get_logger(__name__)
 
 
@@ -48,6 +50,8 @@ def cosine_attention(
     cu_seqlens: Int[Tensor, " N+1"] | None = None,
     initial_state: CosineState | None = None,
     output_final_state: bool = False,
+    log_decay: Float[Tensor, "B T H"] | None = None,
+    beta: Float[Tensor, "B T H"] | None = None,
     chunk_size: int | None = None,
     implementation: str = "auto",
 ) -> tuple[Float[Tensor, "B T H V"], CosineState | None]:
@@ -56,21 +60,20 @@ def cosine_attention(
     causal:         o_t = sum_{j <= t} (q_hat_t . k_hat_j) v_j / max(c_j ** sigmoid(m), 1)
     bidirectional:  o_t = sum_j        (q_hat_t . k_hat_j) v_j / max(n ** sigmoid(m), 1)
 
+    With log_decay or beta, a = exp(log_decay), v' = v / max(c ** sigmoid(m), 1) (the count does not decay):
+
+    log_decay:      S_t = a_t S_{t-1} + k_hat_t v'_t^T                                         o_t = S_t^T q_hat_t
+    beta:           S_t = a_t (I - beta_t k_hat_t k_hat_t^T) S_{t-1} + beta_t k_hat_t v'_t^T    (the delta rule)
+    bidirectional:  o_t = sum_j exp(-|G_t - G_j|) (q_hat_t . k_hat_j) v'_j,  G the running sum of log_decay
+
     q_hat and k_hat are q and k divided by their L2 norm, c_j counts the real tokens up to j, n all real tokens of
     the sequence. There is no softmax, no 1/sqrt(K) and no dropout. States and sums are float32 (float64 for float64
     inputs). Under autocast q, k and v are taken in the autocast dtype, as scaled_dot_product_attention takes them
     (float64 stays).
 
-    Differentiable in q, k, v, norm_const and initial_state.kv, any number of times, in forward mode and under
-    torch.func. Beyond first gradients every implementation but "naive" is computed by autograd over a chunked form in
-    plain operators: in O(T) memory, which holds some multiple of what a first gradient needs.
-
-    What is not finite: padding may hold NaN and inf, in inputs and in incoming gradients. At real tokens they stay in
-    their row and head, but a NaN or inf in the future of a causal call also reaches tokens before it, as in
-    scaled_dot_product_attention: a score of zero times NaN is NaN. How far back depends on the implementation.
-
-    Bits: calls are deterministic. With "native" and "chunk" on a CPU a row's results do not depend on the rest of the
-    batch ("chunk": where K V is a multiple of 16); with "native" they may depend on the number of threads.
+    Differentiable in q, k, v, norm_const, initial_state.kv, log_decay and beta, any number of times, in forward mode
+    and under torch.func. Beyond first gradients every implementation but "naive" is computed by autograd over a chunked
+    form in plain operators: in O(T) memory, which holds some multiple of what a first gradient needs.
 
     Args:
         q: queries `[B, T, H, K]`; float64, float32, bfloat16 or float16; any strides.
@@ -85,6 +88,10 @@ def cosine_attention(
             computed as if alone. Excludes attention_mask.
         initial_state: `CosineState(kv, seen)` of each of the B (or N) sequences; causal only. None: nothing seen yet.
         output_final_state: also return the state after the last token; causal only.
+        log_decay: `[B, T, H]` float32 (any strides; an expanded `[H]` does), at most 0: the logarithm of what each head
+            keeps of its state at each token. Padded tokens neither forget nor write. None: everything is kept.
+        beta: `[B, T, H]`, from 0 to 1: how far the state is overwritten in the direction of k_hat; causal only. None:
+            nothing is erased.
         chunk_size: tokens per tile of the chunked form, any; None chooses. It changes speed and memory, not results.
         implementation: "auto", or a name of `cottention.ops.IMPLEMENTATIONS`, which runs or raises, never falls back.
     Returns:
@@ -106,8 +113,11 @@ def cosine_attention(
         initial_state=initial_state,
         output_final_state=output_final_state,
         chunk_size=chunk_size,
+        log_decay=log_decay,
+        beta=beta,
     )
-    name = choose_implementation(implementation, q, v)
+    is_gated = log_decay is not None or beta is not None
+    name = choose_implementation(implementation, q, v, is_gated=is_gated)
     options = {} if name == "naive" else {"chunk_size": chunk_size}
     return IMPLEMENTATIONS[name](
         q,
@@ -119,18 +129,22 @@ def cosine_attention(
         cu_seqlens=cu_seqlens,
         initial_state=initial_state,
         output_final_state=output_final_state,
+        log_decay=log_decay,
+        beta=beta,
         **options,
     )
 
 
-def choose_implementation(implementation: str, q: Tensor, v: Tensor) -> str:
+def choose_implementation(implementation: str, q: Tensor, v: Tensor, *, is_gated: bool = False) -> str:
     """The name of the implementation that runs for such tensors; one that was asked for by name is never replaced.
 
     Raises:
-        ValueError: there is no implementation of that name.
+        ValueError: there is no implementation of that name, or it has no decay and erase (is_gated).
     """
     if implementation == "auto":
-        if q.is_cuda:
+        if is_gated:
+            name = "chunk"
+        elif q.is_cuda:
             name = "triton" if triton.why_not(q.device, q.dtype, q.shape[3], v.shape[3]) is None else "chunk"
         else:
             name = "native" if suits_native(q) else "chunk"
@@ -142,4 +156,8 @@ def choose_implementation(implementation: str, q: Tensor, v: Tensor) -> str:
         hint = f"; did you mean {close[0]!r}?" if close else ""
         known = ", ".join(["auto", *IMPLEMENTATIONS])
         raise ValueError(f"implementation must be one of {known}; got {implementation!r}{hint}")
+    if is_gated and implementation not in _GATED:
+        raise ValueError(
+            f"implementation must be one of auto, {', '.join(_GATED)} with log_decay or beta; got {implementation!r}"
+        )
     return implementation

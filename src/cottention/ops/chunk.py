@@ -24,6 +24,8 @@ from torch import Tensor
 
 from cottention.ops.autocast import without_autocast
 from cottention.ops.dispatch import num_saved
+from cottention.ops.gated import gated as gated
+from cottention.ops.gated import gated_backward as gated_backward
 from cottention.ops.grid import ChunkGrid
 from cottention.ops.segments import (
     Divisor,

@@ -1,4 +1,4 @@
-"""The operation as one pair of operators, `cottention::causal` and `cottention::bidirectional`, beside the step.
+"""The operation as operators, `cottention::causal`, `bidirectional` and `gated` (decay, erase), beside the step.
 
 Each takes the name of the implementation whose kernels run: one schema, one description of shapes for tracing and one
 rule for gradients serve chunk, native and triton alike. An implementation is a function `cut`, which says how a call is
@@ -13,7 +13,7 @@ tangents, and a backward whose result is to be differentiated again (create_grap
 from __future__ import annotations
 
 from collections.abc import Callable
-from functools import cache
+from functools import cache, partial
 from importlib import import_module
 from typing import Any
 
@@ -21,6 +21,8 @@ import torch
 from torch import Tensor
 
 from cottention.ops.derivatives import is_transformed, plain_gradients, wants_gradient
+from cottention.ops.gated import plain_gated
+from cottention.ops.layouts import CHUNK_SIZE
 from cottention.ops.plain import plain_bidirectional, plain_causal, plain_step
 from cottention.ops.state import CosineState, accumulation_dtype
 
@@ -34,6 +36,7 @@ _HOMES = {
 _operators = torch.library.Library("cottention", "FRAGMENT")
 _INPUTS = "Tensor q, Tensor k, Tensor v, Tensor? norm_const, Tensor? mask, Tensor? cu_seqlens"
 _STATE = "Tensor? kv, Tensor? seen"
+_GATES = "Tensor? log_decay, Tensor? beta"
 # segment_tokens: backward keeps the states between segments of so many tokens; -1: sequences are whole, 0: no states
 _CUTS = "SymInt chunk_size, SymInt segment_tokens"
 _TOKEN = "Tensor q, Tensor k, Tensor v, Tensor? norm_const, Tensor? real"
@@ -43,6 +46,9 @@ _SCHEMAS = {
     " -> (Tensor, Tensor, Tensor, Tensor, Tensor)",
     "bidirectional": f"({_INPUTS}, {_CUTS}) -> (Tensor, Tensor)",
     "bidirectional_backward": f"(Tensor grad, {_INPUTS}, Tensor saved, {_CUTS}) -> (Tensor, Tensor, Tensor, Tensor)",
+    "gated": f"({_INPUTS}, {_STATE}, {_GATES}, bool causal, SymInt chunk_size) -> (Tensor, Tensor, Tensor)",
+    "gated_backward": f"(Tensor grad, Tensor? grad_kv, {_INPUTS}, {_STATE}, {_GATES}, bool causal, SymInt chunk_size)"
+    " -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)",
     "step": f"({_TOKEN}, {_STATE}) -> (Tensor, Tensor, Tensor)",
     "step_": f"({_TOKEN}, Tensor(a!) kv, Tensor(b!) seen) -> Tensor",
 }
@@ -62,8 +68,14 @@ def attend(
     initial_state: CosineState | None = None,
     output_final_state: bool = False,
     chunk_size: int | None = None,
+    log_decay: Tensor | None = None,  # [B, T, H]
+    beta: Tensor | None = None,  # [B, T, H]
 ) -> tuple[Tensor, CosineState | None]:
     """A call of an implementation: the numbers of `naive`. For the arguments see `cosine_attention`."""
+    if log_decay is not None or beta is not None:
+        inputs = (q, k, v, norm_const, attention_mask, cu_seqlens, *(initial_state or (None, None)), log_decay, beta)
+        o, *state = torch.ops.cottention.gated.default(implementation, *inputs, causal, chunk_size or CHUNK_SIZE)
+        return o, CosineState(*state) if output_final_state else None
     has_states = initial_state is not None or output_final_state
     cuts = cut(q, k, v, causal=causal, cu_seqlens=cu_seqlens, has_states=has_states, chunk_size=chunk_size)
     inputs = (q, k, v, norm_const, attention_mask, cu_seqlens)
@@ -157,6 +169,18 @@ def _gradients_like(q: Tensor, k: Tensor, v: Tensor, norm_const: Tensor | None) 
     return q.new_empty(q.shape), k.new_empty(k.shape), v.new_empty(v.shape), dm
 
 
+@_shapes_of("gated")
+def _(_, q, k, v, norm_const, mask, cu_seqlens, *others):
+    N = _num_sequences(q, cu_seqlens)
+    return q.new_empty((*q.shape[:3], v.shape[3])), _states_like(q, v, N), q.new_empty(N, dtype=torch.int64)
+
+
+@_shapes_of("gated_backward")
+def _(_, grad, grad_kv, q, k, v, norm_const, mask, cu_seqlens, kv, seen, log_decay, beta, *others):
+    rest = (_nothing_like(q) if x is None else x.new_empty(x.shape) for x in (kv, log_decay, beta))
+    return *_gradients_like(q, k, v, norm_const), *rest
+
+
 @_shapes_of("step")
 def _(_, q, k, v, norm_const, real, kv, seen):
     B = q.shape[0]
@@ -228,6 +252,44 @@ class _Bidirectional(torch.autograd.Function):
         return None, *found, None, None
 
 
+class _Gated(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, *inputs: Any) -> tuple[Tensor, ...]:
+        ctx.implementation, *tensors, ctx.causal, ctx.chunk_size = inputs
+        ctx.save_for_backward(*tensors)
+        outputs = below_autograd(torch.ops.cottention.gated.default, *inputs)
+        ctx.mark_non_differentiable(*(outputs[2:] if ctx.causal else outputs[1:]))
+        ctx.set_materialize_grads(False)
+        return outputs
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor | None, grad_kv: Tensor | None, *_: Any) -> tuple[Any, ...]:
+        tensors = ctx.saved_tensors
+        if grad is None and grad_kv is None:
+            return (None,) * 13
+        if torch.is_grad_enabled() or is_transformed(grad, grad_kv, *tensors):
+            plain = partial(plain_gated, causal=ctx.causal, chunk_size=ctx.chunk_size)
+            found = plain_gradients(plain, tensors, (grad, grad_kv), ctx.needs_input_grad[1:])
+        else:
+            q, v = tensors[0], tensors[2]
+            if grad is None:
+                grad = q.new_zeros((*q.shape[:3], v.shape[3]))
+            gradients = torch.ops.cottention.gated_backward.default(
+                ctx.implementation, grad, grad_kv, *tensors, ctx.causal, ctx.chunk_size
+            )
+            dq, dk, dv, *others = gradients
+            dm, dkv, dlog_decay, dbeta = (
+                None if tensors[i] is None else x for i, x in zip((3, 6, 8, 9), others, strict=True)
+            )
+            found = (dq, dk, dv, dm, None, None, dkv, None, dlog_decay, dbeta)
+        return None, *found, None, None
+
+
+def _through_plain_gated(_: str, *inputs: Any) -> tuple[Tensor, ...]:
+    *tensors, causal, chunk_size = inputs
+    return plain_gated(*tensors, causal=causal, chunk_size=chunk_size)
+
+
 def _through_plain_causal(_: str, *inputs: Any) -> tuple[Tensor, ...]:
     o, kv, seen = plain_causal(*inputs[:8])
     nothing = _nothing_like(o)
@@ -260,4 +322,5 @@ def _differentiate(name: str, plain: Callable[..., Any], function: type[torch.au
 
 _differentiate("causal", _through_plain_causal, _Causal)
 _differentiate("bidirectional", _through_plain_bidirectional, _Bidirectional)
+_differentiate("gated", _through_plain_gated, _Gated)
 _differentiate("step", _through_plain_step, None)

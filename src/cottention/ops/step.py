@@ -30,10 +30,15 @@ def cosine_attention_step(
     *,
     attention_mask: Tensor | None = None,
     in_place: bool = False,
+    log_decay: Tensor | None = None,
+    beta: Tensor | None = None,
+    state_indices: Tensor | None = None,
 ) -> tuple[Tensor, CosineState]:
     """One token of causal cosine attention in O(K V) time, whatever came before.
 
     S_t = S_{t-1} + k_hat_t (v_t / max(c_t ** sigmoid(m), 1))^T;  o_t = S_t^T q_hat_t
+
+    and with log_decay and beta as in `cosine_attention`.
 
     Each step rounds the state once, and a state has no room for what that loses: in float32 it is off by 1e-6 of its
     largest entry after 1,000 tokens, 1e-5 after 100,000 and 3e-5 after a million. Where that is too much, give
@@ -48,6 +53,10 @@ def cosine_attention_step(
         attention_mask: `[B]` or `[B, 1]`, 1 = real; a padded row gives 0 and keeps its state. None: all real.
         in_place: write the new state over `state`, which is returned; for decoding loops that own it. Not where a
             derivative is wanted.
+        log_decay: `[B, H]` or `[B, 1, H]` float32, at most 0.
+        beta: like log_decay, from 0 to 1, in any float dtype.
+        state_indices: `[B]` int64, all different. `state` is then a pool of any number of states: those rows of it are
+            read and written over, as by `in_place`, and the pool is returned.
     Returns:
         Output in q's dtype and shape (V for K), and the new state.
     Raises:
@@ -56,15 +65,25 @@ def cosine_attention_step(
     Source: arXiv 2409.18747, section 3 (recurrent form). Differs: the count is kept per sequence and skips padding.
     """
     q, k, v = as_autocast_would(q, k, v)
-    norm_const = check_step_arguments(q, k, v, norm_const, state, attention_mask)
-    inputs = (q, k, v, norm_const, *(state or ()))
+    norm_const = check_step_arguments(q, k, v, norm_const, state, attention_mask, log_decay, beta, state_indices)
+    inputs = (q, k, v, norm_const, *(state or ()), log_decay, beta)
     is_differentiated = wants_gradient(*inputs) or is_transformed(*inputs)
-    if in_place and (state is None or is_differentiated):
+    if (in_place or state_indices is not None) and (state is None or is_differentiated):
+        name = "in_place" if in_place else "state_indices"
         found = "state=None" if state is None else "inputs that require a gradient, have a tangent or are transformed"
-        raise ValueError(f"in_place needs a state to write over and no gradient; got {found}")
-    implementation = None if is_differentiated else _fused_implementation(q, v)
+        raise ValueError(f"{name} needs a state to write over and no gradient; got {found}")
+    if state_indices is not None and state is not None:
+        rows = state.index_select(state_indices)
+        o, new = cosine_attention_step(
+            q, k, v, norm_const, rows, attention_mask=attention_mask, in_place=True, log_decay=log_decay, beta=beta
+        )
+        state.kv.index_copy_(0, state_indices.to(torch.int64), new.kv)
+        state.seen.index_copy_(0, state_indices.to(torch.int64), new.seen)
+        return o, state
+    is_plain = is_differentiated or log_decay is not None or beta is not None
+    implementation = None if is_plain else _fused_implementation(q, v)
     if implementation is None:
-        o, new = plain_step(q, k, v, norm_const, state, attention_mask)
+        o, new = plain_step(q, k, v, norm_const, state, attention_mask, log_decay, beta)
     else:
         real = None if attention_mask is None else attention_mask.reshape(-1).to(torch.bool)
         o, new = _fused_step(implementation, q, k, v, norm_const, real, state, in_place)

@@ -29,6 +29,8 @@ def check_arguments(
     initial_state: CosineState | None,
     output_final_state: bool,
     chunk_size: int | None,
+    log_decay: Tensor | None = None,
+    beta: Tensor | None = None,
 ) -> Tensor | None:
     """Check everything that `cosine_attention` promises about its arguments; returns norm_const as `[H]`."""
     _check_qkv(q, k, v, num_dims=4)
@@ -60,11 +62,27 @@ def check_arguments(
         raise ValueError(f"{name} needs causal=True: bidirectional attention has no running state; got causal=False")
     if initial_state is not None:
         _check_state(initial_state, (num_sequences, H, K, V), q, "initial_state")
+    if not causal and beta is not None:
+        raise ValueError("beta needs causal=True: what erases what has no order otherwise; got causal=False")
+    if log_decay is not None:
+        if S != T:
+            raise ValueError(f"log_decay needs k and v with as many tokens as q; got T={T} for q and T={S} for k and v")
+        _check_log_decay(log_decay, [(B, T, H)], "[B, T, H]", q)
+    if beta is not None:
+        _check_gate(beta, [(B, T, H)], "[B, T, H]", q, "beta")
     return _check_norm_const(norm_const, H, q)
 
 
 def check_step_arguments(
-    q: Tensor, k: Tensor, v: Tensor, norm_const: Tensor | None, state: CosineState | None, attention_mask: Tensor | None
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    norm_const: Tensor | None,
+    state: CosineState | None,
+    attention_mask: Tensor | None,
+    log_decay: Tensor | None = None,
+    beta: Tensor | None = None,
+    state_indices: Tensor | None = None,
 ) -> Tensor | None:
     """Check the arguments of `cosine_attention_step`; returns norm_const as `[H]`."""
     num_dims = 4 if isinstance(q, Tensor) and q.dim() == 4 else 3
@@ -78,8 +96,15 @@ def check_step_arguments(
                 f"attention_mask must have shape [B] or [B, 1] = [{B}, 1]; got {list(attention_mask.shape)}"
             )
         _check_mask(attention_mask.reshape(B, -1), (B, 1), "[B, 1]")
+    num_rows = B
+    if state_indices is not None:
+        num_rows = _check_state_indices(state_indices, state, B, q)
     if state is not None:
-        _check_state(state, (B, H, K, V), q, "state")
+        _check_state(state, (num_rows, H, K, V), q, "state")
+    if log_decay is not None:
+        _check_log_decay(log_decay, [(B, H), (B, 1, H)], "[B, H] or [B, 1, H]", q)
+    if beta is not None:
+        _check_gate(beta, [(B, H), (B, 1, H)], "[B, H] or [B, 1, H]", q, "beta")
     return _check_norm_const(norm_const, H, q)
 
 
@@ -179,6 +204,56 @@ def _check_state(state: CosineState, shape: tuple[int, int, int, int], q: Tensor
         raise TypeError(f"{name}.seen must be int64; got {_dtype_name(seen)}")
     _check_device(kv, f"{name}.kv", q)
     _check_device(seen, f"{name}.seen", q)
+
+
+def _check_gate(gate: Tensor, shapes: list[tuple[int, ...]], layout: str, q: Tensor, name: str) -> None:
+    if not isinstance(gate, Tensor):
+        raise TypeError(f"{name} must be a tensor or None; got {type(gate).__name__}")
+    if tuple(gate.shape) not in shapes:
+        raise ValueError(f"{name} must have shape {layout} = {list(shapes[0])}; got {list(gate.shape)}")
+    if gate.dtype not in FLOAT_DTYPES:
+        raise TypeError(f"{name} must be floating point; got {_dtype_name(gate)}")
+    _check_device(gate, name, q)
+
+
+def _check_log_decay(log_decay: Tensor, shapes: list[tuple[int, ...]], layout: str, q: Tensor) -> None:
+    _check_gate(log_decay, shapes, layout, q, "log_decay")
+    if log_decay.dtype not in (torch.float32, torch.float64):
+        raise TypeError(f"log_decay must be float32, because its sums are exponents; got {_dtype_name(log_decay)}")
+    if _can_be_read(log_decay):
+        # one number for all that an expanded view repeats
+        own = log_decay.detach()[tuple(slice(0, 1 if stride == 0 else None) for stride in log_decay.stride())]
+        if own.numel() and (largest := own.max().item()) > 0:
+            raise ValueError(f"log_decay must be at most 0, a logarithm of what is kept; got {largest}")
+
+
+def _can_be_read(x: Tensor) -> bool:
+    """Whether its values are there, and reading them waits for no device."""
+    if torch.compiler.is_compiling() or x.device.type != "cpu" or torch._C._are_functorch_transforms_active():
+        return False
+    return type(x) in (Tensor, torch.nn.Parameter)
+
+
+def _check_state_indices(indices: Tensor, state: CosineState | None, B: int, q: Tensor) -> int:
+    """Number of states in the pool. That rows differ and exist is seen on the CPU alone."""
+    if not isinstance(indices, Tensor):
+        raise TypeError(f"state_indices must be a tensor or None; got {type(indices).__name__}")
+    if state is None:
+        raise ValueError("state_indices needs the state that it names rows of; got state=None")
+    if tuple(indices.shape) != (B,):
+        raise ValueError(f"state_indices must have shape [B] = [{B}]; got {list(indices.shape)}")
+    if indices.dtype not in (torch.int32, torch.int64):
+        raise TypeError(f"state_indices must be int64; got {_dtype_name(indices)}")
+    _check_device(indices, "state_indices", q)
+    num_states = len(state[0])
+    if _can_be_read(indices):
+        rows = indices.tolist()
+        for row in rows:
+            if not 0 <= row < num_states:
+                raise ValueError(f"state_indices must lie from 0 to {num_states - 1}, the rows of state; got {row}")
+        if len(set(rows)) != len(rows):
+            raise ValueError(f"state_indices must name each row once; got {rows}")
+    return num_states
 
 
 def _check_device(x: Tensor, name: str, q: Tensor) -> None:
