@@ -92,9 +92,9 @@ class _Call:
 
     def backwards(self) -> tuple[Padded | Packed, Tokens]:
         """The tokens in reverse. A token forgets there what the one after it forgot here; the last one has nothing."""
-        tokens = self.tokens._replace(log_decay=self.tokens.log_decay.roll(-1, 1))
-        cu_seqlens = None if self._cu_seqlens is None else tokens.q.shape[1] - self._cu_seqlens.flip(0)
-        turned = tokens.each(lambda x: x.flip(1))
+        q, k, v, log_decay, beta = self.tokens
+        cu_seqlens = None if self._cu_seqlens is None else q.shape[1] - self._cu_seqlens.flip(0)
+        turned = Tokens(q, k, v, log_decay.roll(-1, 1), beta).each(lambda x: x.flip(1))
         return layout_of(turned.q, cu_seqlens, self._chunk_size), turned
 
 
