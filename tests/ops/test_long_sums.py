@@ -132,6 +132,12 @@ def test_a_bfloat16_call_adds_to_a_large_state_without_loss(instruction_set: Non
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("form", _FORMS)
+def test_chunk_keeps_its_digits_over_a_million_tokens(form: str) -> None:
+    _check(form, 1_000_000, same_tokens=False, implementation="chunk")
+
+
+@pytest.mark.slow
 @_every_set
 @pytest.mark.parametrize("num_threads", [1, 3])
 @pytest.mark.parametrize("form", _FORMS)

@@ -132,6 +132,7 @@ class StateScan:
         self._grid, self._backward, self._boundary = grid, backward, boundary
         self.reached = reached.zero_() if boundary is None else reached.copy_(boundary)
         self.carry = reached if not grid.is_packed else reached.new_zeros(1, *reached.shape[1:])
+        self._lost = torch.zeros_like(self.carry)
 
     def __call__(self, chunk_states: Tensor, a: int, b: int) -> Tensor:
         """Sums before (backward: after) each of the chunks a to b, `[R, H, G, K, V]`, from their own states."""
@@ -142,17 +143,27 @@ class StateScan:
             triangle = grid.same_sequence(a, b, chunk_states.dtype)
             triangle = triangle.triu_(1) if self._backward else triangle.tril_(-1)
             sums = (triangle @ chunk_states.flatten(3)).view_as(chunk_states)
+        rim = 0 if self._backward else G - 1
+        own = sums[:, :, rim] + chunk_states[:, :, rim]
         cut = grid.run_length(a, b, backward=self._backward)  # chunks that continue the sequence cut at the rim
         continuing = slice(G - cut, G) if self._backward else slice(0, cut)
         sums[:, :, continuing] += self.carry[:, :, None]
         if self._boundary is not None and cut < G:
             fresh = slice(0, G - cut) if self._backward else slice(cut, G)
             sums[:, :, fresh] += grid.spread(self._boundary, a, b)[:, :, fresh]
-        rim = 0 if self._backward else G - 1
-        self.carry = sums[:, :, rim] + chunk_states[:, :, rim]
+        if cut == G and own.dtype == torch.float32:
+            self._add_to_carry(own)
+        else:
+            self.carry, self._lost = sums[:, :, rim] + chunk_states[:, :, rim], torch.zeros_like(own)
         if grid.is_packed:
             chunks, sequences = grid.ends(a, b, backward=self._backward)
             self.reached[sequences] = (sums[0][:, chunks] + chunk_states[0][:, chunks]).transpose(0, 1)
         else:
             self.reached = self.carry
         return sums
+
+    def _add_to_carry(self, own: Tensor) -> None:
+        """With what rounding took from the sum so far (Kahan): thousands of segments would lose digits of float32."""
+        own = own + self._lost
+        before, self.carry = self.carry, self.carry + own
+        self._lost = own - (self.carry - before)
