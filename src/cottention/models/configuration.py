@@ -95,9 +95,11 @@ class CottentionConfig(PreTrainedConfig):
 
         accelerate asks it whether a sequence may be cut between processes, DynamicCache which layers it needs.
         """
-        if self.attention_type not in ATTENTION_TYPES or not isinstance(self.num_hidden_layers, int):
+        # transformers asks before the settings are checked, a stranger's among them: no list of a billion names.
+        count = self.num_hidden_layers
+        if self.attention_type not in ATTENTION_TYPES or not isinstance(count, int) or count > MOST_LAYERS:
             raise AttributeError("layer_types: attention_type and num_hidden_layers must be valid first")
-        return [LAYER_TYPES[self.attention_type]] * self.num_hidden_layers
+        return [LAYER_TYPES[self.attention_type]] * count
 
     @layer_types.setter
     def layer_types(self, given: Any) -> None:
