@@ -7,16 +7,20 @@ text. It also remembers where each row's positions stand, so that a text may be 
     out = model(input_ids)                                        # out.past_key_values is a CosineCache
     out = model(more_ids, past_key_values=out.past_key_values)    # any number of tokens at a time
     save_file(cache.to_tensors(), path); CosineCache.from_tensors(load_file(path))
+
+PyTorch knows it as a tree of tensors, so that torch.export and torch.onnx.export take it and give it back.
 """
 
 from __future__ import annotations
 
+import weakref
 from collections.abc import Mapping
 from typing import Any, NoReturn
 
 import torch
 from jaxtyping import Int
 from torch import Tensor
+from torch.utils import _pytree as pytree
 from transformers.cache_utils import Cache, CacheLayerMixin, DynamicCache
 
 from cottention.layers.rotary import packed_positions, sequence_of_each_token
@@ -264,3 +268,60 @@ class CosineCache(Cache):
         super().batch_select_indices(indices)
         if self.next_position is not None:
             self.next_position = self.next_position[indices]
+
+
+class _Structure:
+    """What of a cache is no tensor. Exported programs take caches of any number of columns, so those are all equal."""
+
+    def __init__(self, cache: CosineCache | None, num_layers: int) -> None:
+        self.cache = (lambda: None) if cache is None else weakref.ref(cache)
+        self.num_layers = num_layers
+        # An exported program cannot count: what it returns starts anew, as after `restart_columns`.
+        self.num_tokens = 0 if cache is None or torch.compiler.is_exporting() else cache.get_seq_length()
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, _Structure) and other.num_layers == self.num_layers
+
+    def __hash__(self) -> int:
+        return hash(self.num_layers)
+
+
+def _flatten(cache: CosineCache) -> tuple[list[list[Tensor]], _Structure]:
+    """States' matrices, counts and the next positions (each empty before the first token)."""
+    states = [state for state in cache.states if state is not None]
+    following = [] if cache.next_position is None else [cache.next_position]
+    tensors = [[state.kv for state in states], [state.seen for state in states], following]
+    return tensors, _Structure(cache, len(cache.layers))
+
+
+def _flatten_with_keys(cache: CosineCache) -> tuple[list[tuple[Any, list[Tensor]]], _Structure]:
+    tensors, structure = _flatten(cache)
+    return [(pytree.GetAttrKey(key), x) for key, x in zip(_KEYS, tensors, strict=True)], structure
+
+
+def _unflatten(tensors: Any, structure: _Structure) -> CosineCache:
+    kv, seen, following = tensors = [list(each) for each in tensors]
+    same = structure.cache()
+    if same is not None and all(
+        x is y for new, old in zip(tensors, _flatten(same)[0], strict=True) for x, y in zip(new, old, strict=True)
+    ):
+        return same  # who only looks through a tree (FSDP) hands on the cache itself, which a model writes to
+    cache = CosineCache(structure.num_layers)
+    for layer, *state in zip(cache.layers, kv, seen, strict=False):
+        layer.advance(CosineState(*state), structure.num_tokens)
+    cache.next_position = following[0] if following else None
+    return cache
+
+
+_KEYS = ("kv", "seen", "next_position")
+pytree.register_pytree_node(
+    CosineCache,
+    _flatten,
+    _unflatten,
+    serialized_type_name="cottention.models.cache.CosineCache",
+    to_dumpable_context=lambda structure: structure.num_layers,
+    from_dumpable_context=lambda num_layers: _Structure(None, num_layers),
+    flatten_with_keys_fn=_flatten_with_keys,
+)
+# A saved program holds its example inputs, which are read back with weights_only=True.
+torch.serialization.add_safe_globals([CosineCache, CosineCacheLayer, CosineState])

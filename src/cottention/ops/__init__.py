@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import difflib
 from functools import partial
+from typing import Any
 
 import torch
 from jaxtyping import Bool, Float, Int
@@ -20,6 +21,7 @@ from cottention.ops.dispatch import attend
 from cottention.ops.naive import naive_cosine_attention
 from cottention.ops.native import kernels as native
 from cottention.ops.native.binding import suits_native
+from cottention.ops.plain import plain_cosine_attention
 from cottention.ops.state import CosineState
 from cottention.ops.step import cosine_attention_step
 from cottention.ops.validation import check_arguments
@@ -94,6 +96,8 @@ def cosine_attention(
             nothing is erased.
         chunk_size: tokens per tile of the chunked form, any; None chooses. It changes speed and memory, not results.
         implementation: "auto", or a name of `cottention.ops.IMPLEMENTATIONS`, which runs or raises, never falls back.
+            torch.export and torch.onnx.export write plain operators in its place ("naive" as it is; with log_decay or
+            beta the operator stays): an exported program runs where there is no cottention, for any batch and length.
     Returns:
         Output `[B, T, H, V]` in q's dtype, and the final state, or None unless asked for.
     Raises:
@@ -118,8 +122,12 @@ def cosine_attention(
     )
     is_gated = log_decay is not None or beta is not None
     name = choose_implementation(implementation, q, v, is_gated=is_gated)
-    options = {} if name == "naive" else {"chunk_size": chunk_size}
-    return IMPLEMENTATIONS[name](
+    options: dict[str, Any] = {} if name == "naive" else {"chunk_size": chunk_size}
+    if is_gated:
+        options |= {"log_decay": log_decay, "beta": beta}
+    writes_plain = name != "naive" and not is_gated and _is_exporting()
+    run = plain_cosine_attention if writes_plain else IMPLEMENTATIONS[name]
+    return run(
         q,
         k,
         v,
@@ -129,10 +137,21 @@ def cosine_attention(
         cu_seqlens=cu_seqlens,
         initial_state=initial_state,
         output_final_state=output_final_state,
-        log_decay=log_decay,
-        beta=beta,
         **options,
     )
+
+
+def _is_exporting() -> bool:
+    """Whether this call is being written into a program that is to run without cottention.
+
+    Raises:
+        RuntimeError: by an exporter that would write the lengths of the example for all lengths.
+    """
+    if torch.onnx.is_in_onnx_export() and torch._C._is_tracing():
+        raise RuntimeError(
+            "cosine attention needs torch.onnx.export(..., dynamo=True): the TorchScript exporter keeps no free lengths"
+        )
+    return torch.compiler.is_exporting()
 
 
 def choose_implementation(implementation: str, q: Tensor, v: Tensor, *, is_gated: bool = False) -> str:

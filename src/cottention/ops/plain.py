@@ -21,6 +21,27 @@ from cottention.ops.layouts import CHUNK_SIZE, Packed, divided, finished, layout
 from cottention.ops.state import MIN_NORM, CosineState, accumulation_dtype
 
 
+def plain_cosine_attention(
+    q: Tensor,  # [B, T, H, K]
+    k: Tensor,  # [B, S, H, K]
+    v: Tensor,  # [B, S, H, V]
+    norm_const: Tensor | None,  # [H]
+    *,
+    causal: bool,
+    attention_mask: Tensor | None = None,  # [B, S] bool
+    cu_seqlens: Tensor | None = None,  # [N+1]
+    initial_state: CosineState | None = None,
+    output_final_state: bool = False,
+    chunk_size: int | None = None,
+) -> tuple[Tensor, CosineState | None]:
+    """Same numbers as `naive_cosine_attention`; `chunk_size` is not asked. For the arguments see `cosine_attention`."""
+    inputs = (q, k, v, norm_const, attention_mask, cu_seqlens)
+    if not causal:
+        return plain_bidirectional(*inputs)[0], None
+    o, kv, seen = plain_causal(*inputs, *(initial_state or (None, None)))
+    return o, CosineState(kv, seen) if output_final_state else None
+
+
 @without_autocast
 def plain_causal(
     q: Tensor,  # [B, T, H, K]
@@ -38,13 +59,10 @@ def plain_causal(
     count, total = layout.counts(mask, seen)
     value = layout.chunks(divided(v, norm_const, count, mask))  # [R, M, C, H, V]
     states = torch.einsum("rmchk,rmchv->rmhkv", k_hat, value)
-    before = layout.before(states)
-    if kv is not None:
-        before = before + layout.of_chunks(kv)
+    before, reached = layout.scan(states, kv)
     scores = torch.einsum("rmchk,rmdhk->rmhcd", q_hat, k_hat).tril()
     o = torch.einsum("rmhcd,rmdhv->rmchv", scores, value) + torch.einsum("rmchk,rmhkv->rmchv", q_hat, before)
-    reached = layout.sums(states)
-    return finished(layout.tokens(o), q, mask), reached if kv is None else reached + kv, total
+    return finished(layout.tokens(o), q, mask), reached, total
 
 
 @without_autocast

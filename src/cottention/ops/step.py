@@ -95,7 +95,9 @@ def cosine_attention_step(
 
 
 def _fused_implementation(q: Tensor, v: Tensor) -> str | None:
-    """Whose kernel makes the step; None where there is none."""
+    """Whose kernel makes the step; None where there is none, and in a program that is exported."""
+    if torch.compiler.is_exporting():
+        return None
     if q.is_cuda:
         return "triton" if why_not_triton(q.device, q.dtype, q.shape[-1], v.shape[-1]) is None else None
     return "native" if suits_native(q) and not torch.compiler.is_compiling() else None
