@@ -163,3 +163,12 @@ def test_one_bit_or_some_zeros_are_noticed(harm: Any, model: Any, saved: Path, t
         harm(tmp_path / "harmed", random.Random(seed))
         with pytest.raises(CheckpointError, match="harmed"):
             load_state(tmp_path / "harmed", model, tiny.bpe_tokenizer())
+
+
+@pytest.mark.parametrize(
+    ("where", "reason"), [("/proc/x", "No such file or directory"), ("/dev/full", "No space left on device")]
+)
+def test_a_disk_that_cannot_be_written_is_one_line(where: str, reason: str, model: Any) -> None:
+    state = read_text(model, tiny.bpe_tokenizer(), "a text")
+    with pytest.raises(CheckpointError, match=f"cannot write the state {where}: {reason}"):
+        save_state(where, state, model, tiny.bpe_tokenizer())

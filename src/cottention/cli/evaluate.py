@@ -93,13 +93,17 @@ def _perplexity_parser() -> ArgumentParser:
 
 def _run_perplexity(chosen: Namespace) -> None:
     from cottention.data import load_corpus
+    from cottention.data.corpus import DEFAULT_CORPUS, files_of
     from cottention.evaluation import evaluate_perplexity
     from cottention.generation.loading import load_model_and_tokenizer
 
     # All of "sotu" holds what the package's own models were trained on, which nobody wants a score of.
     data = "sotu:validation" if chosen.data == "sotu" else chosen.data
-    corpus = load_corpus(data, split_by=chosen.split_by, text_column=chosen.text_column)
+    if not data.startswith(DEFAULT_CORPUS):
+        files_of(data)
+    # Before the text is read: a wrong directory shall not cost that time.
     model, tokenizer = load_model_and_tokenizer(chosen.model, "causal-lm", device=chosen.device)
+    corpus = load_corpus(data, split_by=chosen.split_by, text_column=chosen.text_column)
     result = evaluate_perplexity(
         model,
         tokenizer,

@@ -246,6 +246,8 @@ def tokenize_text(
         SettingsError: a setting makes no sense, or is not that of the build which is there.
     """
     names = _names(source)
+    if tokenizer is not None:
+        described_tokenizer(tokenizer, ("eos_token",))  # before text is read and hashed
     if len(names) == 1 and Path(names[0]).expanduser().is_dir() and is_corpus(names[0]):
         corpus = open_corpus(names[0], kind="gpt-text")
         origin: dict[str, Any] = {"corpus": _described_corpus(corpus.manifest)}
