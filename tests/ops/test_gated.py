@@ -89,7 +89,7 @@ _LENGTHS = st.one_of(st.integers(0, 40), st.sampled_from([63, 64, 65, 129, 200])
     place=st.sampled_from([None, "right", "left", "holes", "empty_row", "packed"]),
     with_state=st.booleans(),
     norm_const=st.booleans(),
-    chunk_size=st.sampled_from([None, 1, 7, 16, 64]),
+    chunk_size=st.sampled_from([None, 1, 7, 16, 64, 10**9]),
     seed=st.integers(0, 2**31 - 1),
     data=st.data(),
 )

@@ -33,6 +33,8 @@ from cottention.ops.state import MIN_NORM, accumulation_dtype
 
 # exp of less than this is zero in float64 too; with it -inf is taken as any other strong decay.
 _LEAST_LOG_DECAY = -1000.0
+# Weights are C x C for each head: beyond this they outgrow what they are weights of.
+_MAX_CHUNK = 256
 
 
 class Tokens(NamedTuple):
@@ -71,7 +73,8 @@ class _Call:
         causal: bool,
         chunk_size: int,
     ) -> None:
-        self.layout = layout_of(q, cu_seqlens, chunk_size)
+        self._chunk_size = min(chunk_size, _MAX_CHUNK)
+        self.layout = layout_of(q, cu_seqlens, self._chunk_size)
         count, self.total = self.layout.counts(mask, seen)
         if not causal:
             in_all = self.total[:, None] if isinstance(self.layout, Padded) else self.total[self.layout.sequence][None]
@@ -88,7 +91,7 @@ class _Call:
         N = q.shape[0] if cu_seqlens is None else cu_seqlens.shape[0] - 1
         shape = (N, q.shape[2], q.shape[3], v.shape[3])
         self.kv = q.new_zeros(shape, dtype=dtype) if kv is None else kv
-        self._cu_seqlens, self._chunk_size = cu_seqlens, chunk_size
+        self._cu_seqlens = cu_seqlens
 
     def backwards(self) -> tuple[Padded | Packed, Tokens]:
         """The tokens in reverse. A token forgets there what the one after it forgot here; the last one has nothing."""
