@@ -34,6 +34,8 @@ def honest(tmp_path_factory: pytest.TempPathFactory) -> Path:
     tiny.save(folder / "gpt", tiny.gpt(dtype=torch.float32), tiny.bpe_tokenizer())
     tiny.save(folder / "bert", tiny.bert(dtype=torch.float32), tiny.wordpiece_tokenizer())
     (folder / "gpt" / "evil.py").write_text("import pathlib; pathlib.Path('canary').touch()\n")
+    for manifest in folder.glob("*/MANIFEST.json"):
+        manifest.unlink()  # a stranger writes hashes that fit, or none
     write_corpus(folder / "text.txt", num_paragraphs=120)
     before = Path.cwd()
     os.chdir(folder)  # the run's recipe names its text from here
