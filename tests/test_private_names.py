@@ -51,7 +51,12 @@ _OVERRIDDEN = {
         "to_diff_dict",
         "to_json_file",
     ],
-    "transformers.GenerationMixin": ["_prepare_cache_for_generation", "generate", "prepare_inputs_for_generation"],
+    "transformers.GenerationMixin": [
+        "_prepare_cache_for_generation",
+        "generate",
+        "init_continuous_batching",
+        "prepare_inputs_for_generation",
+    ],
     "transformers.PreTrainedModel": [
         "_can_set_attn_implementation",
         "_check_and_adjust_attn_implementation",

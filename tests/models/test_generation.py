@@ -266,3 +266,11 @@ def test_embedded_prompts_generate_the_same() -> None:
     model = gpt()
     embedded = model.generate(inputs_embeds=model.get_input_embeddings()(PROMPT), **PLAIN)
     assert torch.equal(embedded, model.generate(PROMPT, **PLAIN)[:, 9:])
+
+
+@pytest.mark.parametrize("attention_type", ATTENTION_TYPES)
+def test_continuous_batching_is_refused_before_it_starts(attention_type: str) -> None:
+    with pytest.raises(
+        ValueError, match=r"^generate_batch needs a paged cache of keys and values, which our models have"
+    ):
+        gpt(attention_type).generate_batch([[5, 6, 7], [8, 9]])

@@ -10,7 +10,7 @@ from a `CosineCache` of constant size and past n_positions; a softmax model keep
 from __future__ import annotations
 
 from functools import wraps
-from typing import Any, ClassVar
+from typing import Any, ClassVar, NoReturn
 
 import torch
 from jaxtyping import Float, Int
@@ -383,6 +383,16 @@ class CottentionGPTForCausalLM(CottentionGPTPreTrainedModel, GenerationMixin):
         if self._is_stateful:
             CosineCache.adopt(kwargs.get(CACHE_NAME))
         return super().generate(*args, **kwargs)  # pyright: ignore[reportAttributeAccessIssue]
+
+    def init_continuous_batching(self, *args: Any, **kwargs: Any) -> NoReturn:
+        """Refuse `generate_batch`, whose requests would fail one by one in a thread of their own.
+
+        Raises:
+            ValueError: always.
+        """
+        raise ValueError(
+            "generate_batch needs a paged cache of keys and values, which our models have not: use generate"
+        )
 
     def _prepare_cache_for_generation(self, generation_config: Any, model_kwargs: dict[str, Any], *args: Any) -> None:
         """Start `generate` with an empty cache of our kind; transformers would make one of keys and values."""
