@@ -91,7 +91,10 @@ def test_a_decode_step_with_its_state_runs_in_onnx_runtime(tmp_path: Path) -> No
 
 
 @pytest.mark.filterwarnings("ignore::torch.jit.TracerWarning")
-def test_the_torchscript_exporter_is_refused_in_one_line(tmp_path: Path) -> None:
+def test_the_torchscript_exporter_takes_softmax_and_refuses_cosine_in_one_line(tmp_path: Path) -> None:
+    inputs = tuple(_padded(2, 7).values())
+    model = randomised(models.CottentionBertModel(bert_config("softmax"))).float()
+    torch.onnx.export(model, inputs, tmp_path / "softmax.onnx", dynamo=False)
     model = randomised(models.CottentionBertModel(bert_config())).float()
     with pytest.raises(RuntimeError, match=r"needs torch.onnx.export\(..., dynamo=True\)"):
-        torch.onnx.export(model, tuple(_padded(2, 7).values()), tmp_path / "model.onnx", dynamo=False)
+        torch.onnx.export(model, inputs, tmp_path / "cosine.onnx", dynamo=False)

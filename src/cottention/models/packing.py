@@ -44,7 +44,9 @@ def reads_packed_texts(forward: Callable[..., Any]) -> Callable[..., Any]:
     `cu_seqlens` then counts through all B rows laid end to end, and an attention_mask that hides nothing is gone.
     """
     signature = inspect.signature(forward)
-    names = list(signature.parameters)[1:]
+    own_names = [name for name, each in signature.parameters.items() if each.kind is not inspect.Parameter.VAR_KEYWORD]
+    # torch's TorchScript exporter hands over by position whatever the signature below shows
+    names = [*own_names[1:], *PACKING_NAMES]
 
     @wraps(forward)
     def packed_forward(self: Any, *args: Any, **kwargs: Any) -> Any:
