@@ -121,7 +121,7 @@ def test_prompts_are_learned_as_by_stock_models(kind: str, method: Any) -> None:
 
 @pytest.mark.parametrize("kind", ["gpt", "bert"])
 @pytest.mark.parametrize(
-    "config", [peft.LoraConfig(), peft.IA3Config(), peft.VeraConfig(), peft.Adapeft.LoraConfig(total_step=9)]
+    "config", [peft.LoraConfig(), peft.IA3Config(), peft.VeraConfig(), peft.AdaLoraConfig(total_step=9)]
 )
 def test_default_modules_are_those_of_stock_models(kind: str, config: Any) -> None:
     stock, softmax, cosine = stock_and_ours(kind)
