@@ -21,6 +21,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, TypeVar
 
+from huggingface_hub.errors import StrictDataclassError
 from transformers import PreTrainedTokenizerBase
 
 from cottention.errors import CheckpointError, CottentionError
@@ -31,7 +32,17 @@ _Tokenizer = TypeVar("_Tokenizer", bound=PreTrainedTokenizerBase)
 
 _JSON_FILES = ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json")
 # What reading and parsing damaged files raises in transformers, beside the plain Exception of tokenizers.
-_DAMAGE = (OSError, ValueError, LookupError, TypeError, AttributeError, RuntimeError, ImportError, OverflowError)
+_DAMAGE = (
+    OSError,
+    ValueError,
+    LookupError,
+    TypeError,
+    AttributeError,
+    RuntimeError,
+    ImportError,
+    OverflowError,
+    StrictDataclassError,  # a field of a config has another type
+)
 # Characters that a small vocabulary lacks too, so that it shows what it does with them.
 _PROBES = ("The people's 1,999 naïve cafés \u6771\u4eac ☃\U0001f642\u0378\n\ta", "", "a" * 70 + "b")
 _MOST_GROWTH = 1000
