@@ -105,9 +105,10 @@ _USED = {
     "datasets.Dataset": ["_fingerprint"],
     "jsonargparse": ["ActionConfigFile"],
     "torch": ["_C", "_assert_async", "_dynamo"],
-    "torch._C": ["_AutoDispatchBelowAutograd", "_are_functorch_transforms_active"],
+    "torch._C": ["_AutoDispatchBelowAutograd", "_are_functorch_transforms_active", "_is_tracing"],
     "torch._dynamo.config": ["capture_dynamic_output_shape_ops"],
     "torch.autograd.forward_ad": ["_current_level"],
+    "torch.utils": ["_pytree"],
     "torch.nn.Module": [
         "_backward_hooks",
         "_backward_pre_hooks",
