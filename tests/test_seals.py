@@ -56,6 +56,18 @@ def test_what_users_add_and_change_is_theirs(tmp_path: Path) -> None:
         check_model(folder, tokenizer=True)
 
 
+def test_an_edited_config_is_a_warning_but_not_where_nobody_edits(tmp_path: Path, log_lines: list[str]) -> None:
+    folder = model(tmp_path / "model")
+    (folder / "config.json").write_text('{"n_head": 4}')
+    check_model(folder)
+    assert [line for line in log_lines if "config.json has" in line]
+    with pytest.raises(CheckpointError, match=r"config\.json has"):
+        check_model(folder, edits=False)
+    (folder / "config.json").unlink()
+    with pytest.raises(CheckpointError, match=r"config\.json is missing"):
+        check_model(folder)
+
+
 def test_a_directory_without_a_seal_opens_as_before(tmp_path: Path) -> None:
     folder = model(tmp_path / "model")
     (folder / MANIFEST).unlink()

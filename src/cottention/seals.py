@@ -33,7 +33,8 @@ MANIFEST = "MANIFEST.json"
 WEIGHTS = ("model.safetensors", "model-*-of-*.safetensors", "model.safetensors.index.json")
 TOKENIZER = ("tokenizer.json", "vocab.txt", "vocab.json", "merges.txt", "tokenizer_config.json")
 
-_OFTEN_EDITED = "tokenizer_config.json"  # every save_pretrained of a tokenizer writes it a little differently
+# People edit a config by hand, and every save_pretrained of a tokenizer writes its own a little differently.
+_OFTEN_EDITED = ("config.json", "tokenizer_config.json")
 
 _BLOCK_BYTES = 1 << 20
 _SETTLED_S = 2.0  # file systems keep times to a second at worst: a file changed since may have the times of before
@@ -82,12 +83,13 @@ def damage(folder: Path) -> str | None:
     return None
 
 
-def check_model(folder: Path, *, tokenizer: bool = False) -> None:
+def check_model(folder: Path, *, tokenizer: bool = False, edits: bool = True) -> None:
     """Compare a model with its seal, where it has one; a file is read once in a process.
 
     Args:
         folder: a directory of `save_pretrained`.
         tokenizer: whether its tokenizer is opened too.
+        edits: whether a user may have edited config.json and tokenizer_config.json; a change is a warning then.
 
     Raises:
         CheckpointError: a file is damaged; one line that names it.
@@ -100,7 +102,7 @@ def check_model(folder: Path, *, tokenizer: bool = False) -> None:
     for name, (num_bytes, digest) in entries.items():
         path = folder / name
         problem = file_damage(path, num_bytes, digest) if _is_of_model(name, tokenizer) else None
-        if problem is not None and name == _OFTEN_EDITED:
+        if problem is not None and edits and name in _OFTEN_EDITED and path.is_file():
             logger.warning("%s %s", path, problem)
         elif problem is not None:
             raise CheckpointError(

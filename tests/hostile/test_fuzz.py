@@ -32,7 +32,7 @@ FUZZ = settings(
     deadline=None,
     database=None,
     derandomize="COTTENTION_FUZZ_EXAMPLES" not in os.environ,
-    suppress_health_check=list(HealthCheck),
+    suppress_health_check=[HealthCheck.too_slow, HealthCheck.filter_too_much, HealthCheck.function_scoped_fixture],
 )
 # These do minutes of work when nothing is wrong with what they are given.
 _LONG = {"quickstart", "bench", "pretrain", "playground"}

@@ -217,7 +217,7 @@ def finished_model(folder: Path) -> bool:
             logger.warning("%s lacks %s: it is made again", folder, lost[0])
         return False
     try:
-        check_model(folder, tokenizer=True)
+        check_model(folder, tokenizer=True, edits=False)
     except CheckpointError as error:
         raise CheckpointError(f"{error}; without {folder} the same command makes it again") from error
     return True

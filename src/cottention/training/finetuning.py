@@ -312,7 +312,7 @@ def _metrics_of(run_dir: Path, content: dict[str, Any]) -> dict[str, Any]:
     lost = missing_parts(run_dir / "model")
     if lost:
         raise CheckpointError(f"{run_dir / 'model'} lacks {lost[0]}; {_REMEDY}")
-    check_model(run_dir / "model", tokenizer=True)
+    check_model(run_dir / "model", tokenizer=True, edits=False)
     return found
 
 
