@@ -174,11 +174,10 @@ def test_a_trainer_state_of_another_step_is_not_gone_on_from(content: str, copie
     assert newest_intact_checkpoint(copied / "checkpoints", PARTS) == before
 
 
-@pytest.mark.parametrize("content", ["{}", "[]", '{"step": 20}', "[" * 100_000])
-def test_a_run_state_that_is_none_is_one_line(content: str, finished_gpt: Run, copied: Path) -> None:
+def test_a_run_state_of_a_fine_tuning_is_one_line(finished_gpt: Run, copied: Path) -> None:
     shutil.rmtree(copied / "model")
     newest = max((copied / "checkpoints").iterdir(), key=lambda path: int(path.name.split("-")[1]))
-    (newest / "run_state.json").write_text(content)
+    (newest / "run_state.json").write_text('{"epochs": [], "loss_sum": 0, "rows": "x"}')
     seal(newest)
     with pytest.raises(CheckpointError, match=rf"{newest}/run_state\.json is damaged: no \w+; remove that checkpoint"):
         pretrain(finished_gpt.recipe, output_dir=copied)
