@@ -92,7 +92,10 @@ def test_pickled_code_is_refused_in_one_line(tmp_path: Path, capsys: pytest.Capt
         (["official", "nowhere", "NEW"], "no directory nowhere"),
         (
             ["official", "somebody/a-model", "NEW"],
-            "no directory somebody/a-model here, and the Hugging Face Hub cannot be reached",
+            (
+                "no directory somebody/a-model here, and the Hugging Face Hub cannot be reached"
+                " (nor is somebody/a-model in its local cache); HF_HUB_OFFLINE is set"
+            ),
         ),
         (["official", GPT, "NEW", "--revision", "main"], f"revision 'main' needs a Hub name; {GPT} is a directory"),
         (["official", GPT / "config.json", "NEW"], f"{GPT / 'config.json'} is a file; expected a model directory"),

@@ -195,7 +195,10 @@ def test_a_wrong_setting_is_one_line(
         ("arch: gpt\nmodle: {n_embd: 3}\n", "recipe bad.yaml has no key 'modle'; did you mean 'model'?"),
         ("arch: gpt\nmodel: {n_embd: wide}\n", "model.n_embd: expected int; got 'wide'"),
         ("arch: gpt\nmodel: {n_embd: -3}\n", "model.n_embd must be positive; got -3"),
-        ("arch: gpt\noptimizer: {betas: [0.9]}\n", "optimizer.betas: expected tuple with 2 elements; got '[0.9]'"),
+        (
+            "arch: gpt\noptimizer: {betas: [0.9]}\n",
+            "optimizer.betas: expected a list of values such as [0.9, 0.95]; got '[0.9]'",
+        ),
         ("arch: gpt\ntraining: [\n", "recipe bad.yaml is not valid YAML: "),
         ("", "recipe bad.yaml must hold sections of `name: value` lines; got nothing"),
     ],
