@@ -22,7 +22,6 @@ from pathlib import Path
 from typing import Any
 
 from safetensors import SafetensorError
-from transformers import TrainerState
 
 from cottention.errors import CheckpointError
 from cottention.files import one_line, write_text, written_directory
@@ -161,6 +160,8 @@ def _has_kinds(content: dict[str, Any], kinds: dict[str, type | tuple[type, ...]
 
 def _is_trainer_state(content: dict[str, Any]) -> bool:
     """Whether every value is of the kind that transformers' own state has there."""
+    from transformers import TrainerState  # seconds, which a look at a finished run need not cost
+
     default = dataclasses.asdict(TrainerState())
     kinds = {name: (int, float) if isinstance(value, (int, float)) else type(value) for name, value in default.items()}
     return {"global_step", "epoch"} <= content.keys() <= default.keys() and all(
