@@ -197,7 +197,7 @@ def test_an_empty_prompt_starts_a_text(gpt_dir: Path, expected: Any, capsys: pyt
         ),
         (["--model", "GPT", "--prompt", "a", "--max-new-tokens", "many"], "max_new_tokens: expected int; got 'many'"),
         (["--model", "GPT", "--prompt", "a", "--max-new-tokens", "0"], f"{AT_LEAST_ONE}; got 0"),
-        (["--model", "GPT", "--prompt", "a", "--max-new-tokens", "-1"], "max_new_tokens must be at least 0; got -1"),
+        (["--model", "GPT", "--prompt", "a", "--max-new-tokens", "-1"], "max_new_tokens must be at least 1; got -1"),
         (["--model", "GPT", "--prompt", "a", "--num-beams", "0"], "num_beams must be at least 1; got 0"),
         (["--model", "GPT", "--prompt", "a", "b", "--save-state", "x"], "--save-state takes one prompt; got 2"),
         (
@@ -221,7 +221,7 @@ def test_an_empty_prompt_starts_a_text(gpt_dir: Path, expected: Any, capsys: pyt
             ["--model", "GPT", "--prompt-file", "-", "--json-lines", "--each-line"],
             "--each-line and --json-lines exclude each other",
         ),
-        (["--model", "GPT", "--prompt", "a", "--temperature", "-1"], "temperature must be at least 0; got -1.0"),
+        (["--model", "GPT", "--prompt", "a", "--temperature", "-1"], "temperature must be 0 or more; got -1.0"),
         (["--model", "GPT", "--prompt", "a", "--batch-size", "0"], "batch_size must be at least 1; got 0"),
         (["--model", "GPT", "--prompt", "a", "--prefill-chunk", "0"], "prefill_chunk must be at least 1; got 0"),
         (["--model", "GPT", "--prompt", "a\udcff"], "the prompt is not valid Unicode text (character 1)"),

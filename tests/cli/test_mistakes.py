@@ -71,10 +71,10 @@ def test_ways_of_writing_a_setting(words: list[str], key: str, expected: Any) ->
         ("pretrain gpt --print_shtab=bash", "unknown option --print_shtab"),
         ("generate --print_shtab=bash", "unknown option --print_shtab"),
         ("generate --print_config", "unknown option --print_config"),
-        ("generate --model nowhere --prompt a --max-new-tokens -5", "max_new_tokens must be at least 0; got -5"),
+        ("generate --model nowhere --prompt a --max-new-tokens -5", "max_new_tokens must be at least 1; got -5"),
         ("generate --model nowhere --prompt a --top-k 0", "top_k must be at least 1; got 0"),
         ("generate --model nowhere --prompt a --top-p 1.5", "top_p must be above 0 and at most 1; got 1.5"),
-        ("generate --model nowhere --prompt a --temperature -1", "temperature must be at least 0; got -1.0"),
+        ("generate --model nowhere --prompt a --temperature -1", "temperature must be 0 or more; got -1.0"),
         ("generate --model nowhere --prompt-file /dev/null", "/dev/null holds no text; --prompt '' starts a new one"),
     ],
 )

@@ -60,7 +60,7 @@ def damaged(model: Path, _: str) -> Path:
 
 
 def cosine_opened_as_softmax(model: Path, _: str) -> Path:
-    change_json(model / "config.json", attention_type="softmax", layer_types=None)
+    change_json(model / "config.json", attention_type="softmax")
     return model
 
 
@@ -70,7 +70,7 @@ def softmax_opened_as_cosine(model: Path, command: str) -> Path:
         tiny.save(model, tiny.bert("softmax"), tiny.wordpiece_tokenizer())
     else:
         tiny.save(model, tiny.gpt("softmax"), tiny.bpe_tokenizer())
-    change_json(model / "config.json", attention_type="cosine", layer_types=None)
+    change_json(model / "config.json", attention_type="cosine")
     return model
 
 

@@ -140,7 +140,7 @@ def test_a_missing_text_is_told_before_torch_is_imported() -> None:
     assert "no such file or folder: /none.txt" in ran.stderr
 
 
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR1])
+@pytest.mark.parametrize("number", [signal.SIGTERM, pytest.param(signal.SIGUSR1, marks=pytest.mark.slow)])
 def test_a_build_that_is_asked_to_end_tidies_up_and_goes_on(number: signal.Signals, tmp_path: Path) -> None:
     source, corpus = tmp_path / "a.txt", tmp_path / "corpus"
     source.write_text("One sentence is here. Another one follows it.\n\n" * 60_000)

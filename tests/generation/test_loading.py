@@ -182,15 +182,14 @@ def test_a_damaged_config_is_one_line(gpt_dir: Path, content: str) -> None:
     ],
 )
 def test_a_config_that_does_not_fit_the_weights_is_one_line(gpt_dir: Path, fields: Any, expected: str) -> None:
-    # Older directories have no layer_types; in newer ones these contradict the changed field first.
-    change_json(gpt_dir / "config.json", layer_types=None, **fields)
+    change_json(gpt_dir / "config.json", **fields)
     assert expected in refusal(gpt_dir)
 
 
 @pytest.mark.parametrize(("kind", "make", "tokenizer"), KINDS)
 def test_a_softmax_checkpoint_is_not_opened_as_cosine(kind: Any, make: Any, tokenizer: Any, tmp_path: Path) -> None:
     tiny.save(tmp_path, make("softmax"), tokenizer())
-    change_json(tmp_path / "config.json", attention_type="cosine", layer_types=None)
+    change_json(tmp_path / "config.json", attention_type="cosine")
     assert "holds softmax attention (it has no norm_const); got attention_type='cosine'" in refusal(tmp_path, kind)
 
 

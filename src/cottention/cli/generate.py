@@ -121,10 +121,14 @@ def _check(args: Namespace, prompts: list[str]) -> None:
     else:
         check_writable(args.save_state, "--save-state")
     # What `generate_text` refuses too, but seconds later, behind torch and the model.
-    least = {"max_new_tokens": 0, "temperature": 0, "top_k": 1, "num_beams": 1, "prefill_chunk": 1, "seed": 0}
+    least = {"max_new_tokens": 1, "top_k": 1, "num_beams": 1, "prefill_chunk": 1, "seed": 0}
+    if args.save_state is not None:
+        least["max_new_tokens"] = 0
     for name, smallest in least.items():
-        if args[name] is not None and not args[name] >= smallest:
+        if args[name] is not None and args[name] < smallest:
             raise SettingsError(f"{name} must be at least {smallest}; got {args[name]}")
+    if args.temperature is not None and not args.temperature >= 0:
+        raise SettingsError(f"temperature must be 0 or more; got {args.temperature}")
     if not 0 < args.top_p <= 1:
         raise SettingsError(f"top_p must be above 0 and at most 1; got {args.top_p}")
 

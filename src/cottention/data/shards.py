@@ -23,7 +23,6 @@ not touch it. A lock keeps two builds out of one directory.
 from __future__ import annotations
 
 import contextlib
-import hashlib
 import json
 import os
 import shutil
@@ -39,12 +38,20 @@ from datasets import Dataset, Features, concatenate_datasets
 from datasets.fingerprint import Hasher
 from transformers import PreTrainedTokenizerBase
 
-from cottention.data.arrow_cache import datasets_cache
+from cottention.data.corpus_seal import (
+    MANIFEST,
+    TOKENIZER,
+    check_content,
+    check_manifest,
+    check_size,
+    is_sealed,
+    sealed,
+    tokenizer_files,
+)
 from cottention.data.tokenizer_files import save_tokenizer
 from cottention.errors import DataError, SettingsError, did_you_mean
 from cottention.files import WholeFile, one_line, write_text
 from cottention.locks import LOCK, sole_writer
-from cottention.seals import first_damage, sha256
 
 KINDS = {
     "bert-sentences": "cottention data build bert",
@@ -58,10 +65,7 @@ FORMAT_VERSION = 1
 SHARD_BYTES = 128 << 20
 """Size of a shard: what an interrupted build has to do again at most."""
 
-_MANIFEST = "manifest.json"
 _PROGRESS = "progress.json"
-_TOKENIZER = "tokenizer"
-_SEAL = "sha256"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -80,13 +84,30 @@ class Corpus:
     @property
     def tokenizer_path(self) -> Path | None:
         """The directory of the tokenizer that made the tokens; None where there are none."""
-        path = self.path / _TOKENIZER
+        path = self.path / TOKENIZER
         return path if path.is_dir() else None
 
 
 def is_corpus(path: str | os.PathLike[str]) -> bool:
     """Tell whether a path is the directory of a finished corpus."""
-    return (Path(path).expanduser() / _MANIFEST).is_file()
+    return (Path(path).expanduser() / MANIFEST).is_file()
+
+
+def kind_of(path: str | os.PathLike[str]) -> str:
+    """The kind of a finished corpus, one of KINDS; nothing but its manifest is read.
+
+    Raises:
+        DataError: it is of another version of cottention.
+    """
+    folder = Path(path).expanduser()
+    return _kind(folder, _read_json(folder / MANIFEST))
+
+
+def _kind(folder: Path, manifest: Mapping[str, Any]) -> str:
+    found = manifest.get("kind")
+    if found not in KINDS or manifest.get("format_version") != FORMAT_VERSION:
+        raise DataError(f"{folder} is a corpus of another version of cottention; build it again")
+    return found
 
 
 def open_corpus(path: str | os.PathLike[str], *, kind: str | None = None) -> Corpus:
@@ -102,27 +123,27 @@ def open_corpus(path: str | os.PathLike[str], *, kind: str | None = None) -> Cor
     folder = Path(path).expanduser()
     if not is_corpus(folder):
         raise DataError(_no_corpus(folder))
-    manifest = _read_json(folder / _MANIFEST)
-    found = manifest.get("kind")
-    if found not in KINDS or manifest.get("format_version") != FORMAT_VERSION:
-        raise DataError(f"{folder} is a corpus of another version of cottention; build it again")
+    manifest = _read_json(folder / MANIFEST)
+    found = _kind(folder, manifest)
     if kind is not None and found != kind:
         raise DataError(
             f"{folder} holds {found}, made by `{KINDS[found]}`; {kind} is needed here, made by `{KINDS[kind]}`"
         )
     try:
         shards = manifest["shards"]
-        _check_manifest(folder, manifest)
+        check_manifest(folder, manifest)
+        if manifest.get("tokenizer_files") and not (folder / TOKENIZER).is_dir():
+            raise DataError(f"{folder} has no tokenizer/; tokenise the text again")
         for shard in shards:
-            _check_size(folder / shard["name"], shard)
-        _check_content(folder, manifest)
+            check_size(folder / shard["name"], shard)
+        check_content(folder, manifest)
         parts = [_mapped(folder / shard["name"], shard) for shard in shards]
     except KeyError as error:
-        raise DataError(f"{folder / _MANIFEST} is damaged: {error} is missing; build the corpus again") from error
+        raise DataError(f"{folder / MANIFEST} is damaged: {error} is missing; build the corpus again") from error
     except (TypeError, AttributeError) as error:
-        raise DataError(f"{folder / _MANIFEST} is damaged: {error}; build the corpus again") from error
+        raise DataError(f"{folder / MANIFEST} is damaged: {error}; build the corpus again") from error
     if not parts:
-        raise DataError(f"{folder / _MANIFEST} is damaged: it names no shards; build the corpus again")
+        raise DataError(f"{folder / MANIFEST} is damaged: it names no shards; build the corpus again")
     dataset = concatenate_datasets(parts)
     # By default a fingerprint holds the files' names and times; the manifest says more, and the same everywhere.
     dataset._fingerprint = Hasher.hash(["corpus", manifest])
@@ -137,9 +158,9 @@ def check_corpus(path: str | os.PathLike[str]) -> bool:
     """
     folder = Path(path).expanduser()
     open_corpus(folder)
-    manifest = _read_json(folder / _MANIFEST)
-    _check_content(folder, manifest, afresh=True)
-    return _SEAL in manifest
+    manifest = _read_json(folder / MANIFEST)
+    check_content(folder, manifest, afresh=True)
+    return is_sealed(manifest)
 
 
 def check_corpus_directory(directory: str | os.PathLike[str]) -> None:
@@ -160,7 +181,7 @@ def check_corpus_directory(directory: str | os.PathLike[str]) -> None:
 
 def _refuse_strangers(folder: Path) -> None:
     strange = [entry.name for entry in folder.iterdir() if not _is_ours(entry.name)]
-    if strange and not any((folder / name).is_file() for name in (_MANIFEST, _PROGRESS)):
+    if strange and not any((folder / name).is_file() for name in (MANIFEST, _PROGRESS)):
         raise DataError(f"{folder} is not empty (it holds {strange[0]!r}); choose another directory")
 
 
@@ -227,7 +248,7 @@ class CorpusWriter:
     @property
     def tokenizer_path(self) -> Path:
         """Where the tokenizer of the rows is to be saved."""
-        return self.directory / _TOKENIZER
+        return self.directory / TOKENIZER
 
     def add(self, table: pa.Table, counts: Mapping[str, int]) -> None:
         """Append the rows of one task."""
@@ -260,8 +281,8 @@ class CorpusWriter:
         with self._writing():
             self._close_shard()
             manifest = {**self.header, **(note or {}), "counts": dict(self.counts), "rows": self.num_rows}
-            manifest |= {"shards": self.shards, "tokenizer_files": _tokenizer_files(self.tokenizer_path)}
-            _write_json(self.directory / _MANIFEST, {**manifest, _SEAL: _hash(manifest)})
+            manifest |= {"shards": self.shards, "tokenizer_files": tokenizer_files(self.tokenizer_path)}
+            _write_json(self.directory / MANIFEST, sealed(manifest))
             (self.directory / _PROGRESS).unlink(missing_ok=True)
         self.is_finished = True
 
@@ -269,35 +290,35 @@ class CorpusWriter:
         """Find what is there: nothing, an interrupted build, a corpus, or something that is none of our business."""
         if overwrite:
             self._remove()
-        state = next((name for name in (_MANIFEST, _PROGRESS) if (self.directory / name).is_file()), None)
+        state = next((name for name in (MANIFEST, _PROGRESS) if (self.directory / name).is_file()), None)
         if state is None:
             _refuse_strangers(self.directory)
             return
         before = _read_json(self.directory / state)
-        what = "holds a finished corpus" if state == _MANIFEST else "holds an interrupted build"
+        what = "holds a finished corpus" if state == MANIFEST else "holds an interrupted build"
         if difference := _difference(self.header, before):
             raise SettingsError(
                 f"{self.directory} {what} with {difference}; choose another directory, or overwrite this one"
             )
-        self.is_finished = state == _MANIFEST
+        self.is_finished = state == MANIFEST
         try:
             self.counts = Counter(before["counts"])
             self._counts_added = Counter(before["counts"])
             self.shards = list(before["shards"])
             self.num_tasks = self._tasks_added = int(before.get("num_tasks", 0))
             for shard in self.shards:
-                _check_size(self.directory / shard["name"], shard)
+                check_size(self.directory / shard["name"], shard)
         except (KeyError, TypeError, AttributeError) as error:
             raise DataError(
                 f"{self.directory / state} is damaged: {error!r}; remove the directory and build the corpus again"
             ) from error
 
     def _remove(self) -> None:
-        if not any((self.directory / name).is_file() for name in (_MANIFEST, _PROGRESS)):
+        if not any((self.directory / name).is_file() for name in (MANIFEST, _PROGRESS)):
             return
-        (self.directory / _MANIFEST).unlink(missing_ok=True)  # first: from here on it is no corpus
+        (self.directory / MANIFEST).unlink(missing_ok=True)  # first: from here on it is no corpus
         for path in self.directory.iterdir():
-            if path.name == _TOKENIZER:
+            if path.name == TOKENIZER:
                 shutil.rmtree(path)
             elif _is_ours(path.name) and path.name != LOCK:
                 path.unlink()
@@ -353,7 +374,7 @@ def _no_corpus(folder: Path) -> str:
         command = KINDS.get(_read_json(folder / _PROGRESS).get("kind", ""), "the command that began it")
         return f"{folder} is an unfinished corpus; run `{command}` again with the same settings, and it goes on"
     if folder.is_dir():
-        return f"{folder} is not a corpus directory: it has no {_MANIFEST}; `cottention data build` makes one"
+        return f"{folder} is not a corpus directory: it has no {MANIFEST}; `cottention data build` makes one"
     if folder.exists():
         return f"{folder} is a file, not a corpus directory; `cottention data build` makes one of it"
     near = (
@@ -372,52 +393,8 @@ def _mapped(path: Path, shard: Mapping[str, Any]) -> Dataset:
     return dataset
 
 
-def _check_size(path: Path, shard: Mapping[str, Any]) -> None:
-    size = path.stat().st_size if path.is_file() else None
-    if size != shard["bytes"]:
-        what = "is missing" if size is None else f"has {size:,} bytes of {shard['bytes']:,}"
-        raise DataError(f"{path} {what}; remove the directory and build the corpus again")
-
-
-def _check_manifest(folder: Path, manifest: Mapping[str, Any]) -> None:
-    """Compare a manifest with its own hash; those of older versions have none."""
-    content = {name: value for name, value in manifest.items() if name != _SEAL}
-    if manifest.keys() & {_SEAL, "tokenizer_files"} and manifest.get(_SEAL) != _hash(content):
-        raise DataError(
-            f"{folder / _MANIFEST} was changed after it was written; remove the directory and build the corpus again"
-        )
-
-
-def _check_content(folder: Path, manifest: Mapping[str, Any], *, afresh: bool = False) -> None:
-    """Compare shards and tokenizer with their hashes; process 0 of a machine does it for all of them.
-
-    Args:
-        folder: the corpus.
-        manifest: what it should be.
-        afresh: read what was found whole before, too.
-    """
-    if int(os.environ.get("LOCAL_RANK", "0")) > 0:
-        return
-    files = [(folder / shard["name"], shard) for shard in manifest["shards"] if "sha256" in shard]
-    files += [(folder / _TOKENIZER / name, entry) for name, entry in manifest.get("tokenizer_files", {}).items()]
-    sealed = [(path, entry["bytes"], entry["sha256"]) for path, entry in files]
-    damaged = first_damage(sealed, remember=datasets_cache() / "cottention-intact", afresh=afresh)
-    if damaged is not None:
-        path, problem = damaged
-        raise DataError(f"{path} is damaged: it {problem}; remove the directory and build the corpus again")
-
-
-def _tokenizer_files(folder: Path) -> dict[str, dict[str, Any]]:
-    paths = sorted(folder.iterdir()) if folder.is_dir() else []
-    return {path.name: {"bytes": path.stat().st_size, "sha256": sha256(path)} for path in paths}
-
-
-def _hash(content: Mapping[str, Any]) -> str:
-    return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
-
-
 def _is_ours(name: str) -> bool:
-    return name in (_MANIFEST, _PROGRESS, LOCK, _TOKENIZER) or name.startswith("shard-") or name.endswith(".partial")
+    return name in (MANIFEST, _PROGRESS, LOCK, TOKENIZER) or name.startswith("shard-") or name.endswith(".partial")
 
 
 def _difference(now: Mapping[str, Any], before: Mapping[str, Any]) -> str:

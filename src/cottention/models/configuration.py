@@ -149,7 +149,12 @@ class CottentionConfig(PreTrainedConfig):
         Raises:
             CheckpointError: it asks for something that our models do not have.
         """
-        return super().from_dict(own_fields(config_dict, kwargs.get("name_or_path") or cls.model_type), **kwargs)
+        fields = own_fields(config_dict, kwargs.get("name_or_path") or cls.model_type)
+        layer_types = fields.get("layer_types")
+        if layer_types and any(layer_types == [name] * len(layer_types) for name in LAYER_TYPES.values()):
+            # They followed from settings that may have been edited since; the weights tell whether those are right.
+            del fields["layer_types"]
+        return super().from_dict(fields, **kwargs)
 
     @classmethod
     def get_config_dict(

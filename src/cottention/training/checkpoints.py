@@ -154,7 +154,7 @@ def _nonsense(path: Path) -> str | None:
 def _has_kinds(content: dict[str, Any], kinds: dict[str, type | tuple[type, ...]]) -> bool:
     losses = content.get("window_losses", [])
     return all(isinstance(content.get(name), kind) for name, kind in kinds.items()) and all(
-        isinstance(row, list) and all(isinstance(loss, (int, float)) for loss in row) for row in losses
+        isinstance(loss, (int, float)) for row in losses for loss in (row if isinstance(row, list) else [row])
     )
 
 

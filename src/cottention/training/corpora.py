@@ -17,7 +17,7 @@ from transformers import PreTrainedTokenizerBase
 
 from cottention.data.corpus import load_corpus
 from cottention.data.sentences import described_tokenizer, hash_of
-from cottention.data.shards import Corpus, is_corpus, open_corpus
+from cottention.data.shards import Corpus, is_corpus, kind_of, open_corpus
 from cottention.data.tokenization import tokenize_documents
 from cottention.data.tokenizer import load_tokenizer
 from cottention.errors import DataError, SettingsError
@@ -36,8 +36,7 @@ def token_corpus(source: str | list[str]) -> Corpus | None:
     """
     if not isinstance(source, str) or not is_corpus(source):
         return None
-    corpus = open_corpus(source)
-    return None if corpus.kind == "gpt-text" else open_corpus(source, kind="gpt-tokens")
+    return None if kind_of(source) == "gpt-text" else open_corpus(source, kind="gpt-tokens")
 
 
 def corpus_tokens(
