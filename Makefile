@@ -10,11 +10,11 @@ OUTPUT ?= runs/bench
 BIN := $(VENV)/bin
 NATIVE := src/cottention/ops/native
 CONSTRAINTS := constraints.txt
-# The torch of constraints.txt stands in every call, so that nothing replaces it, without other constraints either.
+# The torch of constraints.txt stands in every call, so that nothing replaces it.
 TORCH := $(shell grep '^torch==' constraints.txt)
 PIP_INSTALL = $(BIN)/python -m pip install --quiet --disable-pip-version-check $(CONSTRAINTS:%=--constraint %) $(UPGRADE) $(TORCH)
-# What pip gives to a user today: no constraints, and upgraded whenever it is asked for.
-NEWEST := CONSTRAINTS= UPGRADE="--upgrade --upgrade-strategy eager"
+# What pip gives to a user today, gigabytes of GPU libraries included: no constraints, upgraded whenever it is asked for.
+NEWEST := CONSTRAINTS= TORCH=torch UPGRADE="--upgrade --upgrade-strategy eager"
 
 # One thread a test worker: several that share the cores slow each other down many times over.
 PYTEST := env OMP_NUM_THREADS=1 HF_HUB_OFFLINE=1 $(BIN)/python -m pytest -n $(WORKERS) --dist loadfile

@@ -83,7 +83,7 @@ def test_what_the_hub_refuses_is_one_line(
     assert refusal(NAME, revision="v2").removesuffix(f" (nor is {NAME} at v2 in its local cache)") == said
 
 
-@pytest.mark.parametrize("name", ["model", "a/b/c", "/a/b", "./a/b", "../a", "-a/b", "a/", "a b/c"])
+@pytest.mark.parametrize("name", ["model", "a/b/c", "/a/b", "./a/b", "../no model", "-a/b", "a/", "a b/c"])
 def test_what_is_no_hub_name_is_never_asked_for(hub: dict[str, Any], name: str) -> None:
     assert refusal(name).startswith(f"no directory {name}")
     assert hub["calls"] == 0

@@ -255,7 +255,6 @@ def test_autocast_trains(kind: Any, make: Any, attention_type: str) -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.filterwarnings("ignore:.*torch.jit:DeprecationWarning")  # torch's compiler uses it itself
 @pytest.mark.parametrize("attention_type", ATTENTION_TYPES)
 @pytest.mark.parametrize(("kind", "make"), FAMILIES)
 def test_a_model_compiles_whole(kind: Any, make: Any, attention_type: str) -> None:

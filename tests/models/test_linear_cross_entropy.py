@@ -107,7 +107,6 @@ _ROUTES: dict[str, Any] = {
         *(torch.stack(pair) for pair in zip(x, t, strict=True))
     ),
 }
-_forward_mode = pytest.mark.filterwarnings("ignore:.*torch.jit.script:DeprecationWarning")  # torch's own, at first use
 
 
 def _penalty(loss: Tensor, inputs: Any, *, by_backward: bool) -> list[Tensor]:
@@ -120,7 +119,6 @@ def _penalty(loss: Tensor, inputs: Any, *, by_backward: bool) -> list[Tensor]:
     return list(torch.autograd.grad(torch.stack([g.square().sum() for g in gradients]).sum(), inputs))
 
 
-@_forward_mode
 @pytest.mark.usefixtures("chunk")
 @pytest.mark.parametrize("route", _ROUTES)
 def test_each_route_gives_the_derivatives_of_the_plain_loss(route: str) -> None:
@@ -146,7 +144,6 @@ def test_a_gradient_penalty_is_that_of_the_plain_loss(by_backward: bool) -> None
     torch.testing.assert_close(found, expected, rtol=1e-10, atol=1e-12)
 
 
-@_forward_mode
 @pytest.mark.filterwarnings("ignore:.*should not be instantiated:DeprecationWarning")
 @pytest.mark.parametrize("route", ["func.grad", "func.jvp", "vmap of grad"])
 def test_a_compiled_transform_gives_the_same(route: str) -> None:

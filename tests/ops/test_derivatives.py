@@ -19,8 +19,6 @@ from cottention.ops.native import is_available
 from tests.ops.helpers import Case, make_case
 
 pytestmark = [
-    # torch's own first forward-mode call compiles rules with torch.jit
-    pytest.mark.filterwarnings("ignore:`torch.jit.script` is deprecated:DeprecationWarning"),
     pytest.mark.filterwarnings("ignore:Using backward.. with create_graph=True:UserWarning"),
 ]
 

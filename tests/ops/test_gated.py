@@ -286,7 +286,6 @@ def _attend(implementation: str, causal: bool) -> Any:
     return attend
 
 
-@pytest.mark.filterwarnings("ignore:.*torch.jit.script:DeprecationWarning")  # torch's own, in forward mode
 @pytest.mark.parametrize("causal", [True, False])
 def test_second_derivatives_forward_mode_and_torch_func_are_those_of_naive(causal: bool) -> None:
     case = make_case(B=1, T=9, K=3, V=2, causal=causal, log_decay=-0.5, beta=causal)

@@ -101,7 +101,6 @@ def test_compiles_without_a_graph_break(implementation: str) -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.filterwarnings("ignore:`torch.jit.* is deprecated:DeprecationWarning")  # inductor's own imports
 @pytest.mark.parametrize("implementation", ["naive", "chunk"])
 def test_compiles_with_inductor(implementation: str) -> None:
     _compiled_equals_eager(implementation, "inductor")

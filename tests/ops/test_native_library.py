@@ -80,7 +80,6 @@ def test_compiles_without_a_graph_break() -> None:
 
 @_needs_library
 @pytest.mark.slow
-@pytest.mark.filterwarnings("ignore:`torch.jit.* is deprecated:DeprecationWarning")  # inductor's own imports
 def test_compiles_with_inductor() -> None:
     _compiled_equals_eager("inductor")
 

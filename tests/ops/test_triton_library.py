@@ -76,7 +76,6 @@ def test_compiles_without_a_graph_break(dynamic: bool) -> None:
         torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-4)
 
 
-@pytest.mark.filterwarnings("ignore:.*torch.jit.script:DeprecationWarning")  # torch's own, in forward mode
 @pytest.mark.parametrize("causal", [False, True])
 def test_transforms_and_second_derivatives_are_those_of_naive(causal: bool) -> None:
     case = _case(B=2, T=20, mask="holes", causal=causal)

@@ -145,7 +145,6 @@ def test_documents_with_recomputed_activations_give_the_same_run(corpus: Path, t
 
 
 @pytest.mark.slow
-@pytest.mark.filterwarnings("ignore:.*torch.jit:DeprecationWarning")  # torch's compiler uses it itself
 @pytest.mark.filterwarnings("ignore:.*should not be instantiated:DeprecationWarning")  # likewise
 def test_a_compiled_model_trains_the_same_on_documents(corpus: Path, tmp_path: Path) -> None:
     plain = gradients_of(short("gpt", corpus, data__mode="document"), tmp_path / "plain")

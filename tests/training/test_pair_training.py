@@ -208,7 +208,6 @@ def test_bf16_trains_on_pairs(stories: Path, tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.filterwarnings("ignore:.*torch.jit:DeprecationWarning")  # torch's compiler uses it itself
 @pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor:UserWarning")  # and looks at that between graphs
 @pytest.mark.parametrize("attention_type", ["cosine", "softmax"])
 def test_a_compiled_model_trains_the_same_on_packed_pairs(attention_type: str, stories: Path, tmp_path: Path) -> None:

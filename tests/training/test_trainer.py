@@ -239,7 +239,6 @@ def test_a_held_out_loss_that_is_not_finite_is_neither_logged_nor_saved(
 
 
 @pytest.mark.slow
-@pytest.mark.filterwarnings("ignore:.*torch.jit:DeprecationWarning")  # torch's compiler uses it itself
 @pytest.mark.filterwarnings("ignore:.*should not be instantiated:DeprecationWarning")  # likewise
 @pytest.mark.parametrize("arch", ["gpt", "bert"])
 def test_a_compiled_model_trains_the_same(arch: str, corpus: Path, tmp_path: Path) -> None:
