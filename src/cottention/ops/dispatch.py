@@ -22,7 +22,6 @@ from torch import Tensor
 
 from cottention.ops.derivatives import is_transformed, plain_gradients, wants_gradient
 from cottention.ops.gated import plain_gated
-from cottention.ops.layouts import CHUNK_SIZE
 from cottention.ops.plain import plain_bidirectional, plain_causal, plain_step
 from cottention.ops.state import CosineState, accumulation_dtype
 
@@ -72,12 +71,12 @@ def attend(
     beta: Tensor | None = None,  # [B, T, H]
 ) -> tuple[Tensor, CosineState | None]:
     """A call of an implementation: the numbers of `naive`. For the arguments see `cosine_attention`."""
-    if log_decay is not None or beta is not None:
-        inputs = (q, k, v, norm_const, attention_mask, cu_seqlens, *(initial_state or (None, None)), log_decay, beta)
-        o, *state = torch.ops.cottention.gated.default(implementation, *inputs, causal, chunk_size or CHUNK_SIZE)
-        return o, CosineState(*state) if output_final_state else None
     has_states = initial_state is not None or output_final_state
     cuts = cut(q, k, v, causal=causal, cu_seqlens=cu_seqlens, has_states=has_states, chunk_size=chunk_size)
+    if log_decay is not None or beta is not None:
+        inputs = (q, k, v, norm_const, attention_mask, cu_seqlens, *(initial_state or (None, None)), log_decay, beta)
+        o, *state = torch.ops.cottention.gated.default(implementation, *inputs, causal, chunk_size or 0)
+        return o, CosineState(*state) if output_final_state else None
     inputs = (q, k, v, norm_const, attention_mask, cu_seqlens)
     if not causal:
         return torch.ops.cottention.bidirectional.default(implementation, *inputs, *cuts)[0], None

@@ -28,7 +28,7 @@ from torch import Tensor
 from torch.linalg import solve_triangular
 
 from cottention.ops.autocast import without_autocast
-from cottention.ops.layouts import Packed, Padded, divided, finished, layout_of, unit
+from cottention.ops.layouts import CHUNK_SIZE, Packed, Padded, divided, finished, layout_of, unit
 from cottention.ops.state import MIN_NORM, accumulation_dtype
 
 # exp of less than this is zero in float64 too; with it -inf is taken as any other strong decay.
@@ -71,9 +71,9 @@ class _Call:
         beta: Tensor | None,  # [B, T, H]
         *,
         causal: bool,
-        chunk_size: int,
+        chunk_size: int,  # 0: choose
     ) -> None:
-        self._chunk_size = min(chunk_size, _MAX_CHUNK)
+        self._chunk_size = min(chunk_size or CHUNK_SIZE, _MAX_CHUNK)
         self.layout = layout_of(q, cu_seqlens, self._chunk_size)
         count, self.total = self.layout.counts(mask, seen)
         if not causal:

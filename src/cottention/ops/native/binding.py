@@ -23,7 +23,7 @@ from cottention.ops.native.call import Call, layout_difference
 from cottention.ops.validation import check_boundaries
 
 _FOLDER = Path(__file__).parent
-_ABI_VERSION = 2
+_ABI_VERSION = 3
 _DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2, torch.float64: 3}
 _NATIVE_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 _OUT_OF_MEMORY, _BAD_BOUNDARIES = 1, 2
@@ -175,6 +175,10 @@ def run(
     dm: Tensor | None = None,
     grad_final: Tensor | None = None,
     dkv: Tensor | None = None,
+    log_decay: Tensor | None = None,  # [B, T, H] float32, like the three below
+    beta: Tensor | None = None,
+    dlog_decay: Tensor | None = None,
+    dbeta: Tensor | None = None,
 ) -> None:
     """Call "forward" or "backward" of `src/abi.h`.
 
@@ -212,6 +216,12 @@ def run(
     call.final_kv, call.final_seen = _address(final_kv), _address(final_seen)
     call.dq, call.dk, call.dv, call.dm = _address(dq), _address(dk), _address(dv), _address(dm)
     call.grad_final, call.dkv = _address(grad_final), _address(dkv)
+    if log_decay is not None:
+        call.log_decay_data = log_decay.data_ptr()
+        call.log_decay_batch, call.log_decay_token, call.log_decay_head = log_decay.stride()
+    if beta is not None:
+        call.beta_data, (call.beta_batch, call.beta_token, call.beta_head) = beta.data_ptr(), beta.stride()
+    call.dlog_decay, call.dbeta = _address(dlog_decay), _address(dbeta)
     status = getattr(loaded_library(), f"cottention_{function}")(ctypes.byref(call))
     if status == _BAD_BOUNDARIES and cu_seqlens is not None:
         check_boundaries(cu_seqlens.tolist(), q.shape[1])

@@ -65,6 +65,16 @@ class Call(ctypes.Structure):
     dm: int
     grad_final: int
     dkv: int
+    log_decay_data: int
+    log_decay_batch: int
+    log_decay_token: int
+    log_decay_head: int
+    beta_data: int
+    beta_batch: int
+    beta_token: int
+    beta_head: int
+    dlog_decay: int
+    dbeta: int
 
     _fields_ = [(name, ctypes.c_int64) for name in __annotations__]
 

@@ -79,6 +79,47 @@ def bidirectional_backward(grad, q, k, v, norm_const, mask, cu_seqlens, kv, chun
     return gradients.finished()
 
 
+def gated(q, k, v, norm_const, mask, cu_seqlens, kv, seen, log_decay, beta, causal, chunk_size):
+    """o `[B, T, H, V]` and the final kv and seen, which are zeros where it is not causal."""
+    o, N = q.new_empty((*q.shape[:3], v.shape[3])), _num_sequences(q, cu_seqlens)
+    options = {"causal": causal, "chunk_size": chunk_size, "mask": mask, "cu_seqlens": cu_seqlens}
+    options |= {"kv": kv, "seen": seen, "log_decay": _float(log_decay), "beta": _float(beta), "o": o}
+    if not causal:
+        run("forward", q, k, v, norm_const, **options)
+        return o, _states(q, v, N).zero_(), torch.zeros(N, dtype=torch.int64)
+    final_kv, final_seen = _states(q, v, N), torch.empty(N, dtype=torch.int64)
+    run("forward", q, k, v, norm_const, **options, final_kv=final_kv, final_seen=final_seen)
+    return o, final_kv, final_seen
+
+
+def gated_backward(
+    grad, grad_kv, q, k, v, norm_const, mask, cu_seqlens, kv, seen, log_decay, beta, causal, chunk_size
+) -> tuple[Tensor, ...]:
+    """Gradients of q, k, v, norm_const, kv, log_decay and beta; empty where there is no such input."""
+    gradients = _Gradients(q, k, v, norm_const)
+    dkv, dlog_decay, dbeta = (
+        torch.empty(0 if x is None else x.shape, dtype=torch.float32) for x in (kv, log_decay, beta)
+    )
+    options = {"causal": causal, "chunk_size": chunk_size, "mask": mask, "cu_seqlens": cu_seqlens}
+    options |= {
+        "kv": kv,
+        "seen": seen,
+        "log_decay": _float(log_decay),
+        "beta": _float(beta),
+        "grad": grad,
+        "grad_final": grad_kv,
+    }
+    given = ((kv, "dkv", dkv), (log_decay, "dlog_decay", dlog_decay), (beta, "dbeta", dbeta))
+    options |= {name: written for x, name, written in given if x is not None}
+    run("backward", q, k, v, norm_const, **options, **gradients.buffers)
+    dlog_decay, dbeta = (y if x is None else y.to(x.dtype) for x, y in ((log_decay, dlog_decay), (beta, dbeta)))
+    return *gradients.finished(), dkv, dlog_decay, dbeta
+
+
+def _float(x: Tensor | None) -> Tensor | None:
+    return None if x is None else x.to(torch.float32)
+
+
 class _Gradients:
     """What a backward writes; the kernels give dm in float32."""
 

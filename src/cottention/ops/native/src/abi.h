@@ -10,13 +10,13 @@
 #include <cstdint>
 
 // Changes with the functions and what fields mean, so that a library left over from another version is told apart.
-#define COTTENTION_ABI_VERSION 2
+#define COTTENTION_ABI_VERSION 3
 
 enum DType : int64_t { kFloat32 = 0, kBFloat16 = 1, kFloat16 = 2, kFloat64 = 3 };
 
 enum Status : int { kOk = 0, kOutOfMemory = 1, kBadBoundaries = 2, kUnknownInstructionSet = 3 };
 
-struct View {  // [B, T, H, D], or [B, H, D] with `token` unused
+struct View {  // [B, T, H, D], [B, T, H], or [B, H, D] with `token` unused
     int64_t data, batch, token, head;
 };
 
@@ -47,13 +47,17 @@ struct View {  // [B, T, H, D], or [B, H, D] with `token` unused
     VIEW(k)                                                                                            \
     VIEW(v)                                                                                            \
     VIEW(o)                                                                                            \
-    VIEW(grad) /* of o; backward alone, like all that follows */                                       \
+    VIEW(grad) /* of o; backward alone, like all gradients */                                          \
     WORD(dq)   /* contiguous, like dk and dv */                                                        \
     WORD(dk)                                                                                           \
     WORD(dv)                                                                                           \
     WORD(dm)         /* float [H] to write, or 0 */                                                    \
     WORD(grad_final) /* float [N, H, K, V], or 0 */                                                    \
-    WORD(dkv)        /* float [N, H, K, V] to write, or 0 */
+    WORD(dkv)        /* float [N, H, K, V] to write, or 0 */                                           \
+    VIEW(log_decay)  /* float [B, T, H], 0: nothing is forgotten */                                    \
+    VIEW(beta)       /* float [B, T, H], 0: nothing is erased */                                       \
+    WORD(dlog_decay) /* float [B, T, H] to write, contiguous, or 0 */                                  \
+    WORD(dbeta)      /* the same */
 
 struct Call {
 #define COTTENTION_WORD(name) int64_t name;
@@ -70,7 +74,7 @@ struct Call {
 #endif
 
 COTTENTION_EXPORT int cottention_abi_version();
-// A line for each word of Call, its name and offset ("q_batch 176"), and a last one, "size 376".
+// A line for each word of Call, its name and offset ("q_batch 176"), and a last one, "size 456".
 COTTENTION_EXPORT const char* cottention_call_layout();
 // Name of the index-th instruction set that runs here, plainest first, null after the last; -1: of the active one.
 COTTENTION_EXPORT const char* cottention_instruction_set(int64_t index);

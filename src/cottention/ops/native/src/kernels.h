@@ -11,6 +11,11 @@ struct Rows {  // one head's tokens: [tokens, D], `stride` elements apart
     int64_t stride;
 };
 
+struct Gate {  // one head's log_decay or beta: a number a token, `stride` apart; null: none
+    const float* data;
+    int64_t stride;
+};
+
 // c ** -p under each value, c the count of real tokens, or the same count for every token.
 struct Divisor {
     bool divides;   // false: every weight is 1
@@ -27,6 +32,9 @@ struct Range {  // a range of tokens of one sequence and head
     const uint8_t* key_mask;    // at the first token; null: all real
     const uint8_t* query_mask;  // the same one in self-attention
     Divisor divisor;
+    Gate log_decay, beta;
+    float *dlog_decay, *dbeta;  // at the first token, `dgate_stride` apart; or null
+    int64_t dgate_stride;
     const float* state;  // [K, V] before the range (gradients: after it); null: zeros
     float* state_out;    // [K, V] after the range (gradients: before it), or null
     uint16_t* lost;      // room for what rounding takes from a sum, see product.h: round_up(K) x round_up(V) to 16

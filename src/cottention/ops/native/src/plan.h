@@ -212,6 +212,14 @@ class Plan {
         return {pointer<char>(view.data) + offset * kElementSize[call.dtype], view.token};
     }
 
+    Gate gate(const View& view, int64_t b, int64_t t, int64_t h) const {
+        if (view.data == 0) return {nullptr, 0};
+        return {pointer<float>(view.data) + b * view.batch + t * view.token + h * view.head, view.token};
+    }
+    float* gate_gradient(int64_t word, int64_t b, int64_t t, int64_t h) const {
+        return word == 0 ? nullptr : pointer<float>(word) + (b * call.T + t) * call.H + h;
+    }
+
     // What a kernel sees of the tokens t0 .. t1 of a sequence; of the keys, or of the queries.
     Range range(int64_t sequence, int64_t head, int64_t t0, int64_t t1, int64_t real_before) const {
         const int64_t row = row_of(sequence), t = starts_[size_t(sequence)] + t0;
@@ -232,6 +240,11 @@ class Plan {
         const uint8_t* mask = mask_of(sequence);
         r.key_mask = mask == nullptr ? nullptr : mask + t0;
         r.query_mask = call.T == call.S ? r.key_mask : nullptr;
+        r.log_decay = gate(call.log_decay, row, t, head);
+        r.beta = gate(call.beta, row, t, head);
+        r.dlog_decay = gate_gradient(call.dlog_decay, row, t, head);
+        r.dbeta = gate_gradient(call.dbeta, row, t, head);
+        r.dgate_stride = call.H;
         r.divisor.divides = call.norm_const != 0;
         r.divisor.constant = !call.causal;
         r.divisor.p = r.divisor.divides ? p_[size_t(head)] : 0;
