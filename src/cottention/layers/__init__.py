@@ -3,16 +3,18 @@
 from cottention.layers import CosineAttention
 """
 
-from cottention.layers.attention import CosineAttention, KeyValueState, SoftmaxAttention
+from cottention.layers.attention import CosineAttention
 from cottention.layers.maps import cosine_map, map_context, softmax_map
 from cottention.layers.rotary import RotaryTable, apply_rotary, packed_positions, rotary_table
 from cottention.layers.softmax import softmax_attention
+from cottention.layers.softmax_layer import KeyValueState, SoftmaxAttention, WindowState
 
 __all__ = [
     "CosineAttention",
     "KeyValueState",
     "RotaryTable",
     "SoftmaxAttention",
+    "WindowState",
     "apply_rotary",
     "cosine_map",
     "map_context",

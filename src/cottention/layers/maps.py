@@ -81,6 +81,7 @@ def softmax_map(
     *,
     causal: bool,
     attention_mask: Int[Tensor, "B S"] | None = None,
+    sliding_window: int | None = None,
 ) -> Float[Tensor, "B H T S"]:
     """softmax(q k^T / sqrt(K)) over the keys that each query sees.
 
@@ -89,13 +90,15 @@ def softmax_map(
         k: keys.
         causal: whether a query sees only keys at or before its own position.
         attention_mask: 1 = real key.
+        sliding_window: real tokens that a query sees at the most, its own among them; None: all. Needs causal=True.
 
     Returns:
         The map in q's dtype.
     """
     T, S, dtype = q.shape[1], k.shape[1], accumulation_dtype(q.dtype)
     scores = torch.einsum("bthk,bshk->bhts", q.to(dtype), k.to(dtype)) / q.shape[-1] ** 0.5
-    visible = visible_keys(T, S, attention_mask, causal and T > 1, q.device)
+    needs_triangle = causal and (T > 1 or sliding_window is not None)
+    visible = visible_keys(T, S, attention_mask, needs_triangle, q.device, sliding_window)
     if visible is not None:
         scores = scores.masked_fill(~visible, float("-inf"))
     return scores.softmax(-1).to(q.dtype)

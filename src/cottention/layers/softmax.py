@@ -3,8 +3,10 @@
 It is the other half of every comparison: same layout, same masks, same packing. Packed sequences are attended one after
 the other, so no mask over the whole pack exists; a T x T mask is built only where padding and causality meet, where
 queries continue a cache, or for a pack in a compiled graph, which cannot have as many parts as there are sequences.
+With a window the work and the memory are those of a band (`layers/sliding.py`).
 
     o = softmax_attention(q, k, v, causal=True, attention_mask=mask)      # q: [B, T, H, K], k, v: [B, S, H, K]
+    o = softmax_attention(q, k, v, causal=True, sliding_window=256)
 """
 
 from __future__ import annotations
@@ -15,6 +17,7 @@ from torch import Tensor
 from torch.nn.functional import scaled_dot_product_attention
 
 from cottention.layers.rotary import sequence_of_each_token
+from cottention.layers.sliding import banded_attention, is_narrow, within_window
 
 
 def softmax_attention(
@@ -26,6 +29,7 @@ def softmax_attention(
     attention_mask: Int[Tensor, "B S"] | None = None,
     cu_seqlens: Int[Tensor, " N_plus_1"] | None = None,
     dropout_p: float = 0.0,
+    sliding_window: int | None = None,
 ) -> Float[Tensor, "B T H V"]:
     """softmax(q k^T / sqrt(K)) v.
 
@@ -37,6 +41,7 @@ def softmax_attention(
         attention_mask: `[B, S]`, 1 = real key. Queries at padded positions give finite numbers that mean nothing.
         cu_seqlens: `[N+1]` boundaries of packed sequences; needs B == 1, T == S and no attention_mask.
         dropout_p: chance of dropping an attention weight.
+        sliding_window: real tokens that a query sees at the most, its own among them; None: all. Needs causal=True.
 
     Returns:
         `[B, T, H, V]` in q's dtype.
@@ -47,28 +52,44 @@ def softmax_attention(
     T, S = q.shape[1], k.shape[1]
     if causal and T > S:
         raise ValueError(f"causal=True needs at least as many keys as queries; got {T} queries and {S} keys")
+    if sliding_window is not None and (not causal or sliding_window < 1):
+        raise ValueError(
+            f"sliding_window must be at least 1 token, of causal=True; got {sliding_window} and causal={causal}"
+        )
     if cu_seqlens is not None:
         _check_packing(q, k, attention_mask)
         if torch.compiler.is_compiling():
-            return _attend_masked(q, k, v, _same_sequence(cu_seqlens, T, causal), dropout_p)
+            return _attend_masked(q, k, v, _same_sequence(cu_seqlens, T, causal, sliding_window), dropout_p)
         lengths = [length for length in cu_seqlens.diff().tolist() if length]
         if sum(lengths) != T:
             raise ValueError(f"cu_seqlens must run from 0 to T={T}; got {sum(lengths)} tokens between its bounds")
         # Split, not sliced: the gradient of a slice is as long as the whole pack, one for each sequence.
         q_parts, k_parts, v_parts = (x.split(lengths, dim=1) for x in (q, k, v))
         sequences = zip(q_parts, k_parts, v_parts, strict=True)
-        parts = [_attend(*sequence, causal, None, dropout_p) for sequence in sequences]
+        parts = [_attend(*sequence, causal, None, dropout_p, sliding_window) for sequence in sequences]
         return torch.cat(parts, dim=1) if parts else v.new_zeros(1, 0, *v.shape[2:])
     if attention_mask is not None and tuple(attention_mask.shape) != (q.shape[0], S):
         raise ValueError(f"attention_mask must have shape [B, S] = {[q.shape[0], S]}; got {list(attention_mask.shape)}")
-    return _attend(q, k, v, causal, attention_mask, dropout_p)
+    return _attend(q, k, v, causal, attention_mask, dropout_p, sliding_window)
 
 
-def _attend(q: Tensor, k: Tensor, v: Tensor, causal: bool, attention_mask: Tensor | None, dropout_p: float) -> Tensor:
+def _attend(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    causal: bool,
+    attention_mask: Tensor | None,
+    dropout_p: float,
+    sliding_window: int | None,
+) -> Tensor:
     T, S = q.shape[1], k.shape[1]
-    needs_triangle = causal and T > 1
-    is_causal = needs_triangle and T == S and attention_mask is None
-    mask = None if is_causal else visible_keys(T, S, attention_mask, needs_triangle, q.device)
+    if sliding_window is not None and sliding_window >= S:
+        sliding_window = None  # which hides nothing
+    if sliding_window is not None and is_narrow(T, S, sliding_window):
+        return banded_attention(q, k, v, attention_mask, sliding_window, dropout_p)
+    needs_triangle = causal and (T > 1 or sliding_window is not None)
+    is_causal = needs_triangle and T == S and attention_mask is None and sliding_window is None
+    mask = None if is_causal else visible_keys(T, S, attention_mask, needs_triangle, q.device, sliding_window)
     return _attend_masked(q, k, v, mask, dropout_p, is_causal)
 
 
@@ -80,20 +101,29 @@ def _attend_masked(
     return o.transpose(1, 2)  # [B, T, H, V]
 
 
-def _same_sequence(cu_seqlens: Tensor, T: int, causal: bool) -> Tensor:
+def _same_sequence(cu_seqlens: Tensor, T: int, causal: bool, sliding_window: int | None) -> Tensor:
     """Which keys of a pack each query sees, `[T, T]`."""
     sequence = sequence_of_each_token(cu_seqlens, T)
     same = sequence[:, None] == sequence
+    if sliding_window is not None:
+        same = same.triu(1 - sliding_window)
     return same.tril() if causal else same
 
 
 def visible_keys(
-    T: int, S: int, attention_mask: Tensor | None, needs_triangle: bool, device: torch.device
+    T: int,
+    S: int,
+    attention_mask: Tensor | None,
+    needs_triangle: bool,
+    device: torch.device,
+    sliding_window: int | None = None,
 ) -> Tensor | None:
-    """Which keys each query sees, broadcastable to `[B, H, T, S]`; None for all of them."""
+    """Which keys each query sees, broadcastable to `[B, H, T, S]`; None for all. A window needs the triangle."""
     visible = None if attention_mask is None else attention_mask.to(torch.bool)[:, None, None, :]
     if needs_triangle:
         triangle = torch.ones(T, S, dtype=torch.bool, device=device).tril(S - T)
+        if sliding_window is not None:
+            triangle = triangle & within_window(T, S, attention_mask, sliding_window, device)
         if visible is None:
             return triangle
         # Every query also sees itself: without any key it would be 0 / 0, whose NaN reaches real tokens by gradient.

@@ -1,0 +1,150 @@
+"""What both attention layers share: sizes, projections, rotary, and the checks of what they are called with.
+
+class CosineAttention(ProjectedAttention): ...
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from jaxtyping import Int
+from torch import Tensor, nn
+
+from cottention.layers.rotary import RotaryTable, apply_rotary, packed_positions, rotary_table, sequence_of_each_token
+
+
+class ProjectedAttention(nn.Module):
+    """What both layers share: sizes, projections, rotary."""
+
+    k_proj: nn.Linear
+    v_proj: nn.Linear
+    q_proj: nn.Linear
+    out_proj: nn.Linear
+
+    def __init__(
+        self,
+        hidden_size: int,
+        num_attention_heads: int,
+        *,
+        causal: bool,
+        head_dim: int | None = None,
+        rotary_dim: int | None = None,
+        bias: bool = True,
+    ) -> None:
+        super().__init__()
+        _check_sizes(hidden_size, num_attention_heads, head_dim, rotary_dim)
+        if not isinstance(causal, bool):
+            raise TypeError(f"causal must be True or False; got {causal!r}")
+        self.hidden_size = hidden_size
+        self.num_attention_heads = num_attention_heads
+        self.causal = causal
+        self.head_dim = hidden_size // num_attention_heads if head_dim is None else head_dim
+        self.rotary_dim = rotary_dim
+        inner = num_attention_heads * self.head_dim
+        # The order of the published checkpoints' optimizer state.
+        self.k_proj = nn.Linear(hidden_size, inner, bias=bias)
+        self.v_proj = nn.Linear(hidden_size, inner, bias=bias)
+        self.q_proj = nn.Linear(hidden_size, inner, bias=bias)
+        self.out_proj = nn.Linear(inner, hidden_size, bias=bias)
+
+    def project(
+        self, hidden_states: Tensor, key_value_states: Tensor | None = None, rotary: RotaryTable | None = None
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """q, k, v `[B, T or S, H, K]` of these tokens, rotary applied to q and k when a table is given."""
+        source = hidden_states if key_value_states is None else key_value_states
+        q, k, v = (
+            projection(x).unflatten(-1, (self.num_attention_heads, self.head_dim))
+            for projection, x in ((self.q_proj, hidden_states), (self.k_proj, source), (self.v_proj, source))
+        )
+        if rotary is not None:
+            q, k = apply_rotary(q, rotary), apply_rotary(k, rotary)
+        return q, k, v
+
+    def merge(self, o: Tensor) -> Tensor:
+        """Heads back to tokens: `[B, T, H, K]` to `[B, T, D]`."""
+        return self.out_proj(o.flatten(-2))
+
+    def _rotary_table(
+        self,
+        x: Tensor,
+        position_ids: Tensor | None,
+        attention_mask: Tensor | None,
+        cu_seqlens: Tensor | None,
+        seen: Any,
+    ) -> RotaryTable | None:
+        """The table for these tokens; positions that are not given count the real tokens before each one."""
+        if self.rotary_dim is None:
+            if position_ids is not None:
+                raise ValueError("position_ids needs a layer with rotary_dim; got a layer without")
+            return None
+        if position_ids is None:
+            position_ids = _default_positions(x, attention_mask, cu_seqlens, seen)
+        return rotary_table(position_ids, self.rotary_dim)
+
+    def _check_cross(self, key_value_states: Tensor | None, cu_seqlens: Tensor | None) -> None:
+        if key_value_states is None:
+            return
+        if self.causal:
+            raise ValueError("key_value_states (cross-attention) needs a layer with causal=False; got causal=True")
+        if cu_seqlens is not None:
+            raise ValueError("key_value_states and cu_seqlens exclude each other; got both")
+        if self.rotary_dim is not None:
+            raise ValueError(
+                f"key_value_states needs a layer without rotary: positions of two texts do not compare; "
+                f"got rotary_dim={self.rotary_dim}"
+            )
+
+    def extra_repr(self) -> str:
+        """Sizes."""
+        return (
+            f"hidden_size={self.hidden_size}, num_attention_heads={self.num_attention_heads}, "
+            f"head_dim={self.head_dim}, causal={self.causal}, rotary_dim={self.rotary_dim}"
+        )
+
+
+def check_maps(cu_seqlens: Tensor | None) -> None:
+    """Refuse maps of packed texts.
+
+    Raises:
+        ValueError: both are asked for.
+    """
+    if cu_seqlens is not None:
+        raise ValueError("maps and cu_seqlens exclude each other: a map across packed texts is empty; got both")
+
+
+def _default_positions(
+    x: Tensor, attention_mask: Tensor | None, cu_seqlens: Tensor | None, seen: Tensor | None
+) -> Int[Tensor, "B T"]:
+    T = x.shape[1]
+    if cu_seqlens is not None:
+        positions = packed_positions(cu_seqlens, T)
+        return positions if seen is None else positions + seen[sequence_of_each_token(cu_seqlens, T)]
+    if attention_mask is None:
+        positions = torch.arange(T, device=x.device)[None]
+    else:
+        positions = (attention_mask.to(torch.int64).cumsum(-1) - 1).clamp(min=0)
+    return positions if seen is None else positions + seen[:, None]
+
+
+def _check_sizes(hidden_size: int, num_attention_heads: int, head_dim: int | None, rotary_dim: int | None) -> None:
+    sizes = (("hidden_size", hidden_size), ("num_attention_heads", num_attention_heads), ("head_dim", head_dim))
+    for name, value in sizes:
+        if value is None and name == "head_dim":
+            continue
+        if not isinstance(value, int) or isinstance(value, bool):
+            raise TypeError(f"{name} must be an int; got {value!r}")
+        if value < 1:
+            raise ValueError(f"{name} must be at least 1; got {value}")
+    if head_dim is None:
+        if hidden_size % num_attention_heads:
+            raise ValueError(
+                f"num_attention_heads must divide hidden_size; got {num_attention_heads} and {hidden_size}"
+            )
+        head_dim = hidden_size // num_attention_heads
+    if rotary_dim is None:
+        return
+    if not isinstance(rotary_dim, int) or isinstance(rotary_dim, bool):
+        raise TypeError(f"rotary_dim must be an int or None; got {rotary_dim!r}")
+    if rotary_dim < 2 or rotary_dim % 2 or rotary_dim > head_dim:
+        raise ValueError(f"rotary_dim must be even, from 2 to the head dim {head_dim}; got {rotary_dim}")
