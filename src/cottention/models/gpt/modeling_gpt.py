@@ -442,6 +442,8 @@ class CottentionGPTForCausalLM(CottentionGPTPreTrainedModel, GenerationMixin):
         )
         # What `generate` takes for stop_strings, it hands on to the model.
         inputs.pop("tokenizer", None)
+        # The name that every version's clients look for here: PEFT 0.21 puts its prompts before each token without it.
+        inputs["past_key_values"] = inputs.pop(CACHE_NAME, None)
         if isinstance(past, CosineCache) and past.next_position is not None:
             # The cache knows where its rows stand, filled by generate or by a plain forward (which counts padding).
             inputs.pop("position_ids", None)
