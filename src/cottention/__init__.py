@@ -33,7 +33,9 @@ _HOME_OF = {
     "CosineAttention": "cottention.layers",
     "SoftmaxAttention": "cottention.layers",
 }
-_SUBPACKAGES = frozenset({"ops", "layers", "models", "convert", "data", "training", "evaluation", "generation"})
+_SUBPACKAGES = frozenset(
+    {"ops", "layers", "integrations", "models", "convert", "data", "training", "evaluation", "generation"}
+)
 
 __all__ = [
     "CosineAttention",
