@@ -14,6 +14,7 @@ from transformers.masking_utils import create_sliding_window_causal_mask
 
 from cottention import SoftmaxAttention
 from cottention.layers import WindowState, softmax_attention, softmax_map
+from cottention.models.versions import CACHE_NAME
 
 LENGTHS = (1, 2, 63, 64, 65, 129, 257, 300)
 WINDOWS = (1, 2, 7, 63, 64, 65, 100, 1000)
@@ -92,12 +93,10 @@ def test_drawn_shapes_equal_the_formula(seed: int) -> None:
 @pytest.mark.parametrize("T", [40, 200])
 def test_the_band_is_the_one_of_transformers(T: int) -> None:
     config = MistralConfig(sliding_window=17, attn_implementation="sdpa")
-    names = create_sliding_window_causal_mask.__code__.co_varnames
-    cache = {"cache" if "cache" in names else "past_key_values": None}
     embeds = torch.zeros(1, T, config.hidden_size)
     position_ids = torch.arange(T)[None]
     theirs = create_sliding_window_causal_mask(
-        config=config, inputs_embeds=embeds, attention_mask=None, position_ids=position_ids, **cache
+        config=config, inputs_embeds=embeds, attention_mask=None, position_ids=position_ids, **{CACHE_NAME: None}
     )
     assert theirs is not None
     q, k, v = qkv(1, T)

@@ -185,7 +185,7 @@ def check_context(model: PreTrainedModel, context: int) -> None:
     if context < 1:
         raise SettingsError(f"context must be at least 1; got {context}")
     limit = getattr(model.config, "max_position_embeddings", None)
-    if getattr(model.config, "attention_type", "softmax") != "cosine" and limit is not None and context > limit:
+    if not getattr(model.config, "keeps_states", False) and limit is not None and context > limit:
         raise SettingsError(f"a softmax model reads at most its {limit} positions; got a context of {context}")
 
 
@@ -199,7 +199,11 @@ def _check(model: PreTrainedModel, context: int, stride: int, carry_state: bool,
     if stride != context:
         raise SettingsError(f"carry_state and stride exclude each other; got a stride of {stride}")
     attention_type = getattr(model.config, "attention_type", "softmax")
-    if attention_type != "cosine":
+    if getattr(model.config, "keeps_states", False) and model.config.keeps_every_key:
+        raise SettingsError(
+            "carry_state needs layers whose state has one size; got a hybrid with full_attention in layer_types"
+        )
+    if not getattr(model.config, "keeps_states", False):
         raise SettingsError(f"carry_state needs a cosine model, whose state has one size; got {attention_type}")
 
 

@@ -1,8 +1,8 @@
 """Reads texts into the state that they are continued from, chunk by chunk: the memory is that of one chunk.
 
 A cosine model keeps the state alone, which has one size however long the text was: of the tokens, the last one is left,
-which the model has not read yet and from which the first new one comes. A softmax model keeps keys and values, and
-`generate` goes on with the whole text.
+which the model has not read yet and from which the first new one comes. A hybrid does the same, and keeps the keys of
+its softmax layers too. A softmax model keeps keys and values, and `generate` goes on with the whole text.
 
     reading = read_rows(model, [token_ids, other_ids], chunk=2048)
     model.generate(reading.input_ids, attention_mask=reading.attention_mask, past_key_values=reading.cache)
@@ -21,7 +21,6 @@ from transformers import PreTrainedModel
 
 from cottention.models import CosineCache
 from cottention.models.versions import cache_of
-from cottention.ops import CosineState
 
 TAIL = 4
 """Last tokens of a text that are kept: how the next one reads depends on the character before, 4 tokens at most."""
@@ -29,7 +28,10 @@ TAIL = 4
 
 @dataclass(frozen=True, kw_only=True)
 class ReadState:
-    """What a cosine model knows of one text: enough to go on with it, and of one size whatever its length."""
+    """What a cosine model knows of one text: enough to go on with it, and of one size whatever its length.
+
+    A hybrid with full attention knows every key of those layers beside it.
+    """
 
     cache: CosineCache
     """State of one row, all tokens but the last."""
@@ -66,9 +68,9 @@ def read_rows(
         model: a CottentionGPTForCausalLM.
         rows: each text's tokens; none of them empty, unless there is a `start`.
         chunk: tokens of each text read at a time.
-        start: of the text that all of these go on from; cosine models only.
+        start: of the text that all of these go on from; models with states only.
     """
-    is_cosine = model.config.attention_type == "cosine"
+    keeps_states = model.config.keeps_states
     occurred = torch.zeros(len(rows), model.config.vocab_size, dtype=torch.bool, device=model.device)
     cache = None
     if start is not None:
@@ -78,8 +80,8 @@ def read_rows(
         occurred |= start.occurred.to(model.device)
     for row, has in zip(rows, occurred, strict=True):
         has[torch.from_numpy(np.unique(row).astype(np.int64)).to(model.device)] = True
-    cache = (_prefill_cosine if is_cosine else _prefill_softmax)(model, rows, chunk, cache)
-    if is_cosine:
+    cache = (_prefill_states if keeps_states else _prefill_softmax)(model, rows, chunk, cache)
+    if keeps_states:
         input_ids = torch.tensor([[int(row[-1])] for row in rows], device=model.device)
         attention_mask = torch.ones_like(input_ids)
         if cache is not None:
@@ -92,7 +94,7 @@ def read_rows(
 
 
 def read_one(model: PreTrainedModel, row: np.ndarray, *, chunk: int, start: ReadState | None = None) -> ReadState:
-    """Read one text with a cosine model, to go on from it later, any number of times; see `read_rows`."""
+    """Read one text with a cosine or hybrid model, to go on from it later, any number of times; see `read_rows`."""
     reading = read_rows(model, [row], chunk=chunk, start=start)
     return ReadState(
         cache=_unread(model) if reading.cache is None else reading.cache,
@@ -114,7 +116,7 @@ def _bytes_in(value: Any) -> int:
     return sum(map(_bytes_in, value)) if isinstance(value, (tuple, list)) else 0
 
 
-def _prefill_cosine(model: PreTrainedModel, rows: Sequence[np.ndarray], chunk: int, cache: Any) -> Any:
+def _prefill_states(model: PreTrainedModel, rows: Sequence[np.ndarray], chunk: int, cache: Any) -> Any:
     longest = max(map(len, rows))
     is_padded = any(len(row) != longest for row in rows)
     first = 0 if cache is None else cache.next_position[:, None]
@@ -168,13 +170,9 @@ def _columns(rows: Sequence[np.ndarray], start: int, end: int, device: torch.dev
 
 def _unread(model: PreTrainedModel) -> CosineCache:
     """The cache before the first token, as tensors, so that it can be saved."""
-    config = model.config
-    head_dim = config.n_embd // config.n_head
-    dtype = torch.float64 if model.dtype == torch.float64 else torch.float32
-    cache = CosineCache(config.n_layer)
-    for layer in cache.layers:
-        layer.advance(
-            CosineState.zeros(1, config.n_head, head_dim, head_dim, dtype=dtype, device=model.device), num_tokens=0
-        )
+    body: Any = model.base_model
+    cache = CosineCache(len(body.h))
+    for layer, block in zip(cache.layers, body.h, strict=True):
+        layer.advance(block.attn.empty_state(1), num_tokens=0)
     cache.next_position = torch.zeros(1, dtype=torch.int64, device=model.device)
     return cache

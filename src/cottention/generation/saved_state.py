@@ -3,7 +3,8 @@
 The file is safetensors: each layer's state and count, the last tokens, which tokens occurred, and in its metadata what
 made it. A state means nothing to another model, even one of the same shape, so config, weights (a sample of every
 tensor) and tokenizer are fingerprinted and compared; a hash of the content tells damage. Softmax models are refused:
-their keys and values grow with the text, and reading it again is what they are for.
+their keys and values grow with the text, and reading it again is what they are for. A hybrid's file holds its states
+beside the keys and values of its softmax layers, those of a window or all.
 
     state = read_text(model, tokenizer, document)
     save_state("document.state", state, model, tokenizer)
@@ -48,7 +49,7 @@ def read_text(
     """Read a text, of any length, in constant memory.
 
     Args:
-        model: a cosine CottentionGPTForCausalLM.
+        model: a cosine or hybrid CottentionGPTForCausalLM.
         tokenizer: the model's own.
         text: what to read.
         state: of what was read before, which the text goes on from.
@@ -70,13 +71,13 @@ def read_text(
 
 
 def check_state_support(model: PreTrainedModel) -> None:
-    """Refuse a model whose state has no fixed size.
+    """Refuse a model without any state of fixed size.
 
     Raises:
-        SettingsError: it is not a cosine model.
+        SettingsError: it is a softmax model.
     """
     attention_type = getattr(model.config, "attention_type", "softmax")
-    if attention_type != "cosine":
+    if not getattr(model.config, "keeps_states", False):
         raise SettingsError(
             f"a state to save or load needs a cosine model, whose state has one size; got {attention_type}"
         )
@@ -189,12 +190,21 @@ def _hash_of(described: Any) -> str:
 
 def _check_shapes(tensors: dict[str, Tensor], model: PreTrainedModel, path: str | Path) -> None:
     """Refuse what no `save_state` wrote; a wrong shape would only show deep inside the model."""
-    config = model.config
-    head_dim = config.n_embd // config.n_head
-    expected: dict[str, tuple[int, ...]] = {"num_tokens": (), "next_position": (1,), "occurred": (config.vocab_size,)}
-    for layer in range(config.n_layer):
-        expected[f"layers.{layer}.kv"] = (1, config.n_head, head_dim, head_dim)
-        expected[f"layers.{layer}.seen"] = (1,)
+    body: Any = model.base_model
+    expected: dict[str, tuple[int, ...]] = {
+        "num_tokens": (),
+        "next_position": (1,),
+        "occurred": (model.config.vocab_size,),
+    }
+    for i, block in enumerate(body.h):
+        for name, part in block.attn.empty_state(1)._asdict().items():
+            key, shape = f"layers.{i}.{name}", tuple(part.shape)
+            if name in ("k", "v", "real") and key in tensors:
+                # Of keys there may be any number, but those of a window are fewer than it has tokens.
+                num_keys = tensors[f"layers.{i}.real"].numel() if f"layers.{i}.real" in tensors else -1
+                window = block.attn.sliding_window
+                shape = (1, num_keys if window is None or num_keys < window else -1, *shape[2:])
+            expected[key] = shape
     found = {name: tuple(tensor.shape) for name, tensor in tensors.items() if name != "tail"}
     tail = tensors.get("tail")
     if found != expected or tail is None or tail.dim() != 1 or not 1 <= len(tail) <= TAIL:

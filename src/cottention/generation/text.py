@@ -206,7 +206,7 @@ def _seeded(seed: int, device: torch.device):
 
 
 def _check_length(model: PreTrainedModel, num_prompt_tokens: int, max_new_tokens: int) -> None:
-    if model.config.attention_type != "softmax":
+    if model.config.keeps_states:
         return
     num_positions = model.config.n_positions
     if num_prompt_tokens >= num_positions:

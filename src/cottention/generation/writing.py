@@ -1,8 +1,8 @@
 """Chooses new tokens with transformers' `generate`, at constant memory where the model allows it.
 
-`generate` keeps every token of a call. A cosine model needs none but the last, so it is called for some hundred tokens
-at a time: what stays between two calls is the state, the last token, and which tokens occurred at all (for the
-repetition penalty). A softmax model, and a search with beams, is one call.
+`generate` keeps every token of a call. A cosine or hybrid model needs none but the last, so it is called for some
+hundred tokens at a time: what stays between two calls is the state, the last token, and which tokens occurred at all
+(for the repetition penalty). A softmax model, and a search with beams, is one call.
 
     cache = write_tokens(model, reading, watcher, max_new_tokens=128, temperature=0.8, ...)
 """
@@ -55,7 +55,7 @@ def write_tokens(
     """
     ids, mask, cache = reading.input_ids, reading.attention_mask, reading.cache
     penalty = RepetitionPenalty(repetition_penalty, reading.occurred)
-    a_call = _TOKENS_A_CALL if model.config.attention_type == "cosine" else max_new_tokens
+    a_call = _TOKENS_A_CALL if model.config.keeps_states else max_new_tokens
     for start in range(0, max_new_tokens, a_call):
         watcher.begin_call(ids.shape[1])
         output: Any = model.generate(  # pyright: ignore[reportCallIssue]  # bound by GenerationMixin at run time

@@ -135,6 +135,13 @@ class CosineAttention(ProjectedAttention):
         )
         return self.merge(o if context is None else context), state
 
+    def empty_state(self, B: int) -> CosineState:
+        """The state of B rows before the first token."""
+        weight = self.k_proj.weight
+        dtype = torch.promote_types(weight.dtype, torch.float32)
+        sizes = (B, self.num_attention_heads, self.head_dim, self.head_dim)
+        return CosineState.zeros(*sizes, dtype=dtype, device=weight.device)
+
     def _is_one_step(self, q: Tensor, initial_state: CosineState | None, cu_seqlens: Tensor | None) -> bool:
         """Whether the recurrent step serves; a form that was asked for by name is never replaced by it."""
         decodes = initial_state is not None and self.causal and q.shape[1] == 1

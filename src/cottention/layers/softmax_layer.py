@@ -166,13 +166,13 @@ class SoftmaxAttention(ProjectedAttention):
             sliding_window=self.sliding_window,
         )
 
-    def empty_state(self, B: int, like: Tensor) -> KeyValueState | WindowState:
-        """The state of B rows before the first token, in the dtype and on the device of `like`."""
-        k = like.new_empty(B, 0, self.num_attention_heads, self.head_dim)
-        real = like.new_empty(B, 0, dtype=torch.bool)
+    def empty_state(self, B: int) -> KeyValueState | WindowState:
+        """The state of B rows before the first token."""
+        k = self.k_proj.weight.new_empty(B, 0, self.num_attention_heads, self.head_dim)
+        real = k.new_empty(B, 0, dtype=torch.bool)
         if self.sliding_window is None:
-            return KeyValueState(k, k, real)
-        return WindowState(k, k, real, like.new_zeros(B, dtype=torch.int64))
+            return KeyValueState(k, k.clone(), real)
+        return WindowState(k, k.clone(), real, k.new_zeros(B, dtype=torch.int64))
 
     def _extended(
         self,

@@ -1,8 +1,8 @@
-"""CosineCache: the recurrent state of a cosine GPT as the cache that `generate` passes around.
+"""CosineCache: the states of a cosine or hybrid GPT's layers as the cache that `generate` passes around.
 
-Per layer it holds one K x V matrix per head and row and a count per row, so decoding memory does not grow with the
-text. It also remembers where each row's positions stand, so that a text may be continued by any mix of `forward` and
-`generate`.
+Of a cosine layer it holds one K x V matrix per head and row and a count per row, so decoding memory does not grow with
+the text; of a softmax layer in a hybrid the keys and values, all or those of its window, and which of them are real. It
+also remembers where each row's positions stand, so that a text may be continued by any mix of `forward` and `generate`.
 
     out = model(input_ids)                                        # out.past_key_values is a CosineCache
     out = model(more_ids, past_key_values=out.past_key_values)    # any number of tokens at a time
@@ -14,17 +14,26 @@ PyTorch knows it as a tree of tensors, so that torch.export and torch.onnx.expor
 from __future__ import annotations
 
 import weakref
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NoReturn
 
 import torch
 from jaxtyping import Int
 from torch import Tensor
 from torch.utils import _pytree as pytree
-from transformers.cache_utils import Cache, CacheLayerMixin, DynamicCache
+from transformers.cache_utils import Cache, CacheLayerMixin, DynamicCache, LinearAttentionCacheLayerMixin
 
+from cottention.layers import KeyValueState, WindowState
 from cottention.layers.rotary import packed_positions, sequence_of_each_token
 from cottention.ops import CosineState
+
+LayerState = CosineState | KeyValueState | WindowState
+# By transformers' names, as in a config's layer_types.
+STATES: dict[str, type[LayerState]] = {
+    "linear_attention": CosineState,
+    "full_attention": KeyValueState,
+    "sliding_attention": WindowState,
+}
 
 
 class CosineCacheLayer(CacheLayerMixin):
@@ -35,12 +44,17 @@ class CosineCacheLayer(CacheLayerMixin):
 
     def __init__(self) -> None:
         super().__init__()
-        self.state: CosineState | None = None
+        self.state: LayerState | None = None
         self.num_tokens = 0
 
-    def advance(self, state: CosineState, num_tokens: int) -> None:
+    @property
+    def is_sliding(self) -> bool:
+        """Whether it holds the keys of a window."""
+        return isinstance(self.state, WindowState)
+
+    def advance(self, state: LayerState, num_tokens: int) -> None:
         """Take over the state after `num_tokens` more columns. A cache keeps no gradient."""
-        self.state = CosineState(state.kv.detach(), state.seen)
+        self.state = _each(state, torch.Tensor.detach)
         self.num_tokens += num_tokens
         self.is_initialized = True
 
@@ -74,12 +88,13 @@ class CosineCacheLayer(CacheLayerMixin):
     def reorder_cache(self, beam_idx: Tensor) -> None:
         """Keep these rows, in this order."""
         if self.state is not None:
-            self.state = self.state.index_select(beam_idx.to(self.state.kv.device))
+            rows = beam_idx.to(self.state[0].device)
+            self.state = _each(self.state, lambda part: part.index_select(0, rows))
 
     def batch_repeat_interleave(self, repeats: int) -> None:
         """Repeat every row `repeats` times in place."""
         if self.state is not None:
-            self.state = CosineState(*(part.repeat_interleave(repeats, dim=0) for part in self.state))
+            self.state = _each(self.state, lambda part: part.repeat_interleave(repeats, dim=0))
 
     def batch_select_indices(self, indices: Tensor) -> None:
         """Keep these rows."""
@@ -97,14 +112,19 @@ class CosineCacheLayer(CacheLayerMixin):
     def offload(self) -> None:
         """Move to the CPU; `prefetch` moves back."""
         if self.state is not None:
-            self._device = self.state.kv.device
-            self.state = CosineState(*(part.to("cpu", non_blocking=True) for part in self.state))
+            self._device = self.state[0].device
+            self.state = _each(self.state, lambda part: part.to("cpu", non_blocking=True))
 
     def prefetch(self) -> None:
         """Undo `offload`."""
         if self.state is not None:
-            device = getattr(self, "_device", self.state.kv.device)
-            self.state = CosineState(*(part.to(device, non_blocking=True) for part in self.state))
+            device = getattr(self, "_device", self.state[0].device)
+            self.state = _each(self.state, lambda part: part.to(device, non_blocking=True))
+
+
+def _each(state: LayerState, change: Callable[[Tensor], Tensor]) -> LayerState:
+    """A state of the same kind, of its tensors changed."""
+    return type(state)(*(change(part) for part in state))
 
 
 class CosineCache(Cache):
@@ -124,33 +144,34 @@ class CosineCache(Cache):
         self.next_position: Int[Tensor, " B"] | None = None
 
     @classmethod
-    def adopt(cls, cache: Cache | None) -> None:
+    def adopt(cls, cache: Cache | None, layer_types: Sequence[str]) -> None:
         """Make an empty `DynamicCache(config=model.config)` a CosineCache, in place, as its owner holds on to it.
 
         Others are left as they are: what has been filled by another model cannot be read.
+
+        Args:
+            cache: what the model was given.
+            layer_types: of the model. Of layers of one kind their number is not asked, which a model checks itself.
         """
-        if type(cache) is not DynamicCache or not cache.layers or not all(cache.is_linear):
+        if type(cache) is not DynamicCache or not cache.layers:
             return
         kept: list[Any] = cache.layers
-        if any(
-            filled
-            for layer in kept
-            for filled in (*layer.is_conv_states_initialized.values(), *layer.is_recurrent_states_initialized.values())
-        ):
+        kinds = [_kind_of(layer) for layer in kept]
+        if (kinds != list(layer_types) and {*kinds} != {"linear_attention"}) or any(map(_is_filled, kept)):
             return
         empty: Any = cache
         empty.__class__ = cls
         empty.__init__(len(kept))
 
     @property
-    def states(self) -> tuple[CosineState | None, ...]:
-        """Each layer's `CosineState`; None before the first token."""
+    def states(self) -> tuple[LayerState | None, ...]:
+        """Each layer's state, a `CosineState` of a cosine layer; None before the first token."""
         return tuple(layer.state for layer in self.layers)
 
     @property
     def nbytes(self) -> int:
-        """Bytes held, whatever the length of the text."""
-        return sum(state.nbytes for state in self.states if state is not None)
+        """Bytes held; whatever the length of the text, unless a layer keeps every key."""
+        return sum(part.nbytes for state in self.states if state is not None for part in state)
 
     def restart_columns(self) -> None:
         """Count columns from 0 again; states and positions stay.
@@ -230,7 +251,7 @@ class CosineCache(Cache):
         for i, state in enumerate(self.states):
             if state is None:
                 raise ValueError("a CosineCache can be saved once tokens have gone through the model; got an empty one")
-            tensors[f"layers.{i}.kv"], tensors[f"layers.{i}.seen"] = (part.contiguous() for part in state)
+            tensors |= {f"layers.{i}.{name}": part.contiguous() for name, part in state._asdict().items()}
         tensors["num_tokens"] = torch.tensor(self.get_seq_length())
         if self.next_position is not None:
             tensors["next_position"] = self.next_position
@@ -239,10 +260,16 @@ class CosineCache(Cache):
     @classmethod
     def from_tensors(cls, tensors: Mapping[str, Tensor]) -> CosineCache:
         """The cache that `to_tensors` described."""
-        cache = cls(sum(name.endswith(".kv") for name in tensors))
+        fields: dict[int, dict[str, Tensor]] = {}
+        for name, tensor in tensors.items():
+            if name.startswith("layers."):
+                _, i, field = name.split(".")
+                fields.setdefault(int(i), {})[field] = tensor
+        cache = cls(len(fields))
+        kinds = {kind._fields: kind for kind in STATES.values()}
         for i, layer in enumerate(cache.layers):
-            state = CosineState(tensors[f"layers.{i}.kv"], tensors[f"layers.{i}.seen"])
-            layer.advance(state, int(tensors["num_tokens"]))
+            kind = next(kind for names, kind in kinds.items() if set(names) == set(fields[i]))
+            layer.advance(kind(**fields[i]), int(tensors["num_tokens"]))
         cache.next_position = tensors.get("next_position")
         return cache
 
@@ -270,58 +297,98 @@ class CosineCache(Cache):
             self.next_position = self.next_position[indices]
 
 
+def _kind_of(layer: Any) -> str:
+    """transformers' name of the attention that a layer of its DynamicCache is for."""
+    if isinstance(layer, LinearAttentionCacheLayerMixin):
+        return "linear_attention"
+    return "sliding_attention" if getattr(layer, "is_sliding", False) else "full_attention"
+
+
+def _is_filled(layer: Any) -> bool:
+    if isinstance(layer, LinearAttentionCacheLayerMixin):
+        made: Any = layer
+        return any((*made.is_conv_states_initialized.values(), *made.is_recurrent_states_initialized.values()))
+    return layer.is_initialized
+
+
 class _Structure:
     """What of a cache is no tensor. Exported programs take caches of any number of columns, so those are all equal."""
 
-    def __init__(self, cache: CosineCache | None, num_layers: int) -> None:
+    def __init__(self, cache: CosineCache | None, num_layers: int, kinds: tuple[str | None, ...] = ()) -> None:
         self.cache = (lambda: None) if cache is None else weakref.ref(cache)
         self.num_layers = num_layers
+        # Of a hybrid's layers; empty where all are cosine layers.
+        self.kinds = kinds
         # An exported program cannot count: what it returns starts anew, as after `restart_columns`.
         self.num_tokens = 0 if cache is None or torch.compiler.is_exporting() else cache.get_seq_length()
 
     def __eq__(self, other: object) -> bool:
-        return isinstance(other, _Structure) and other.num_layers == self.num_layers
+        return isinstance(other, _Structure) and other.num_layers == self.num_layers and other.kinds == self.kinds
 
     def __hash__(self) -> int:
         return hash(self.num_layers)
 
 
 def _flatten(cache: CosineCache) -> tuple[list[list[Tensor]], _Structure]:
-    """States' matrices, counts and the next positions (each empty before the first token)."""
-    states = [state for state in cache.states if state is not None]
-    following = [] if cache.next_position is None else [cache.next_position]
-    tensors = [[state.kv for state in states], [state.seen for state in states], following]
-    return tensors, _Structure(cache, len(cache.layers))
+    """States' matrices, counts and the next positions (each empty before the first token).
+
+    Of a hybrid's softmax layers the keys, values and which of them are real follow, and the counts of windows stand
+    among the others.
+    """
+    kinds = tuple(None if state is None else type(state).__name__ for state in cache.states)
+    hybrid = any(kind not in (None, CosineState.__name__) for kind in kinds)
+    found: dict[str, list[Tensor]] = {key: [] for key in (*_KEYS, *(_HYBRID_KEYS if hybrid else ()))}
+    for state in cache.states:
+        for name, part in () if state is None else state._asdict().items():
+            found[name].append(part)
+    if cache.next_position is not None:
+        found["next_position"].append(cache.next_position)
+    return list(found.values()), _Structure(cache, len(cache.layers), kinds if hybrid else ())
 
 
 def _flatten_with_keys(cache: CosineCache) -> tuple[list[tuple[Any, list[Tensor]]], _Structure]:
     tensors, structure = _flatten(cache)
-    return [(pytree.GetAttrKey(key), x) for key, x in zip(_KEYS, tensors, strict=True)], structure
+    keys = (*_KEYS, *_HYBRID_KEYS)[: len(tensors)]
+    return [(pytree.GetAttrKey(key), x) for key, x in zip(keys, tensors, strict=True)], structure
 
 
 def _unflatten(tensors: Any, structure: _Structure) -> CosineCache:
-    kv, seen, following = tensors = [list(each) for each in tensors]
+    tensors = [list(each) for each in tensors]
     same = structure.cache()
     if same is not None and all(
         x is y for new, old in zip(tensors, _flatten(same)[0], strict=True) for x, y in zip(new, old, strict=True)
     ):
         return same  # who only looks through a tree (FSDP) hands on the cache itself, which a model writes to
     cache = CosineCache(structure.num_layers)
-    for layer, *state in zip(cache.layers, kv, seen, strict=False):
-        layer.advance(CosineState(*state), structure.num_tokens)
-    cache.next_position = following[0] if following else None
+    parts = {key: iter(each) for key, each in zip((*_KEYS, *_HYBRID_KEYS), tensors, strict=False)}
+    kinds = structure.kinds or (CosineState.__name__,) * len(tensors[0])
+    for layer, name in zip(cache.layers, kinds, strict=False):
+        if name is not None:
+            kind = next(each for each in STATES.values() if each.__name__ == name)
+            layer.advance(kind(*(next(parts[field]) for field in kind._fields)), structure.num_tokens)
+    cache.next_position = next(parts["next_position"], None)
     return cache
 
 
+def _dumped(structure: _Structure) -> Any:
+    return [structure.num_layers, list(structure.kinds)] if structure.kinds else structure.num_layers
+
+
+def _undumped(dumped: Any) -> _Structure:
+    num_layers, kinds = dumped if isinstance(dumped, list) else (dumped, ())
+    return _Structure(None, num_layers, tuple(kinds))
+
+
 _KEYS = ("kv", "seen", "next_position")
+_HYBRID_KEYS = ("k", "v", "real")
 pytree.register_pytree_node(
     CosineCache,
     _flatten,
     _unflatten,
     serialized_type_name="cottention.models.cache.CosineCache",
-    to_dumpable_context=lambda structure: structure.num_layers,
-    from_dumpable_context=lambda num_layers: _Structure(None, num_layers),
+    to_dumpable_context=_dumped,
+    from_dumpable_context=_undumped,
     flatten_with_keys_fn=_flatten_with_keys,
 )
 # A saved program holds its example inputs, which are read back with weights_only=True.
-torch.serialization.add_safe_globals([CosineCache, CosineCacheLayer, CosineState])
+torch.serialization.add_safe_globals([CosineCache, CosineCacheLayer, CosineState, KeyValueState, WindowState])

@@ -18,10 +18,15 @@ from transformers.utils import CONFIG_NAME
 from cottention.errors import CheckpointError, SettingsError, did_you_mean
 from cottention.models.auto import REMOTE_MODULE, auto_map, remote_module
 from cottention.models.directory import check_config_file, own_fields
+from cottention.models.layer_types import (
+    BERT_LAYER_TYPES,
+    LAYER_TYPES,
+    check_layer_types,
+    is_uniform,
+    uniform,
+)
 from cottention.seals import MANIFEST
 
-# With transformers' names for what each layer keeps: a recurrent state, or every key.
-LAYER_TYPES = {"cosine": "linear_attention", "softmax": "full_attention"}
 ATTENTION_TYPES = tuple(LAYER_TYPES)
 DTYPES = ("float64", "float32", "float16", "bfloat16")
 # A config may come from a stranger, and what it names is built before weights are read.
@@ -47,13 +52,15 @@ class CottentionConfig(PreTrainedConfig):
     """Fields that make a stock config ours.
 
     Args:
-        attention_type: "cosine", or "softmax" for the twin.
+        attention_type: "cosine", or "softmax" for the twin. Of a mix of layers it says whether any is cosine.
         norm_const_init: start of every head's learned exponent, before its sigmoid.
         original_init: keep torch.nn.Linear's default initialisation where the original code did: GPT's q, k, v and out
             projections, BERT's q, k and v. For comparison with its curves.
 
     Attributes:
-        layer_types: transformers' names for the layers' attention, written to config.json.
+        layer_types: transformers' name for each layer's attention, written to config.json: "linear_attention" is
+            cosine attention, "full_attention" softmax, "sliding_attention" softmax over a window. It may be given, as a
+            mix that makes a hybrid; otherwise it follows from `attention_type`.
         auto_map: which of our classes each Auto class opens, for processes that never imported cottention. It comes
             from the class, whatever a file says, and is written to config.json with the module that it names.
     """
@@ -66,6 +73,10 @@ class CottentionConfig(PreTrainedConfig):
         "mlm_loss",
         "nsp_loss",
     ]
+
+    known_layer_types: ClassVar[tuple[str, ...]] = BERT_LAYER_TYPES
+    # Left out at their defaults, so that a config without them is what it was: saved states know it by a hash.
+    later_options: ClassVar[tuple[str, ...]] = ()
 
     attention_type: str = "cosine"
     norm_const_init: float = 0.5
@@ -91,29 +102,59 @@ class CottentionConfig(PreTrainedConfig):
 
     @property
     def layer_types(self) -> list[str]:
-        """The attention of each layer, by transformers' names; it follows from `attention_type`.
+        """The attention of each layer, by transformers' names: a mix that was given, else by `attention_type`.
 
         accelerate asks it whether a sequence may be cut between processes, DynamicCache which layers it needs.
         """
+        mixed = self.__dict__.get("_layer_types")
+        if mixed is not None:
+            return list(mixed)
         # transformers asks before the settings are checked, a stranger's among them: no list of a billion names.
         count = self.num_hidden_layers
         if self.attention_type not in ATTENTION_TYPES or not isinstance(count, int) or count > MOST_LAYERS:
             raise AttributeError("layer_types: attention_type and num_hidden_layers must be valid first")
-        return [LAYER_TYPES[self.attention_type]] * count
+        return uniform(self.attention_type, count)
 
     @layer_types.setter
     def layer_types(self, given: Any) -> None:
-        if not isinstance(given, (list, tuple)) or list(given) != self.layer_types:
-            expected = f"{LAYER_TYPES[self.attention_type]!r} for each of {self.num_hidden_layers} layers"
-            raise SettingsError(
-                f"layer_types must be {expected} with attention_type={self.attention_type!r}; got {given}"
-            )
+        self._check_layer_types(given)
+        mixed = list(given)
+        if mixed == uniform(self.attention_type, self.num_hidden_layers):
+            self.__dict__.pop("_layer_types", None)
+        else:
+            self.__dict__["_layer_types"] = mixed
+
+    @property
+    def keeps_states(self) -> bool:
+        """Whether some layer keeps less than every key, so that a GPT decodes from a `CosineCache`."""
+        return set(self.layer_types) != {LAYER_TYPES["softmax"]}
+
+    @property
+    def keeps_every_key(self) -> bool:
+        """Whether some layer keeps every key, so that what decoding holds grows with the text."""
+        return LAYER_TYPES["softmax"] in self.layer_types
+
+    def check_layers(self) -> None:
+        """Check once more that the layers fit the other settings, which may have been edited since.
+
+        Raises:
+            SettingsError: they do not.
+        """
+        self._check_layer_types(self.layer_types)
+
+    def _check_layer_types(self, given: Any) -> None:
+        window = getattr(self, "sliding_window", None)
+        check_layer_types(given, self.attention_type, self.num_hidden_layers, window, known=self.known_layer_types)
 
     def to_dict(self) -> dict[str, Any]:
         """The settings; `auto_map` is none."""
         settings = super().to_dict()
         settings.pop("auto_map", None)
-        return settings
+        for name in self.later_options:
+            if settings.get(name) == getattr(type(self), name):
+                settings.pop(name, None)
+        mixed = settings.pop("_layer_types", None)
+        return settings if mixed is None else {**settings, "layer_types": mixed}
 
     def to_diff_dict(self) -> dict[str, Any]:
         """What config.json holds."""
@@ -150,10 +191,12 @@ class CottentionConfig(PreTrainedConfig):
             CheckpointError: it asks for something that our models do not have.
         """
         fields = own_fields(config_dict, kwargs.get("name_or_path") or cls.model_type)
-        layer_types = fields.get("layer_types")
-        if layer_types and any(layer_types == [name] * len(layer_types) for name in LAYER_TYPES.values()):
+        if is_uniform(fields.get("layer_types")):
             # They followed from settings that may have been edited since; the weights tell whether those are right.
             del fields["layer_types"]
+        # What is checked together has to come together: transformers sets the caller's words one by one, afterwards.
+        together = ("attention_type", "layer_types", "sliding_window")
+        fields |= {name: kwargs.pop(name) for name in together if name in kwargs and hasattr(cls, name)}
         return super().from_dict(fields, **kwargs)
 
     @classmethod

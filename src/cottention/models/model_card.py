@@ -23,6 +23,7 @@ from safetensors import SafetensorError, safe_open
 from cottention.errors import CheckpointError
 from cottention.files import one_line, write_text
 from cottention.models.auto import REMOTE_MODULE
+from cottention.models.layer_types import is_uniform
 
 _KINDS = {
     "cottention-gpt": ("text-generation", "GPT", "AutoModelForCausalLM"),
@@ -34,6 +35,11 @@ _SIZES = {
     "heads": ("n_head", "num_attention_heads"),
     "positions in training": ("n_positions", "max_position_embeddings"),
     "vocabulary": ("vocab_size",),
+}
+_WORDS = {
+    "linear_attention": "cosine",
+    "full_attention": "softmax",
+    "sliding_attention": "sliding-window softmax",
 }
 _UPLOADED = ("*.json", "*.safetensors", "*.txt", "README.md", f"{REMOTE_MODULE}.py")
 
@@ -146,7 +152,7 @@ def _body(
 ) -> Iterator[str]:
     _, kind, auto_class = _KINDS[config["model_type"]]
     yield f"# {name}\n"
-    yield f"A {kind} with {config['attention_type']} attention, trained with cottention.\n"
+    yield f"A {kind} with {_attention(config)} attention, trained with cottention.\n"
     yield "| | |\n|---|---|"
     yield f"| parameters | {_num_parameters(directory):,} |"
     for label, keys in _SIZES.items():
@@ -167,6 +173,15 @@ def _body(
         settings = yaml.safe_dump(json.loads(json.dumps(recipe, default=str)), sort_keys=False, allow_unicode=True)
         yield f"\n## Training\n\n```yaml\n{settings.rstrip()}\n```"
     yield ""
+
+
+def _attention(config: Mapping[str, Any]) -> str:
+    """The kind of attention in words, of a hybrid its kinds with the layers that have them."""
+    layer_types = config.get("layer_types")
+    if not isinstance(layer_types, list) or is_uniform(layer_types):
+        return str(config["attention_type"])
+    counts = {_WORDS[name]: layer_types.count(name) for name in _WORDS if name in layer_types}
+    return " and ".join(f"{word} ({count} of {len(layer_types)} layers)" for word, count in counts.items())
 
 
 def _num_parameters(directory: Path) -> int:

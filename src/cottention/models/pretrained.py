@@ -47,6 +47,7 @@ class CottentionPreTrainedModel(PreTrainedModel):
     _keep_in_fp32_modules_strict: Any = None
 
     def __init__(self, config: Any, *inputs: Any, **kwargs: Any) -> None:
+        config.check_layers()
         if config.attention_type == "cosine":
             # sigmoid(m) is an exponent of the length: bfloat16's 8 bits of it would move the divisor by a percent.
             self._keep_in_fp32_modules_strict = {"norm_const"}
@@ -275,16 +276,21 @@ def _held_load_report() -> Iterator[Any]:
 def _check_loaded(model: PreTrainedModel, info: dict[str, Any], source: Any, may_mismatch: bool) -> None:
     missing, unexpected = sorted(info["missing_keys"]), sorted(info["unexpected_keys"])
     asked = model.config.attention_type
-    if any(key.endswith("norm_const") for key in unexpected):
+    prefix = "" if model.base_model is model else f"{model.base_model_prefix}."
+    norm_consts = {f"{prefix}{key}" for key, _ in model.base_model.named_parameters() if key.endswith("norm_const")}
+    strange = [key for key in unexpected if key.endswith("norm_const")]
+    absent = sorted(norm_consts & set(missing))
+    if len(set(model.config.layer_types)) > 1 and (strange or 0 < len(absent) < len(norm_consts)):
+        key, there = (strange[0], "holds") if strange else (absent[0], "lacks")
+        raise CheckpointError(f"{source} {there} {key}: its cosine layers are others than those of layer_types")
+    if strange:
         raise CheckpointError(
             f"{source} holds cosine attention (it has norm_const weights); got attention_type={asked!r}"
         )
-    prefix = "" if model.base_model is model else f"{model.base_model_prefix}."
     lost = [key for key in missing if key.startswith(prefix) and not _MAY_BE_NEW.search(key)]
     needed = {f"{prefix}{key}" for key, _ in model.base_model.named_parameters() if not _MAY_BE_NEW.search(key)}
     if needed <= set(lost):
         raise CheckpointError(f"{source} must hold the weights of {type(model).__name__}; it holds none of them")
-    norm_consts = {key for key in needed if key.endswith("norm_const")}
     if norm_consts and norm_consts <= set(lost):
         raise CheckpointError(f"{source} holds softmax attention (it has no norm_const); got attention_type={asked!r}")
     if info["mismatched_keys"] and not may_mismatch:

@@ -2,7 +2,8 @@
 
 Each lane of a step (`training/lanes.py`) keeps one recurrent state per layer. A window that goes on with a document
 starts from its lane's states, cut off from the graph, and from the position where they stand; a document that begins
-starts from zero. Softmax attention has nothing of constant size that it could carry.
+starts from zero. Softmax attention has nothing of constant size that it could carry, and the layers of a hybrid that
+have it make it impossible for all.
 
     states = CarriedStates(model.config, lanes=range(8))
     inputs, cache = states.open(batch)                  # batch: of `collate_lanes`
@@ -22,6 +23,7 @@ from torch import Tensor
 
 from cottention.errors import CheckpointError
 from cottention.models import CosineCache, CottentionGPTConfig
+from cottention.models.layer_types import check_carries
 from cottention.ops import CosineState
 
 
@@ -34,6 +36,9 @@ class CarriedStates:
         limit: tokens of a document after which its state starts anew, at the next window; None: never.
         device: where the model is.
         dtype: of the states: float32, for a model in float64 the same.
+
+    Raises:
+        SettingsError: a layer is not one of cosine attention.
     """
 
     def __init__(
@@ -45,6 +50,7 @@ class CarriedStates:
         device: torch.device | str = "cpu",
         dtype: torch.dtype = torch.float32,
     ) -> None:
+        check_carries(config.layer_types)
         head_dim = config.n_embd // config.n_head
         shape = (len(lanes), config.n_head, head_dim, head_dim)
         self.limit = limit

@@ -13,6 +13,7 @@ from dataclasses import dataclass, field
 from typing import Any, ClassVar, Literal
 
 from cottention.errors import SettingsError
+from cottention.models.layer_types import check_carries
 from cottention.training.recipe_sections import (
     BertDataSettings,
     BertModelSettings,
@@ -48,6 +49,8 @@ class GPTRecipe:
                 "data.carry_state needs model.attention_type: cosine, whose state has a constant size; "
                 f"got {self.model.attention_type}"
             )
+        if self.model.layer_types is not None:
+            check_carries(self.model.layer_types)
         # A block that is computed twice would start the second time from the state that it ended with, and a graph of
         # fixed shapes would be compiled anew for each number of documents in a step.
         for name in ("gradient_checkpointing", "compile"):
@@ -100,6 +103,8 @@ class GPTRecipe:
             "n_head": settings.n_head,
             "n_inner": settings.n_inner,
             "rotary_dim": settings.rotary_dim,
+            "layer_types": settings.layer_types,
+            "sliding_window": settings.sliding_window,
             "resid_pdrop": settings.dropout,
             "embd_pdrop": settings.dropout,
             "original_init": settings.original_init,

@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from typing import ClassVar, Literal
 
 from cottention.errors import SettingsError
+from cottention.models.layer_types import GPT_LAYER_TYPES, check_layer_types
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -20,7 +21,11 @@ class GPTModelSettings:
     """The GPT: shape, kind of attention, initialisation."""
 
     attention_type: Literal["cosine", "softmax"] = "cosine"
-    """Linear cosine attention, or the softmax twin."""
+    """Linear cosine attention, or the softmax twin; of a mix (layer_types), whether any layer is cosine."""
+    layer_types: list[str] | None = None
+    """A name per layer, which makes hybrids: linear_attention (cosine), full_attention (softmax), sliding_attention."""
+    sliding_window: int | None = None
+    """Tokens that a layer of sliding_attention sees."""
     vocab_size: int = 50400
     """Rows of the embedding and of the output layer; also the size of a tokenizer that is trained for the run."""
     n_embd: int = 1024
@@ -41,6 +46,9 @@ class GPTModelSettings:
     def __post_init__(self) -> None:
         _check_positive(self, "model", "vocab_size", "n_embd", "n_layer", "n_head", "n_inner")
         _check_fraction(self, "model", "dropout")
+        if self.layer_types is not None:
+            known = GPT_LAYER_TYPES
+            check_layer_types(self.layer_types, self.attention_type, self.n_layer, self.sliding_window, known=known)
         if self.n_embd % self.n_head:
             raise SettingsError(f"model.n_head must divide model.n_embd; got {self.n_head} and {self.n_embd}")
         head_dim = self.n_embd // self.n_head

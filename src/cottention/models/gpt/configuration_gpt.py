@@ -18,6 +18,7 @@ from cottention.models.configuration import (
     check_size,
     check_token_id,
 )
+from cottention.models.layer_types import GPT_LAYER_TYPES, SLIDING
 
 
 class CottentionGPTConfig(CottentionConfig):
@@ -25,7 +26,7 @@ class CottentionGPTConfig(CottentionConfig):
 
     Args:
         vocab_size: number of tokens.
-        n_positions: length of a training window. Softmax refuses longer texts; cosine decodes past it.
+        n_positions: length of a training window. Softmax alone refuses longer texts; cosine and hybrids decode past it.
         n_embd: width of a token.
         n_layer: number of blocks.
         n_head: heads per block; divides n_embd.
@@ -34,9 +35,10 @@ class CottentionGPTConfig(CottentionConfig):
         activation_function: of the feed-forward part.
         resid_pdrop: dropout after attention and after the feed-forward part.
         embd_pdrop: dropout after the embedding.
-        attn_pdrop: dropout of attention weights; softmax only, as cosine attention has none.
+        attn_pdrop: dropout of attention weights; softmax layers only, as cosine attention has none.
         layer_norm_epsilon: epsilon of every LayerNorm.
         initializer_range: standard deviation of new weights.
+        sliding_window: tokens that a layer of "sliding_attention" in `layer_types` sees, itself among them.
         use_cache: whether a forward in evaluation mode returns a cache.
         tie_word_embeddings: whether the head shares the embedding's matrix.
 
@@ -54,6 +56,9 @@ class CottentionGPTConfig(CottentionConfig):
         "intermediate_size": "n_inner",
     }
 
+    known_layer_types: ClassVar[tuple[str, ...]] = GPT_LAYER_TYPES
+    later_options: ClassVar[tuple[str, ...]] = ("sliding_window",)
+
     vocab_size: int = 50400
     n_positions: int = 1024
     n_embd: int = 1024
@@ -67,6 +72,7 @@ class CottentionGPTConfig(CottentionConfig):
     attn_pdrop: float = 0.0
     layer_norm_epsilon: float = 1e-5
     initializer_range: float = 0.02
+    sliding_window: int | None = None
     use_cache: bool = True
     bos_token_id: int | None = None
     eos_token_id: int | list[int] | None = None
@@ -74,11 +80,17 @@ class CottentionGPTConfig(CottentionConfig):
     tie_word_embeddings: bool = False
 
     def __post_init__(self, **kwargs: Any) -> None:
+        if self.sliding_window is not None:
+            check_size("sliding_window", self.sliding_window, maximum=2**31)  # as n_positions: no table has such rows
         super().__post_init__(**kwargs)
         for name in ("vocab_size", "n_embd", "n_head"):
             check_size(name, getattr(self, name))
         check_size("n_positions", self.n_positions, maximum=2**31)  # costs nothing: no table has that many rows
         check_size("n_layer", self.n_layer, maximum=MOST_LAYERS)
+        if self.sliding_window is not None and SLIDING not in self.layer_types:
+            raise SettingsError(
+                f"sliding_window needs {SLIDING!r} in layer_types; got {self.sliding_window} and layers without"
+            )
         check_divides("n_head", self.n_head, "n_embd", self.n_embd)
         if self.n_inner is not None:
             check_size("n_inner", self.n_inner)

@@ -16,6 +16,7 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 from cottention.layers import CosineAttention, RotaryTable, SoftmaxAttention
 from cottention.models.cache import CosineCache
 from cottention.models.gpt.configuration_gpt import CottentionGPTConfig
+from cottention.models.layer_types import SLIDING
 from cottention.models.pretrained import activation
 
 
@@ -42,7 +43,7 @@ class CottentionGPTBlock(GradientCheckpointingLayer):
         super().__init__()
         self.layer_idx = layer_idx
         self.ln_1 = nn.LayerNorm(config.n_embd, eps=config.layer_norm_epsilon)
-        self.attn = _attention(config)
+        self.attn = _attention(config, config.layer_types[layer_idx])
         self.dropout = nn.Dropout(config.resid_pdrop)
         self.mlp = CottentionGPTMLP(config)
 
@@ -75,8 +76,7 @@ class CottentionGPTBlock(GradientCheckpointingLayer):
         attn = self.attn
         if cache is None:
             return attn(x, attention_mask=attention_mask, cu_seqlens=cu_seqlens, rotary=rotary, maps=maps)[0]
-        if isinstance(attn, CosineAttention):
-            assert isinstance(cache, CosineCache)
+        if isinstance(cache, CosineCache):
             layer = cache.layers[self.layer_idx]
             o, state = attn(
                 x,
@@ -97,17 +97,18 @@ class CottentionGPTBlock(GradientCheckpointingLayer):
         return attn(x, attention_mask=attention_mask, rotary=rotary, extend=extend, maps=maps)[0]
 
 
-def _attention(config: CottentionGPTConfig) -> CosineAttention | SoftmaxAttention:
+def _attention(config: CottentionGPTConfig, layer_type: str) -> CosineAttention | SoftmaxAttention:
     head_dim = config.n_embd // config.n_head
     sizes: dict[str, Any] = {
         "causal": True,
         "bias": False,
         "rotary_dim": head_dim if config.rotary_dim is None else config.rotary_dim,
     }
-    if config.attention_type == "cosine":
+    if layer_type == "linear_attention":
         attn = CosineAttention(config.n_embd, config.n_head, norm_const_init=config.norm_const_init, **sizes)
     else:
-        attn = SoftmaxAttention(config.n_embd, config.n_head, dropout=config.attn_pdrop, **sizes)
+        window = config.sliding_window if layer_type == SLIDING else None
+        attn = SoftmaxAttention(config.n_embd, config.n_head, dropout=config.attn_pdrop, sliding_window=window, **sizes)
     for projection in (attn.q_proj, attn.k_proj, attn.v_proj, attn.out_proj):
         projection.keeps_default_init = config.original_init  # type: ignore[assignment]
     return attn

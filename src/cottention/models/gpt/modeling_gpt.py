@@ -1,7 +1,8 @@
 """GPT-J's architecture with cosine or softmax attention: x + attention(ln(x)) + mlp(ln(x)), with one shared LayerNorm.
 
 Parameter names are GPT-J's plus `attn.norm_const`, so published and stock weights load by name. A cosine model decodes
-from a `CosineCache` of constant size and past n_positions; a softmax model keeps transformers' DynamicCache.
+from a `CosineCache` of constant size and past n_positions, and so does a hybrid (`layer_types`), whose softmax layers
+keep their keys there; a softmax model keeps transformers' DynamicCache.
 
     model = CottentionGPTForCausalLM(CottentionGPTConfig(vocab_size=2048, n_embd=256, n_layer=4, n_head=4))
     loss = model(input_ids, labels=input_ids).loss
@@ -24,6 +25,7 @@ from cottention.layers import RotaryTable, rotary_table
 from cottention.models.arguments import DECODER_WORDS, known_arguments, zeros_and_ones
 from cottention.models.cache import CosineCache
 from cottention.models.fused_loss import head_cross_entropy
+from cottention.models.gpt.caches_gpt import check_cache, what_caches
 from cottention.models.gpt.configuration_gpt import CottentionGPTConfig
 from cottention.models.gpt.layers_gpt import CottentionGPTBlock
 from cottention.models.losses import causal_lm_loss, next_tokens
@@ -52,11 +54,11 @@ logger = logging.get_logger(__name__)
 class _Stateful:
     """Whether decoding keeps a state, which cannot be rolled back as a cache of keys and values can.
 
-    A model says what holds for its attention; its class, which serves both kinds, what holds for cosine, the default.
+    A model says what holds for its layers; its class, which serves all kinds, what holds for cosine, the default.
     """
 
     def __get__(self, model: Any, owner: type) -> bool:
-        return model is None or model.config.attention_type == "cosine"
+        return model is None or model.config.keeps_states
 
 
 class CottentionGPTPreTrainedModel(CottentionPreTrainedModel):
@@ -128,7 +130,7 @@ class CottentionGPTModel(CottentionGPTPreTrainedModel):
             attention_mask: 1 = real, `[B, T]` or, with a filled cache, `[B, past + T]`; padding anywhere.
             position_ids: None: 0 .. T-1, padding counted, going on where a cache stands, restarting per packed text.
             past_key_values: `CosineCache` (softmax: `DynamicCache`) of what came before; with `cu_seqlens` a
-                `CosineCache` with a row for each packed text.
+                `CosineCache` with a row for each packed text, of a model of cosine layers alone.
             inputs_embeds: embedded tokens.
             use_cache: whether to return a cache; None: the config's, but not in training or for packed texts.
             output_attentions: whether to return every block's map `[B, H, T, S]`, by which map @ v is its context; the
@@ -152,18 +154,17 @@ class CottentionGPTModel(CottentionGPTPreTrainedModel):
         known_arguments(others, ("num_items_in_batch",), f"{type(self).__name__}.forward", DECODER_WORDS)
         past = either_name(past_key_values, cache)
         if self._is_stateful:
-            CosineCache.adopt(past)
-        self._check_cache(past)
+            CosineCache.adopt(past, self.config.layer_types)
+        check_cache(past, self.config)
         attention_mask = zeros_and_ones(attention_mask)
         past_length = 0 if past is None else past.get_seq_length()
-        is_cosine = self.config.attention_type == "cosine"
-        check_inputs(input_ids, inputs_embeds, attention_mask, cu_seqlens, past_length, packs_past=is_cosine)
+        check_inputs(input_ids, inputs_embeds, attention_mask, cu_seqlens, past_length, packs_past=self._packs_past)
         maps = attention_maps(self.config, output_attentions, cu_seqlens)
-        if maps is not None and is_cosine and past_length:
+        if maps is not None and self._is_stateful and past_length:
             raise ValueError("output_attentions needs every key, of which a CosineCache keeps none; got a filled one")
         x = self.wte(input_ids) if inputs_embeds is None else inputs_embeds
         B, T = x.shape[:2]
-        if not is_cosine:
+        if not self._is_stateful:
             longest = longest_text(cu_seqlens, None, past_length + T)
             check_length(longest, self.config.n_positions, "n_positions")
         cache = self._cache(past, use_cache, cu_seqlens)
@@ -199,26 +200,14 @@ class CottentionGPTModel(CottentionGPTPreTrainedModel):
         )
         return output if wants_dict(self.config, return_dict) else output.to_tuple()
 
-    def _check_cache(self, past: Cache | None) -> None:
-        """Refuse a cache of the other attention type, or of another depth."""
-        if past is None:
-            return
-        is_cosine = self.config.attention_type == "cosine"
-        if is_cosine != isinstance(past, CosineCache):
-            expected = "a CosineCache" if is_cosine else "a DynamicCache"
-            raise ValueError(
-                f"past_key_values must be {expected} for attention_type={self.config.attention_type!r}; "
-                f"got {type(past).__name__}"
-            )
-        if past.is_compileable:
-            raise ValueError(f"past_key_values must hold the tokens so far and no more; got {type(past).__name__}")
-        if is_cosine and len(past) != self.config.n_layer:
-            raise ValueError(f"past_key_values must have {self.config.n_layer} layers; got {len(past)}")
+    @property
+    def _packs_past(self) -> bool:
+        """Whether packed texts may go on from states: keys of many texts lie in no row of a pack."""
+        return set(self.config.layer_types) == {"linear_attention"}
 
     def _cache(self, past: Cache | None, use_cache: bool | None, cu_seqlens: Tensor | None) -> Cache | None:
         """The cache to fill: a new one where it is wanted and none is given."""
-        is_cosine = self.config.attention_type == "cosine"
-        if cu_seqlens is not None and not is_cosine:
+        if cu_seqlens is not None and not self._packs_past:
             if use_cache or past is not None:
                 raise ValueError("use_cache and past_key_values exclude cu_seqlens; got both")
             return None
@@ -236,15 +225,15 @@ class CottentionGPTModel(CottentionGPTPreTrainedModel):
             use_cache = self.config.use_cache and not self.training and cu_seqlens is None
         if not use_cache:
             return None
-        if is_cosine:
+        if self._is_stateful:
             return CosineCache(self.config.n_layer)
         return DynamicCache(config=self.config)
 
     def _mask_for_attention(self, attention_mask: Tensor | None, T: int, past_length: int) -> Tensor | None:
-        """Cosine attention needs the new columns' mask, softmax attention that of all cached keys."""
+        """States need the new columns' mask, a cache of keys that of all cached ones."""
         if attention_mask is None or past_length == 0:
             return attention_mask
-        if self.config.attention_type == "cosine":
+        if self._is_stateful:
             return attention_mask[:, attention_mask.shape[1] - T :]
         if attention_mask.shape[1] == T:
             raise ValueError(
@@ -381,7 +370,7 @@ class CottentionGPTForCausalLM(CottentionGPTPreTrainedModel, GenerationMixin):
         """transformers' `generate`; the cache may have either of its names."""
         kwargs = with_one_name(kwargs)
         if self._is_stateful:
-            CosineCache.adopt(kwargs.get(CACHE_NAME))
+            CosineCache.adopt(kwargs.get(CACHE_NAME), self.config.layer_types)
         return super().generate(*args, **kwargs)  # pyright: ignore[reportAttributeAccessIssue]
 
     def init_continuous_batching(self, *args: Any, **kwargs: Any) -> NoReturn:
@@ -402,8 +391,8 @@ class CottentionGPTForCausalLM(CottentionGPTPreTrainedModel, GenerationMixin):
         if self._is_stateful and generation_config.use_cache and past is None:
             if generation_config.cache_implementation not in (None, "dynamic"):
                 raise ValueError(
-                    f"cache_implementation must be left out or 'dynamic' for attention_type='cosine', whose cache has "
-                    f"a constant size; got {generation_config.cache_implementation!r}"
+                    f"cache_implementation must be left out or 'dynamic' for {what_caches(self.config)}; "
+                    f"got {generation_config.cache_implementation!r}"
                 )
             generation_config.cache_implementation = None  # of this call's own copy; the cache is there
             model_kwargs[CACHE_NAME] = CosineCache(self.config.n_layer)
