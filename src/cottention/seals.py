@@ -30,6 +30,7 @@ from cottention.files import one_line, usable_cores
 from cottention.logging import get_logger
 
 MANIFEST = "MANIFEST.json"
+RECORD_SEAL = "sha256"  # the name, in a JSON object, of the hash of the rest
 WEIGHTS = ("model.safetensors", "model-*-of-*.safetensors", "model.safetensors.index.json")
 TOKENIZER = ("tokenizer.json", "vocab.txt", "vocab.json", "merges.txt", "tokenizer_config.json")
 
@@ -184,6 +185,18 @@ def sha256(path: Path, num_bytes: int | None = None) -> str:
             digest.update(block)
             left -= len(block)
     return digest.hexdigest()
+
+
+def sealed_record(record: dict[str, Any]) -> dict[str, Any]:
+    """A JSON object with the hash of what else is in it, for a file that is written anew in one go."""
+    content = {name: value for name, value in record.items() if name != RECORD_SEAL}
+    text = json.dumps(content, sort_keys=True)
+    return {**content, RECORD_SEAL: hashlib.sha256(text.encode()).hexdigest()}
+
+
+def is_intact_record(record: dict[str, Any]) -> bool:
+    """Whether a JSON object is as `sealed_record` left it, however it is laid out; one without a hash is."""
+    return RECORD_SEAL not in record or sealed_record(record)[RECORD_SEAL] == record[RECORD_SEAL]
 
 
 def _entries(folder: Path) -> dict[str, tuple[int, str]] | str:

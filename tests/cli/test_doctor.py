@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from importlib import metadata
 
 import pytest
@@ -22,7 +23,7 @@ def test_a_sound_machine_has_no_problem(capsys):
     assert found["problems"] == []
     assert found["models_registered"] is True
     assert set(found["implementations"]) == set(cottention.ops.IMPLEMENTATIONS)
-    assert found["implementations"].pop("triton").startswith("cpu: cannot run (")
+    assert found["implementations"].pop("triton") in ("cpu: not needed on a CPU", "cpu: ok")
     for name, outcome in found["implementations"].items():
         assert outcome.startswith("cpu: ok" if name != "native" or is_available() else "cpu: cannot run"), name
     assert found["packages"]["torch"] == metadata.version("torch")
@@ -36,6 +37,9 @@ def test_the_text_names_versions_and_implementations(capsys):
     assert f"torch {metadata.version('torch')}" in out
     assert "implementation chunk" in out
     assert out.endswith("Nothing is missing.\n")
+    if not torch.cuda.is_available():
+        assert re.search(r"^implementation triton +cpu: not needed on a CPU$", out, re.MULTILINE)
+        assert "missing" not in out.removesuffix("Nothing is missing.\n")
 
 
 @pytest.mark.skipif(not is_available(), reason="needs the native library")

@@ -64,6 +64,15 @@ def test_it_accepts_the_shape_that_multihead_attention_takes() -> None:
     assert ours.shape == theirs.shape
 
 
+@pytest.mark.parametrize("kind", [CosineAttention, SoftmaxAttention])
+def test_a_call_in_the_manner_of_multihead_attention_says_what_to_give(kind: Any) -> None:
+    attn, x = kind(32, 4, causal=False), torch.randn(2, 6, 32)
+    with pytest.raises(TypeError, match=r"give attn\(x\), or attn\(x, key_value_states\).*; got 3 tensors"):
+        attn(x, x, x)
+    with pytest.raises(TypeError, match="give attention_mask=~key_padding_mask, 1 = real"):
+        attn(x, key_padding_mask=torch.zeros(2, 6, dtype=torch.bool))
+
+
 def test_it_survives_state_dict_and_deepcopy_of_its_owner() -> None:
     model = ForeignModel([CosineAttention(32, 4, causal=True)])
     twin = copy.deepcopy(model)

@@ -331,3 +331,27 @@ def test_a_step_in_place_takes_nothing_that_is_differentiated() -> None:
     for route in ("gradient of gradient", "func.jvp", "dual numbers without gradient", "vmap"):
         with pytest.raises(ValueError, match="in_place needs a state to write over and no gradient"):
             _ROUTES[route](in_place, x)
+
+
+@pytest.mark.parametrize("form", ["naive", "step", "chunk"])
+def test_second_derivatives_at_zero_are_finite_and_alike(form: str) -> None:
+    """The norm has none there; what divides by it, max(||x||, 1e-12), is constant."""
+    generator = torch.Generator().manual_seed(0)
+    q, k, v = (torch.randn(1, 1, 2, 3, dtype=torch.float64, generator=generator) for _ in range(3))
+    q[..., 0, :], k[..., 1, :] = 0, 0
+    leaves = tuple(x.requires_grad_() for x in (q, k, v, torch.tensor([0.5, -1.0], dtype=torch.float64)))
+
+    def loss(implementation: str) -> Tensor:
+        if implementation == "step":
+            o, _ = cosine_attention_step(*leaves, None)
+        else:
+            o, _ = cosine_attention(*leaves, causal=True, implementation=implementation)
+        return (_weighted(o) * o).sum()
+
+    def derivatives(implementation: str) -> Leaves:
+        first = torch.autograd.grad(loss(implementation), leaves, create_graph=True)
+        return *first, *torch.autograd.grad(_total(first), leaves)
+
+    for found, expected in zip(derivatives(form), derivatives("naive"), strict=True):
+        assert found.isfinite().all()
+        torch.testing.assert_close(found, expected, rtol=1e-10, atol=1e-10)

@@ -5,13 +5,16 @@ from __future__ import annotations
 import json
 import os
 import random
+import re
 import shutil
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from cottention.errors import CottentionError, SettingsError
+from cottention.cli.main import main
+from cottention.errors import CottentionError, DataError, SettingsError
+from cottention.evaluation.glue_table import read_glue_run
 from cottention.locks import sole_writer
 from cottention.training import finetuning
 from cottention.training.finetuning import FinetuneResult, finetune
@@ -61,6 +64,23 @@ def test_a_damaged_record_is_one_line(name: str, content: bytes, pretrained: Pat
     (copied / "rte" / name).write_bytes(content)
     said = refused(pretrained, glue, copied)
     assert "--overwrite starts" in said or "--overwrite to start again" in said or "JSON" in said, said
+
+
+def test_a_digit_that_was_flipped_in_the_scores_is_one_line(
+    pretrained: Path, glue: Path, copied: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    path = copied / "rte" / "metrics.json"
+    written = path.read_text()
+    path.write_text(json.dumps(json.loads(written)))  # laid out otherwise, and the same
+    assert len(run(pretrained, glue, copied).metrics["seeds"]) == 1
+    digit = re.search(r'"seed": (\d)', written)
+    assert digit is not None
+    path.write_text(f"{written[: digit.start(1)]}{(int(digit[1]) + 1) % 10}{written[digit.end(1) :]}")
+    assert f"{path} was changed after it was written; choose another" in refused(pretrained, glue, copied)
+    with pytest.raises(DataError, match=r"metrics\.json was changed after it was written"):
+        read_glue_run(copied)
+    assert main(["doctor", "--model", str(copied)]) == 1
+    assert f"problem: {path}: was changed after it was written" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize("harm", HARMS)

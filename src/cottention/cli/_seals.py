@@ -7,8 +7,9 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from cottention.errors import CheckpointError, DataError
-from cottention.seals import MANIFEST, damage, missing_parts
+from cottention.errors import CheckpointError, CottentionError, DataError
+from cottention.json_files import read_json_object
+from cottention.seals import MANIFEST, RECORD_SEAL, damage, is_intact_record, missing_parts
 
 
 def compare(directory: Path) -> tuple[dict[str, str], list[str]]:
@@ -44,7 +45,23 @@ def compare(directory: Path) -> tuple[dict[str, str], list[str]]:
         parts[str(part)] = said if problem is None else f"damaged: {problem}"
         if problem is not None:
             problems.append(f"{part}: {problem}")
+    for record in [*directory.glob("metrics.json"), *sorted(directory.glob("*/metrics.json"))]:
+        said = _said_of(record)
+        parts[str(record)] = said
+        if said.startswith("damaged"):
+            problems.append(f"{record}: {said.removeprefix('damaged: ')}")
     return parts, problems
+
+
+def _said_of(record: Path) -> str:
+    """Of the scores of a fine-tuning."""
+    try:
+        content = read_json_object(record, error=CheckpointError)
+    except CottentionError as error:
+        return f"damaged: {error}"
+    if RECORD_SEAL not in content:
+        return "written without hashes: nothing to compare"
+    return "as it was written" if is_intact_record(content) else "damaged: was changed after it was written"
 
 
 def _is_model(path: Path) -> bool:

@@ -158,6 +158,8 @@ def _outcome(name: str, device: str, problems: list[str]) -> str:
             )
             return f"{device}: wrong"
         return f"{device}: ok{_how_native_runs() if name == 'native' else ''}"
+    if name == "triton" and device == "cpu":
+        return "cpu: not needed on a CPU"
     return f"{device}: cannot run ({' '.join(str(refusal).split())})"
 
 
@@ -229,7 +231,11 @@ def _look_at_registration(diagnosis: Diagnosis) -> None:
 
 def _as_text(diagnosis: Diagnosis) -> str:
     shown = asdict(diagnosis)
-    packages = ", ".join(f"{name} {version or 'missing'}" for name, version in shown["packages"].items())
+    needless = () if shown["gpus"] else ("triton",)
+    packages = ", ".join(
+        f"{name} {version or ('not needed on a CPU' if name in needless else 'missing')}"
+        for name, version in shown["packages"].items()
+    )
     rows: list[tuple[str, str]] = [
         ("cottention", shown["cottention"]),
         ("python", f"{shown['python']} on {shown['platform']}"),

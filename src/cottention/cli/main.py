@@ -29,6 +29,7 @@ COMMANDS: dict[str, tuple[str, str]] = {
     "quickstart": ("cottention.cli.quickstart", "train a small model on real text in minutes, score it, let it write"),
     "data": ("cottention.cli.data", "turn text into corpora of sentences, pairs or tokens"),
     "pretrain": ("cottention.cli.pretrain", "pretrain a GPT or a BERT from a recipe"),
+    "recipes": ("cottention.cli.recipes", "list the recipes of the package, or print one"),
     "finetune": ("cottention.cli.finetune", "fine-tune a BERT on tasks of GLUE"),
     "generate": ("cottention.cli.generate", "continue a text with a GPT, at constant memory"),
     "fill-mask": ("cottention.cli.fill_mask", "fill the masked words of a text with a BERT"),

@@ -18,6 +18,7 @@ from typing import Any
 
 from cottention.data.glue_tasks import GLUE_TASKS
 from cottention.errors import DataError
+from cottention.seals import is_intact_record
 
 COLUMNS = {
     "MNLI-m": ("mnli", "dev_matched"),
@@ -98,8 +99,11 @@ def _read(path: Path) -> dict[str, Any]:
         metrics = json.loads(path.read_text(encoding="utf-8"))
         if metrics["task"] not in GLUE_TASKS or not metrics["seeds"]:
             raise ValueError
+        is_intact = is_intact_record(metrics)
     except (ValueError, KeyError, TypeError, RecursionError) as error:
         raise DataError(f"{path} is not what `cottention finetune` writes") from error
+    if not is_intact:
+        raise DataError(f"{path} was changed after it was written; its scores may be wrong")
     return metrics
 
 

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from torch.nn.functional import pad
 
 from cottention.layers.maps import cosine_map, map_context
-from cottention.layers.projected import ProjectedAttention, check_maps
+from cottention.layers.projected import ProjectedAttention, check_maps, refuse_other_conventions
 from cottention.layers.rotary import RotaryTable
 from cottention.ops import CosineState, cosine_attention, cosine_attention_step
 
@@ -67,7 +67,7 @@ class CosineAttention(ProjectedAttention):
         self,
         hidden_states: Float[Tensor, "B T D"],
         key_value_states: Float[Tensor, "B S D"] | None = None,
-        *,
+        *others: Tensor,
         attention_mask: Int[Tensor, "B S"] | None = None,
         cu_seqlens: Int[Tensor, " N_plus_1"] | None = None,
         position_ids: Int[Tensor, "B T"] | None = None,
@@ -75,6 +75,7 @@ class CosineAttention(ProjectedAttention):
         initial_state: CosineState | None = None,
         output_final_state: bool = False,
         maps: list[Tensor] | None = None,
+        key_padding_mask: Tensor | None = None,
     ) -> tuple[Float[Tensor, "B T D"], CosineState | None]:
         """Attend.
 
@@ -88,13 +89,17 @@ class CosineAttention(ProjectedAttention):
             initial_state: what came before (causal only).
             output_final_state: whether to return the state after the last token.
             maps: a list that takes up the attention map `[B, H, T, S]`; costs T x S memory.
+            others: nothing; what nn.MultiheadAttention takes there is refused in a line that says what to give.
+            key_padding_mask: nothing, likewise.
 
         Returns:
             The output, and the state when asked for, else None.
 
         Raises:
             ValueError: arguments contradict each other or the layer's settings.
+            TypeError: the call is one of nn.MultiheadAttention.
         """
+        refuse_other_conventions(others, key_padding_mask)
         self._check_cross(key_value_states, cu_seqlens)
         if rotary is None:
             seen = None if initial_state is None else initial_state.seen

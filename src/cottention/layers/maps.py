@@ -13,7 +13,7 @@ from torch import Tensor
 
 from cottention.layers.softmax import visible_keys
 from cottention.ops.autocast import without_autocast
-from cottention.ops.state import MIN_NORM, accumulation_dtype
+from cottention.ops.state import accumulation_dtype, norm_of
 
 
 @without_autocast
@@ -42,9 +42,7 @@ def cosine_map(
     dtype = accumulation_dtype(q.dtype)
     B, S = k.shape[:2]
     real = torch.ones(B, S, dtype=torch.bool, device=k.device) if attention_mask is None else attention_mask.bool()
-    q_hat, k_hat = (
-        x / torch.linalg.vector_norm(x, dim=-1, keepdim=True).clamp(min=MIN_NORM) for x in (q.to(dtype), k.to(dtype))
-    )
+    q_hat, k_hat = (x / norm_of(x) for x in (q.to(dtype), k.to(dtype)))
     k_hat = k_hat.masked_fill(~real[..., None, None], 0)  # a product would keep what is NaN there
     if masks_queries:
         q_hat = q_hat.masked_fill(~real[..., None, None], 0)

@@ -103,6 +103,21 @@ class ProjectedAttention(nn.Module):
         )
 
 
+def refuse_other_conventions(others: tuple[Tensor, ...], key_padding_mask: Tensor | None) -> None:
+    """Refuse a call in nn.MultiheadAttention's manner, which would mean something else here.
+
+    Raises:
+        TypeError: it has a third tensor or a key_padding_mask; one line says what to give instead.
+    """
+    if others:
+        raise TypeError(
+            f"the layer projects q, k and v itself: give attn(x), or attn(x, key_value_states) for cross-attention, "
+            f"and masks by name; got {2 + len(others)} tensors as nn.MultiheadAttention takes them"
+        )
+    if key_padding_mask is not None:
+        raise TypeError("key_padding_mask is of the opposite sense: give attention_mask=~key_padding_mask, 1 = real")
+
+
 def check_maps(cu_seqlens: Tensor | None) -> None:
     """Refuse maps of packed texts.
 

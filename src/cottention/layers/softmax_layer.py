@@ -15,7 +15,7 @@ from torch import Tensor
 from torch.nn.functional import dropout
 
 from cottention.layers.maps import softmax_map
-from cottention.layers.projected import ProjectedAttention, check_maps
+from cottention.layers.projected import ProjectedAttention, check_maps, refuse_other_conventions
 from cottention.layers.rotary import RotaryTable
 from cottention.layers.sliding import take_tokens
 from cottention.layers.softmax import softmax_attention
@@ -96,7 +96,7 @@ class SoftmaxAttention(ProjectedAttention):
         self,
         hidden_states: Float[Tensor, "B T D"],
         key_value_states: Float[Tensor, "B S D"] | None = None,
-        *,
+        *others: Tensor,
         attention_mask: Int[Tensor, "B S"] | None = None,
         cu_seqlens: Int[Tensor, " N_plus_1"] | None = None,
         position_ids: Int[Tensor, "B T"] | None = None,
@@ -104,6 +104,7 @@ class SoftmaxAttention(ProjectedAttention):
         initial_state: KeyValueState | WindowState | None = None,
         output_final_state: bool = False,
         maps: list[Tensor] | None = None,
+        key_padding_mask: Tensor | None = None,
         extend: Callable[[Tensor, Tensor], tuple[Tensor, Tensor]] | None = None,
     ) -> tuple[Float[Tensor, "B T D"], KeyValueState | WindowState | None]:
         """Attend; the arguments are those of `CosineAttention.forward`, the state holds every key and value.
@@ -115,6 +116,7 @@ class SoftmaxAttention(ProjectedAttention):
         Raises:
             ValueError: arguments contradict each other or the layer's settings.
         """
+        refuse_other_conventions(others, key_padding_mask)
         self._check_cross(key_value_states, cu_seqlens)
         wants_state = initial_state is not None or output_final_state
         if wants_state and not self.causal:

@@ -25,7 +25,7 @@ import torch
 from torch import Tensor
 
 from cottention.ops.autocast import without_autocast
-from cottention.ops.state import MIN_NORM, CosineState, accumulation_dtype
+from cottention.ops.state import CosineState, accumulation_dtype, norm_of
 
 
 @without_autocast
@@ -52,9 +52,7 @@ def naive_cosine_attention(
     if T == S:  # self-attention: padded queries are zero too; in cross-attention the mask speaks of keys alone
         q = q.masked_fill(~real[..., None, None], 0)
     k, v = (x.masked_fill(~real[..., None, None], 0) for x in (k, v))
-    q_hat, k_hat = (
-        x / torch.linalg.vector_norm(x, dim=-1, keepdim=True).clamp(min=MIN_NORM) for x in (q.to(dtype), k.to(dtype))
-    )
+    q_hat, k_hat = (x / norm_of(x) for x in (q.to(dtype), k.to(dtype)))
 
     key_sequence = _sequence_of_each_token(B, S, cu_seqlens, device)  # [B, S]
     query_sequence = key_sequence if T == S else _sequence_of_each_token(B, T, None, device)  # [B, T]

@@ -18,7 +18,7 @@ from torch import Tensor
 
 from cottention.ops.autocast import without_autocast
 from cottention.ops.layouts import CHUNK_SIZE, Packed, divided, finished, layout_of, unit
-from cottention.ops.state import MIN_NORM, CosineState, accumulation_dtype
+from cottention.ops.state import CosineState, accumulation_dtype, norm_of
 
 
 def plain_cosine_attention(
@@ -111,7 +111,7 @@ def plain_step(
     if attention_mask is not None:
         real = attention_mask.reshape(B).to(torch.bool)
         q1, k1, v1 = (x.masked_fill(~real[:, None, None], 0) for x in (q1, k1, v1))
-    q_hat, k_hat = (torch.nn.functional.normalize(x.to(dtype), dim=-1, eps=MIN_NORM) for x in (q1, k1))
+    q_hat, k_hat = (x / norm_of(x) for x in (q1.to(dtype), k1.to(dtype)))
     seen = state.seen + (1 if real is None else real.to(torch.int64))  # [B]
     value = v1.to(dtype)
     if norm_const is not None:

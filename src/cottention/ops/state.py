@@ -23,6 +23,15 @@ def accumulation_dtype(dtype: torch.dtype) -> torch.dtype:
     return torch.float64 if dtype == torch.float64 else torch.float32
 
 
+def norm_of(x: Tensor) -> Tensor:
+    """max(||x||, MIN_NORM) over the last dim, kept; every derivative of it is finite, at zero too.
+
+    The norm itself has no second derivative at zero, where the maximum does not depend on x.
+    """
+    is_zero = torch.linalg.vector_norm(x.detach(), dim=-1, keepdim=True) < MIN_NORM
+    return torch.linalg.vector_norm(x.masked_fill(is_zero, 1), dim=-1, keepdim=True).masked_fill(is_zero, MIN_NORM)
+
+
 class CosineState(NamedTuple):
     """What causal cosine attention remembers of each sequence: constant in the number of tokens.
 

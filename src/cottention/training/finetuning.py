@@ -39,7 +39,7 @@ from cottention.json_files import read_json_object
 from cottention.locks import LOCK, sole_writer
 from cottention.logging import get_logger
 from cottention.models import CottentionBertForSequenceClassification
-from cottention.seals import check_model, damage, missing_parts
+from cottention.seals import check_model, damage, is_intact_record, missing_parts, sealed_record
 from cottention.training.checkpoints import atomic_directory, write_atomically, writing_to
 from cottention.training.finetune_settings import FinetuneSettings
 from cottention.training.finetune_trainer import FinetuneTrainer
@@ -306,6 +306,8 @@ def _metrics_of(run_dir: Path, content: dict[str, Any]) -> dict[str, Any]:
     if not path.is_file():
         return {**content, "best": None, "seeds": []}
     found = read_json_object(path, error=SettingsError)
+    if not is_intact_record(found):
+        raise SettingsError(f"{path} was changed after it was written; {_REMEDY}")
     best, seeds = found.get("best"), found.get("seeds")
     if not isinstance(best, dict) or not isinstance(seeds, list) or not all(map(_is_entry, seeds)):
         raise SettingsError(f"{path} is damaged: it holds no scores; {_REMEDY}")
@@ -357,7 +359,7 @@ def _take_in(run_dir: Path, seed_dir: Path, metrics: dict[str, Any]) -> dict[str
             best = {"seed": entry["seed"], "epoch": epoch["epoch"], "score": epoch["score"]}
             with atomic_directory(run_dir / "model", sealed=False) as staging:
                 shutil.copytree(seed_dir / "best", staging, dirs_exist_ok=True)
-        metrics = {**metrics, "best": best, "seeds": [*metrics["seeds"], entry]}
+        metrics = sealed_record({**metrics, "best": best, "seeds": [*metrics["seeds"], entry]})
         write_atomically(run_dir / _METRICS, json.dumps(metrics, indent=2) + "\n")
         shutil.rmtree(seed_dir, ignore_errors=True)
     return metrics
