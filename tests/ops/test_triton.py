@@ -88,3 +88,26 @@ def test_shapes_and_dtypes_are_known_without_running_on_a_gpu(T: int, dtype: tor
     assert final.kv.shape == after.kv.shape == (2, 3, 64, 32)
     assert final.kv.is_cuda
     assert step.shape == (2, 3, 32)
+
+
+@pytest.mark.parametrize(("version", "most"), [("3.6.0", 4), ("3.7.1", 4), ("3.8.0", 8), ("3.9.0+git1", 8), ("4.0", 8)])
+def test_on_sm_100_eight_warps_wait_for_triton_3_8(version: str, most: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    triton = pytest.importorskip("triton")
+    from cottention.ops.triton import config
+    from cottention.ops.triton.table import WIDTHS
+
+    monkeypatch.setattr(triton, "__version__", version)
+    config.has_race_of_warps.cache_clear()
+    try:
+        for arch, expected in (("sm_100", most), ("sm_90", 8)):
+            monkeypatch.setattr(config, "architecture", lambda device, arch=arch: arch)
+            warps = {
+                tiles.num_warps
+                for dtype in (torch.bfloat16, torch.float16, torch.float32)
+                for width in WIDTHS
+                for chosen in [config.choose(torch.device("cpu"), dtype, width)]
+                for tiles in (chosen.forward, chosen.backward, chosen.short_forward, chosen.short_backward)
+            }
+            assert max(warps) == expected
+    finally:
+        config.has_race_of_warps.cache_clear()

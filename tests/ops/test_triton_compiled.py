@@ -9,7 +9,8 @@ import pytest
 
 pytest.importorskip("triton")
 
-from cottention.ops.triton.table import KINDS, TABLE, WIDTHS
+from cottention.ops.triton import config
+from cottention.ops.triton.table import FOUR_WARPS, KINDS, TABLE, WIDTHS
 from tests.ops.triton_compiled import (
     SHARED_LIMIT,
     calls_of,
@@ -26,12 +27,17 @@ def _own_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path))
 
 
-def _check(call: Callable[[], None], arch: str, *, only: str = "") -> list[str]:
+@pytest.fixture(autouse=True)
+def _newest_triton(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(config, "has_race_of_warps", lambda: False)
+
+
+def _check(call: Callable[[], None], arch: str, *, only: str = "", may_spill: int = 0) -> list[str]:
     """Compile what a call launches; the names of the kernels."""
     launched = [each for each in launches_of(call, arch) if only in each.name]
     for each in launched:
         found = compile_for(arch, each)
-        assert found.spilled == 0, f"{each.name} on {arch} spills: {found}"
+        assert found.spilled <= may_spill, f"{each.name} on {arch} spills: {found}"
         assert found.shared_bytes <= SHARED_LIMIT[arch], f"{each.name} on {arch} takes too much: {found}"
         assert found.registers > 0
     return [each.name for each in launched]
@@ -75,3 +81,12 @@ def test_bidirectional_and_uneven_head_dims_compile_without_spills(form: str, ar
     _check(calls_of("bf16", 64, 64, form=form, causal=False), arch)
     _check(calls_of("bf16", 96, 64, form=form), arch)
     _check(calls_of("bf16", 64, 128, form=form), arch)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("kind", "width"), FOUR_WARPS)
+def test_four_warps_compile_without_spills(kind: str, width: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(config, "has_race_of_warps", lambda: True)
+    may_spill = 32 if (kind, width) == ("ieee", 256) else 0  # in the smallest tiles that there are
+    for form in ("segments", "short"):
+        _check(calls_of(kind, width, width, form=form), "sm_100", may_spill=may_spill)

@@ -13,14 +13,14 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, replace
-from functools import wraps
+from functools import cache, wraps
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from cottention.ops.autocast import without_autocast
-from cottention.ops.triton.table import TABLE, WIDTHS
+from cottention.ops.triton.table import FOUR_WARPS, TABLE, WIDTHS
 
 # Programs of one wave, two a multiprocessor: below that, more segments pay for their states.
 _MULTIPROCESSORS = {"sm_80": 108, "sm_90": 132, "sm_100": 148, "gfx942": 304}
@@ -89,6 +89,14 @@ def compiler_options(device: torch.device) -> dict[str, int]:
     return {"maxnreg": 255} if architecture(device).startswith("sm_") else {}
 
 
+@cache
+def has_race_of_warps() -> bool:
+    """Whether the installed Triton lets the warps of a program of 8 race on sm_100: before 3.8 (its issue 10590)."""
+    import triton
+
+    return tuple(map(int, triton.__version__.split(".")[:2])) < (3, 8)
+
+
 _overrides: dict[str, Any] = {}
 
 
@@ -116,7 +124,10 @@ def choose(device: torch.device, dtype: torch.dtype, width: int) -> Config:
     arch = architecture(device)
     # tf32x3 stands between the two, and is given the smaller tiles
     kind = {"tf32x3": "ieee"}.get(arithmetic(dtype), arithmetic(dtype))
-    forward, backward, short_forward, short_backward = (Tiles(*entry) for entry in TABLE[arch][kind, width])
+    entries = TABLE[arch][kind, width]
+    if arch == "sm_100" and has_race_of_warps():
+        entries = FOUR_WARPS.get((kind, width), entries)
+    forward, backward, short_forward, short_backward = (Tiles(*entry) for entry in entries)
     config = Config(
         forward=forward,
         backward=backward,
