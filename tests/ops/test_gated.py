@@ -318,7 +318,21 @@ def test_operators_pass_opcheck(packed: bool, causal: bool) -> None:
     case = make_case(T=20, K=3, V=2, lengths=lengths, with_state=causal, causal=causal, log_decay=-0.5, beta=causal)
     q, k, v, m, *gates = _leaves(case)
     state = case.initial_state or (None, None)
-    arguments = ("chunk", q, k, v, m, None, case.cu_seqlens, *state, gates[0], gates[1] if causal else None, causal, 8)
+    arguments = (
+        "chunk",
+        q,
+        k,
+        v,
+        m,
+        None,
+        case.cu_seqlens,
+        *state,
+        gates[0],
+        gates[1] if causal else None,
+        causal,
+        8,
+        0,
+    )
     torch.library.opcheck(torch.ops.cottention.gated.default, arguments)
 
 
@@ -460,5 +474,5 @@ def test_no_drift_over_a_million_tokens(beta: bool) -> None:
 
 def test_the_kernels_take_plain_arguments() -> None:
     case = make_case(T=10, log_decay=-0.5)
-    outputs = gated(case.q, case.k, case.v, None, None, None, None, None, case.log_decay, None, True, 4)
-    assert [tuple(x.shape) for x in outputs] == [(2, 10, 2, 12), (2, 2, 8, 12), (2,)]
+    outputs = gated(case.q, case.k, case.v, None, None, None, None, None, case.log_decay, None, True, 4, 0)
+    assert [tuple(x.shape) for x in outputs] == [(2, 10, 2, 12), (2, 2, 8, 12), (2,), (0,)]

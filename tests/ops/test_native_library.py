@@ -130,7 +130,7 @@ def test_a_library_with_another_layout_is_told_when_it_is_loaded(monkeypatch: py
     exchanged = [*names[:i], "kv", "seen", *names[i + 2 :]]
     for fields, told in (
         (exchanged, f"'seen {8 * i}' where 'kv {8 * i}' is expected"),
-        (names[:-1], f"'dkv {8 * len(names) - 8}' where 'size {8 * len(names) - 8}' is expected"),
+        (names[:-1], f"'{names[-1]} {8 * len(names) - 8}' where 'size {8 * len(names) - 8}' is expected"),
         ([*names, "more"], f"'size {8 * len(names)}' where 'more {8 * len(names)}' is expected"),
     ):
         other = type("Other", (ctypes.Structure,), {"_fields_": [(name, ctypes.c_int64) for name in fields]})

@@ -121,7 +121,7 @@ def cosine_attention(
         beta=beta,
     )
     is_gated = log_decay is not None or beta is not None
-    name = choose_implementation(implementation, q, v, is_gated=is_gated)
+    name = choose_implementation(implementation, q, v, is_gated=is_gated, erases=beta is not None)
     options: dict[str, Any] = {} if name == "naive" else {"chunk_size": chunk_size}
     if is_gated:
         options |= {"log_decay": log_decay, "beta": beta}
@@ -154,14 +154,16 @@ def _is_exporting() -> bool:
     return torch.compiler.is_exporting()
 
 
-def choose_implementation(implementation: str, q: Tensor, v: Tensor, *, is_gated: bool = False) -> str:
+def choose_implementation(
+    implementation: str, q: Tensor, v: Tensor, *, is_gated: bool = False, erases: bool = False
+) -> str:
     """The name of the implementation that runs for such tensors; one that was asked for by name is never replaced.
 
     Raises:
-        ValueError: there is no implementation of that name, or it has no decay and erase (is_gated).
+        ValueError: there is no implementation of that name, or it has no decay (is_gated) or erase (erases as well).
     """
     if implementation == "auto":
-        if is_gated:
+        if is_gated and (q.is_cuda or not erases):
             name = "chunk"
         elif q.is_cuda:
             name = "triton" if triton.why_not(q.device, q.dtype, q.shape[3], v.shape[3]) is None else "chunk"
@@ -175,7 +177,7 @@ def choose_implementation(implementation: str, q: Tensor, v: Tensor, *, is_gated
         hint = f"; did you mean {close[0]!r}?" if close else ""
         known = ", ".join(["auto", *IMPLEMENTATIONS])
         raise ValueError(f"implementation must be one of {known}; got {implementation!r}{hint}")
-    if is_gated and implementation not in _GATED:
+    if is_gated and implementation not in _GATED and not (erases and implementation == "native"):
         raise ValueError(
             f"implementation must be one of auto, {', '.join(_GATED)} with log_decay or beta; got {implementation!r}"
         )

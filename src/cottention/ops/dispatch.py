@@ -45,9 +45,9 @@ _SCHEMAS = {
     " -> (Tensor, Tensor, Tensor, Tensor, Tensor)",
     "bidirectional": f"({_INPUTS}, {_CUTS}) -> (Tensor, Tensor)",
     "bidirectional_backward": f"(Tensor grad, {_INPUTS}, Tensor saved, {_CUTS}) -> (Tensor, Tensor, Tensor, Tensor)",
-    "gated": f"({_INPUTS}, {_STATE}, {_GATES}, bool causal, SymInt chunk_size) -> (Tensor, Tensor, Tensor)",
-    "gated_backward": f"(Tensor grad, Tensor? grad_kv, {_INPUTS}, {_STATE}, {_GATES}, bool causal, SymInt chunk_size)"
-    " -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)",
+    "gated": f"({_INPUTS}, {_STATE}, {_GATES}, bool causal, {_CUTS}) -> (Tensor, Tensor, Tensor, Tensor)",
+    "gated_backward": f"(Tensor grad, Tensor? grad_kv, {_INPUTS}, {_STATE}, {_GATES}, Tensor saved, bool causal,"
+    f" {_CUTS}) -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)",
     "step": f"({_TOKEN}, {_STATE}) -> (Tensor, Tensor, Tensor)",
     "step_": f"({_TOKEN}, Tensor(a!) kv, Tensor(b!) seen) -> Tensor",
 }
@@ -75,8 +75,10 @@ def attend(
     cuts = cut(q, k, v, causal=causal, cu_seqlens=cu_seqlens, has_states=has_states, chunk_size=chunk_size)
     if log_decay is not None or beta is not None:
         inputs = (q, k, v, norm_const, attention_mask, cu_seqlens, *(initial_state or (None, None)), log_decay, beta)
-        o, *state = torch.ops.cottention.gated.default(implementation, *inputs, causal, chunk_size or 0)
-        return o, CosineState(*state) if output_final_state else None
+        keeps = implementation == "native" and beta is not None and wants_gradient(*inputs)
+        cuts = (chunk_size or 0, _ERASE_SEGMENT if keeps else 0)
+        o, kv, seen, _ = torch.ops.cottention.gated.default(implementation, *inputs, causal, *cuts)
+        return o, CosineState(kv, seen) if output_final_state else None
     inputs = (q, k, v, norm_const, attention_mask, cu_seqlens)
     if not causal:
         return torch.ops.cottention.bidirectional.default(implementation, *inputs, *cuts)[0], None
@@ -109,6 +111,9 @@ def _define(name: str, schema: str) -> None:
 for _name, _schema in _SCHEMAS.items():
     _define(_name, _schema)
 
+
+# Tokens between the states that the native kernels keep for the backward of an erasing call.
+_ERASE_SEGMENT = 512
 
 # Shapes, for tracing.
 
@@ -169,9 +174,12 @@ def _gradients_like(q: Tensor, k: Tensor, v: Tensor, norm_const: Tensor | None) 
 
 
 @_shapes_of("gated")
-def _(_, q, k, v, norm_const, mask, cu_seqlens, *others):
+def _(_, q, k, v, norm_const, mask, cu_seqlens, kv, seen, log_decay, beta, causal, chunk_size, segment_tokens):
     N = _num_sequences(q, cu_seqlens)
-    return q.new_empty((*q.shape[:3], v.shape[3])), _states_like(q, v, N), q.new_empty(N, dtype=torch.int64)
+    saved = _nothing_like(q)
+    if segment_tokens > 0:
+        saved = _states_like(q, v, num_saved(q, cu_seqlens, segment_tokens))
+    return q.new_empty((*q.shape[:3], v.shape[3])), _states_like(q, v, N), q.new_empty(N, dtype=torch.int64), saved
 
 
 @_shapes_of("gated_backward")
@@ -254,39 +262,41 @@ class _Bidirectional(torch.autograd.Function):
 class _Gated(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, *inputs: Any) -> tuple[Tensor, ...]:
-        ctx.implementation, *tensors, ctx.causal, ctx.chunk_size = inputs
-        ctx.save_for_backward(*tensors)
+        ctx.implementation, *tensors, ctx.causal, chunk_size, segment_tokens = inputs
+        ctx.cuts = chunk_size, segment_tokens
         outputs = below_autograd(torch.ops.cottention.gated.default, *inputs)
+        ctx.save_for_backward(*tensors, outputs[3])
         ctx.mark_non_differentiable(*(outputs[2:] if ctx.causal else outputs[1:]))
         ctx.set_materialize_grads(False)
         return outputs
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor | None, grad_kv: Tensor | None, *_: Any) -> tuple[Any, ...]:
-        tensors = ctx.saved_tensors
+        *tensors, saved = ctx.saved_tensors
         if grad is None and grad_kv is None:
-            return (None,) * 13
+            return (None,) * 14
         if torch.is_grad_enabled() or is_transformed(grad, grad_kv, *tensors):
-            plain = partial(plain_gated, causal=ctx.causal, chunk_size=ctx.chunk_size)
+            plain = partial(plain_gated, causal=ctx.causal, chunk_size=ctx.cuts[0])
             found = plain_gradients(plain, tensors, (grad, grad_kv), ctx.needs_input_grad[1:])
         else:
             q, v = tensors[0], tensors[2]
             if grad is None:
                 grad = q.new_zeros((*q.shape[:3], v.shape[3]))
             gradients = torch.ops.cottention.gated_backward.default(
-                ctx.implementation, grad, grad_kv, *tensors, ctx.causal, ctx.chunk_size
+                ctx.implementation, grad, grad_kv, *tensors, saved, ctx.causal, *ctx.cuts
             )
             dq, dk, dv, *others = gradients
             dm, dkv, dlog_decay, dbeta = (
                 None if tensors[i] is None else x for i, x in zip((3, 6, 8, 9), others, strict=True)
             )
             found = (dq, dk, dv, dm, None, None, dkv, None, dlog_decay, dbeta)
-        return None, *found, None, None
+        return None, *found, None, None, None
 
 
 def _through_plain_gated(_: str, *inputs: Any) -> tuple[Tensor, ...]:
-    *tensors, causal, chunk_size = inputs
-    return plain_gated(*tensors, causal=causal, chunk_size=chunk_size)
+    *tensors, causal, chunk_size, _ = inputs
+    o, kv, seen = plain_gated(*tensors, causal=causal, chunk_size=chunk_size)
+    return o, kv, seen, _nothing_like(o)
 
 
 def _through_plain_causal(_: str, *inputs: Any) -> tuple[Tensor, ...]:

@@ -268,17 +268,17 @@ def _diagonal(tokens: Tokens) -> Tensor:
 # What `dispatch` runs.
 
 
-def gated(q, k, v, norm_const, mask, cu_seqlens, kv, seen, log_decay, beta, causal, chunk_size):
-    """o, and the final kv and seen; all of their own, and contiguous, as tracing takes them to be."""
+def gated(q, k, v, norm_const, mask, cu_seqlens, kv, seen, log_decay, beta, causal, chunk_size, segment_tokens):
+    """o, and the final kv and seen; all of their own, and contiguous, as tracing takes them to be. Nothing is kept."""
     given = (q, k, v, norm_const, mask, cu_seqlens, kv, seen, log_decay, beta)
     o, reached, total = plain_gated(*given, causal=causal, chunk_size=chunk_size)
     kv, seen = (x.clone() if x is own else x.contiguous() for x, own in ((reached, kv), (total, seen)))
-    return o.contiguous(), kv, seen
+    return o.contiguous(), kv, seen, reached.new_empty(0)
 
 
 @without_autocast
 def gated_backward(
-    grad, grad_kv, q, k, v, norm_const, mask, cu_seqlens, kv, seen, log_decay, beta, causal, chunk_size
+    grad, grad_kv, q, k, v, norm_const, mask, cu_seqlens, kv, seen, log_decay, beta, _, causal, chunk_size, __
 ) -> tuple[Tensor, ...]:
     """Gradients of q, k, v, norm_const, kv, log_decay and beta; empty where there is no such input."""
     given = (q, k, v, norm_const, mask, cu_seqlens, kv, seen, log_decay, beta)

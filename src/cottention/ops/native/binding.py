@@ -179,6 +179,8 @@ def run(
     beta: Tensor | None = None,
     dlog_decay: Tensor | None = None,
     dbeta: Tensor | None = None,
+    saved: Tensor | None = None,  # [., H, K, V]
+    saved_tokens: int = 0,
 ) -> None:
     """Call "forward" or "backward" of `src/abi.h`.
 
@@ -222,6 +224,8 @@ def run(
     if beta is not None:
         call.beta_data, (call.beta_batch, call.beta_token, call.beta_head) = beta.data_ptr(), beta.stride()
     call.dlog_decay, call.dbeta = _address(dlog_decay), _address(dbeta)
+    if saved is not None:
+        call.saved, call.saved_tokens = saved.data_ptr(), saved_tokens
     status = getattr(loaded_library(), f"cottention_{function}")(ctypes.byref(call))
     if status == _BAD_BOUNDARIES and cu_seqlens is not None:
         check_boundaries(cu_seqlens.tolist(), q.shape[1])

@@ -75,6 +75,8 @@ class Call(ctypes.Structure):
     beta_head: int
     dlog_decay: int
     dbeta: int
+    saved: int
+    saved_tokens: int
 
     _fields_ = [(name, ctypes.c_int64) for name in __annotations__]
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from cottention.ops.dispatch import num_saved
 from cottention.ops.native.binding import check_native, run, run_step
 
 
@@ -79,21 +80,40 @@ def bidirectional_backward(grad, q, k, v, norm_const, mask, cu_seqlens, kv, chun
     return gradients.finished()
 
 
-def gated(q, k, v, norm_const, mask, cu_seqlens, kv, seen, log_decay, beta, causal, chunk_size):
-    """o `[B, T, H, V]` and the final kv and seen, which are zeros where it is not causal."""
+def gated(q, k, v, norm_const, mask, cu_seqlens, kv, seen, log_decay, beta, causal, chunk_size, segment_tokens):
+    """o `[B, T, H, V]`, the final kv and seen, which are zeros where it is not causal, and states between segments."""
     o, N = q.new_empty((*q.shape[:3], v.shape[3])), _num_sequences(q, cu_seqlens)
     options = {"causal": causal, "chunk_size": chunk_size, "mask": mask, "cu_seqlens": cu_seqlens}
     options |= {"kv": kv, "seen": seen, "log_decay": _float(log_decay), "beta": _float(beta), "o": o}
+    saved = torch.empty(0)
     if not causal:
         run("forward", q, k, v, norm_const, **options)
-        return o, _states(q, v, N).zero_(), torch.zeros(N, dtype=torch.int64)
+        return o, _states(q, v, N).zero_(), torch.zeros(N, dtype=torch.int64), saved
+    if segment_tokens > 0:
+        saved = _states(q, v, num_saved(q, cu_seqlens, segment_tokens)).zero_()  # not all are reached
+        options |= {"saved": saved, "saved_tokens": segment_tokens}
     final_kv, final_seen = _states(q, v, N), torch.empty(N, dtype=torch.int64)
     run("forward", q, k, v, norm_const, **options, final_kv=final_kv, final_seen=final_seen)
-    return o, final_kv, final_seen
+    return o, final_kv, final_seen, saved
 
 
 def gated_backward(
-    grad, grad_kv, q, k, v, norm_const, mask, cu_seqlens, kv, seen, log_decay, beta, causal, chunk_size
+    grad,
+    grad_kv,
+    q,
+    k,
+    v,
+    norm_const,
+    mask,
+    cu_seqlens,
+    kv,
+    seen,
+    log_decay,
+    beta,
+    saved,
+    causal,
+    chunk_size,
+    segment_tokens,
 ) -> tuple[Tensor, ...]:
     """Gradients of q, k, v, norm_const, kv, log_decay and beta; empty where there is no such input."""
     gradients = _Gradients(q, k, v, norm_const)
@@ -111,6 +131,8 @@ def gated_backward(
     }
     given = ((kv, "dkv", dkv), (log_decay, "dlog_decay", dlog_decay), (beta, "dbeta", dbeta))
     options |= {name: written for x, name, written in given if x is not None}
+    if segment_tokens > 0:
+        options |= {"saved": saved, "saved_tokens": segment_tokens}
     run("backward", q, k, v, norm_const, **options, **gradients.buffers)
     dlog_decay, dbeta = (y if x is None else y.to(x.dtype) for x, y in ((log_decay, dlog_decay), (beta, dbeta)))
     return *gradients.finished(), dkv, dlog_decay, dbeta

@@ -57,7 +57,9 @@ struct View {  // [B, T, H, D], [B, T, H], or [B, H, D] with `token` unused
     VIEW(log_decay)  /* float [B, T, H], 0: nothing is forgotten */                                    \
     VIEW(beta)       /* float [B, T, H], 0: nothing is erased */                                       \
     WORD(dlog_decay) /* float [B, T, H] to write, contiguous, or 0 */                                  \
-    WORD(dbeta)      /* the same */
+    WORD(dbeta)      /* the same */                                                                      \
+    WORD(saved)        /* float [., H, K, V], with beta: states after every saved_tokens, or 0; for each sequence as */ \
+    WORD(saved_tokens) /* many as it has such parts, one begun included; backward reads what forward wrote */
 
 struct Call {
 #define COTTENTION_WORD(name) int64_t name;
@@ -74,7 +76,7 @@ struct Call {
 #endif
 
 COTTENTION_EXPORT int cottention_abi_version();
-// A line for each word of Call, its name and offset ("q_batch 176"), and a last one, "size 456".
+// A line for each word of Call, its name and offset ("q_batch 176"), and a last one, "size 472".
 COTTENTION_EXPORT const char* cottention_call_layout();
 // Name of the index-th instruction set that runs here, plainest first, null after the last; -1: of the active one.
 COTTENTION_EXPORT const char* cottention_instruction_set(int64_t index);

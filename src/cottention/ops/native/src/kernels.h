@@ -35,7 +35,8 @@ struct Range {  // a range of tokens of one sequence and head
     Gate log_decay, beta;
     float *dlog_decay, *dbeta;  // at the first token, `dgate_stride` apart; or null
     int64_t dgate_stride;
-    const float* state;  // [K, V] before the range (gradients: after it); null: zeros
+    const float* before;  // erase_backward: [K, V] before the range, and `state` is the gradient after it
+    const float* state;   // [K, V] before the range (gradients: after it); null: zeros
     float* state_out;    // [K, V] after the range (gradients: before it), or null
     uint16_t* lost;      // room for what rounding takes from a sum, see product.h: round_up(K) x round_up(V) to 16
     bool continues;      // lost holds what the range before it left there
@@ -59,6 +60,10 @@ struct Kernels {
     void (*full_forward)(const Range&, float* scratch);
     void (*full_backward_q)(const Range&, float* scratch);
     void (*full_backward_kv)(const Range&, float* scratch);
+    // The delta rule, see erase.h; o may be null in forward. Backward takes at most kEraseSegment tokens.
+    int64_t (*erase_scratch_size)(int64_t K, int64_t V, int64_t chunk);
+    void (*erase_forward)(const Range&, float* scratch);
+    void (*erase_backward)(const Range&, float* scratch);
     // One token: the state goes from `state` to `state_out` (may be the same) while it is read out.
     void (*step)(const Range&, float* scratch);
 };
@@ -75,6 +80,9 @@ struct Kernels {
      full_forward,               \
      full_backward_q,            \
      full_backward_kv,           \
+     erase_scratch_size,         \
+     erase_forward,              \
+     erase_backward,             \
      step}
 
 extern const Kernels kernels_generic;

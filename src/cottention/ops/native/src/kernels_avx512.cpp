@@ -4,4 +4,6 @@
 
 #include "sweeps.h"
 
+#include "erase_backward.h"
+
 const Kernels kernels_avx512 = COTTENTION_KERNELS("avx512");

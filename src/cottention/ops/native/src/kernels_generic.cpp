@@ -4,4 +4,6 @@
 
 #include "sweeps.h"
 
+#include "erase_backward.h"
+
 const Kernels kernels_generic = COTTENTION_KERNELS("generic");

@@ -127,7 +127,7 @@ class Plan {
     // function(task, scratch) for every task, `rounds` times over, on all threads.
     template <class F>
     void run(int64_t rounds, F function) const {
-        const int64_t size = kernels.scratch_size(call.K, call.V, chunk_);
+        const int64_t size = scratch_size();
         std::atomic<bool> failed{false};
         auto body = [&](int64_t i) {
             float* scratch = scratch_of_thread.at_least(size + heads_ * (waiting_size() + lost_size()));
@@ -156,7 +156,7 @@ class Plan {
         const int64_t heads = task.last_head - task.first_head;
         const int64_t turn = heads == 1 ? end - start + 1 : (kTurn + chunk_ - 1) / chunk_ * chunk_;
         const int64_t turns = end > start ? (end - start + turn - 1) / turn : 1;
-        float* waiting = scratch + kernels.scratch_size(call.K, call.V, chunk_);
+        float* waiting = scratch + scratch_size();
         int64_t real_before = piece.real_before;
         if (way.reversed && turns > 1) real_before += count(mask_of(piece.sequence), start, end);
         for (int64_t i = 0; i < turns; i++) {
@@ -182,12 +182,17 @@ class Plan {
     const Kernels& kernels;
 
   private:
+    friend class Erasing;
     static constexpr int64_t kTurn = 512;
     static constexpr int64_t kMaxHeads = 16;
 
     // Floats of a state in scratch, and of what rounding took from it: half as many bytes, rows and columns padded.
     int64_t waiting_size() const { return (state_size() + 15) / 16 * 16; }
     int64_t lost_size() const { return (call.K + 15) / 16 * 16 * ((call.V + 15) / 16 * 16) / 2; }
+
+    int64_t scratch_size() const {
+        return (call.beta.data != 0 ? kernels.erase_scratch_size : kernels.scratch_size)(call.K, call.V, chunk_);
+    }
 
     void choose_chunk() {
         // 32 tokens: scores cost little beside the states, and all of it fits the first cache. Measured fastest or near
@@ -296,7 +301,8 @@ class Plan {
             longest_ = call.T > longest_ ? call.T : longest_;
             sequences = double(call.num_sequences);
         }
-        const int64_t shortest = 4 * chunk_, most = longest_ / shortest < threads_ ? longest_ / shortest : threads_;
+        const int64_t shortest = 4 * chunk_, pieces_of_longest = call.beta.data != 0 ? 1 : longest_ / shortest;
+        const int64_t most = pieces_of_longest < threads_ ? pieces_of_longest : threads_;
         double best = 0;
         for (int64_t pieces = 1; pieces <= most || pieces == 1; pieces++) {
             const double tasks = std::ceil(sequences * double(call.H * pieces));

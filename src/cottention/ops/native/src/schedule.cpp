@@ -9,6 +9,7 @@
 #include <vector>
 
 #include "abi.h"
+#include "erasing.h"
 #include "plan.h"
 
 namespace {
@@ -93,6 +94,11 @@ void write_seen(const Call& call, const Plan& plan) {
 
 void forward(const Call& call) {
     const Plan plan(call);
+    if (call.beta.data != 0) {
+        Erasing(plan).forward();
+        write_seen(call, plan);
+        return;
+    }
     if (!call.causal) {
         whole_states(plan, false, pointer<float>(call.final_kv));
         plan.run(1, [&](int64_t, int64_t i, float* scratch) {
@@ -162,7 +168,11 @@ void backward_bidirectional(const Plan& plan, std::vector<double>& dp) {
 void backward(const Call& call) {
     const Plan plan(call);
     std::vector<double> dp(size_t(plan.num_pieces() * call.H), 0.0);
-    (call.causal ? backward_causal : backward_bidirectional)(plan, dp);
+    if (call.beta.data != 0) {
+        Erasing(plan).backward(dp);
+    } else {
+        (call.causal ? backward_causal : backward_bidirectional)(plan, dp);
+    }
     for (int64_t head = 0; head < call.H && call.dm != 0 && call.norm_const != 0; head++) {
         double sum = 0;
         for (int64_t i = 0; i < plan.num_pieces(); i++) sum += dp[size_t(i * call.H + head)];

@@ -1,0 +1,237 @@
+// Backward of erase.h over a segment of tokens: forward once more from the state before it, keeping every tile, then
+// back over them with D, the gradient of the state after a tile.
+//
+// With g the gradient of o and y, w those of u and x, in a tile:
+//
+//     y_j = sum_{i>=j} P_ij g_i + exp(G_n - G_j) k_hat_j D - sum_{i>j} M_ij w_i      w_j = beta_j y_j
+//     dv'_j = w_j      dbeta_j = x_j . y_j      dP_ij = g_i . u_j      dM_ij = -w_i . u_j
+//     dq_hat_i = exp(G_i) g_i S^T + sum_{j<=i} W_ij dP_ij k_hat_j
+//     dk_hat_j = exp(G_n - G_j) u_j D^T - exp(G_j) w_j S^T + sum_{i>=j} W_ij dP_ij q_hat_i
+//                + sum_{i>j} W_ij dM_ij k_hat_i + sum_{i<j} W_ji dM_ji k_hat_i
+//     D <- exp(G_n) D + sum_i exp(G_i) (q_hat_i^T g_i - k_hat_i^T w_i)
+//
+// The gradient of log_decay_t sums what each exponent whose span holds t was multiplied by: dP_ij P_ij + dM_ij M_ij for
+// j < t <= i, and the terms with S and D of the tokens from t on and before t. Nothing cancels in it, which it would do
+// in sums over whole sequences.
+#pragma once
+
+#include <new>
+
+#include "erase.h"
+
+namespace {
+
+// A tile that waits for the way back.
+struct Kept : Written {
+    Block x;
+    float* u_transposed;
+    State before;  // S, transposed
+
+    Kept(Scratch& scratch, const Range& range)
+        : Written(scratch, range),
+          x(scratch.rows(range.chunk, range.V)),
+          u_transposed(scratch.take(range.chunk * u.ld)),
+          before(scratch, range.V, range.K) {}
+};
+
+inline int64_t tiles_of(int64_t tokens, int64_t chunk) { return (tokens + chunk - 1) / chunk; }
+
+inline Kept* take_tiles(Scratch& scratch, const Range& range) {
+    const int64_t num = tiles_of(range.tokens, range.chunk);
+    Kept* tiles = reinterpret_cast<Kept*>(scratch.take(num * int64_t(sizeof(Kept)) / 4));
+    for (int64_t i = 0; i < num; i++) new (tiles + i) Kept(scratch, range);
+    return tiles;
+}
+
+// The gradient of log_decay in a tile, from terms that its parts add.
+struct DecayGradient {
+    float from[kMaxChunk];     // at i, for all t <= i
+    float behind[kMaxChunk];   // at j, for all t > j
+    float between[kMaxChunk];  // at t, for this t alone
+    double whole;              // for all t
+
+    // From the rows of dq and dk that came through S, and of dk that came through D, which are added up.
+    void add_rows(int64_t n, const Block& q, const Block& k, const Block& dq, const Block& dk, const Block& from_after) {
+        for (int64_t i = 0; i < n; i++) {
+            from[i] = dot(q.row(i), dq.row(i), q.ld) + dot(k.row(i), dk.row(i), k.ld);
+            Vector::F sum = Vector::zero();
+            for (int64_t d = 0; d < k.ld; d += kWidth) {
+                const Vector::F x = Vector::load(from_after.row(i) + d);
+                sum = Vector::fma(Vector::load(k.row(i) + d), x, sum);
+                Vector::store(dk.row(i) + d, Vector::add(Vector::load(dk.row(i) + d), x));
+            }
+            behind[i] = Vector::sum(sum);
+        }
+    }
+
+    void store(const Range& range, int64_t t, int64_t n) const {
+        double before = whole, rest = 0;
+        for (int64_t i = 0; i < n; i++) before += from[i];
+        for (int64_t i = 0; i < n; i++) {
+            const double sum = before + rest + between[i];
+            range.dlog_decay[(t + i) * range.dgate_stride] = is_padding(range.key_mask, t + i) ? 0.0f : float(sum);
+            before -= from[i];
+            rest += behind[i];
+        }
+    }
+};
+
+inline float sum_of(const float* p, int64_t n) {
+    Vector::F sum = Vector::zero();
+    int64_t i = 0;
+    for (; i + kWidth <= n; i += kWidth) sum = Vector::add(sum, Vector::load(p + i));
+    if (i < n) sum = Vector::add(sum, load_tail(p + i, int(n - i)));
+    return Vector::sum(sum);
+}
+
+// dP and dM become W dP and W dM; `between` gets sums of dP P + dM M over the pairs on both sides of each token.
+inline void weigh_gradients(float* dp, float* dm, const float* p, const Written& tile, int64_t ld, int64_t n,
+                            DecayGradient& found) {
+    float later[kMaxChunk] = {};  // over the rows from t on
+    for (int64_t i = n - 1; i >= 0; i--) {
+        for (int64_t j = 0; j <= i; j += kWidth) {
+            const int64_t at = i * ld + j;
+            const Vector::F of_p = Vector::load(dp + at), of_m = Vector::load(dm + at);
+            const Vector::F weight = Vector::load(tile.weight + at);
+            const Vector::F through_m = Vector::mul(of_m, Vector::load(tile.minus + at));
+            const Vector::F through_p = Vector::fma(of_p, Vector::load(p + at), Vector::load(later + j));
+            Vector::store(later + j, Vector::sub(through_p, through_m));
+            Vector::store(dp + at, Vector::mul(of_p, weight));
+            Vector::store(dm + at, Vector::mul(of_m, weight));
+        }
+        found.between[i] = sum_of(later, i);
+    }
+}
+
+inline void store_beta_gradient(const Range& range, int64_t t, int64_t n, const Block& x, const Block& y) {
+    if (range.dbeta == nullptr) return;
+    for (int64_t i = 0; i < n; i++)
+        range.dbeta[(t + i) * range.dgate_stride] =
+            is_padding(range.key_mask, t + i) ? 0.0f : dot(x.row(i), y.row(i), x.ld);
+}
+
+inline void clear_diagonal(float* matrix, int64_t ld, int64_t n) {
+    for (int64_t i = 0; i < n; i++) matrix[i * ld + i] = 0;
+}
+
+void erase_backward(const Range& range, float* memory) {
+    const int64_t C = range.chunk, K = range.K, V = range.V;
+    Scratch scratch(memory);
+    Sum after(scratch, range, K, V);
+    State state(scratch, K, V), after_transposed(scratch, V, K);
+    const Block q = scratch.rows(C, K), g = scratch.rows(C, V), other = scratch.rows(C, K);
+    const Block dq = scratch.rows(C, K), dk = scratch.rows(C, K), dv = scratch.rows(C, V);
+    const Block y = scratch.rows(C, V), negative = scratch.rows(C, V), v = scratch.rows(C, V);
+    float *k_transposed = scratch.take(C * q.ld), *scores = scratch.take(C * C + 16);
+    float *dp = scratch.take(C * C + 16), *dm = scratch.take(C * C + 16);
+    Kept* tiles = take_tiles(scratch, range);
+    const int64_t num = tiles_of(range.tokens, C);
+    Ahead ahead;
+
+    state.load(range.before);
+    int64_t count = range.divisor.count;
+    for (int64_t i = 0; i < num; i++) {
+        Kept& tile = tiles[i];
+        const int64_t t = i * C, n = smaller(C, range.tokens - t);
+        ahead.clear();
+        ask(ahead, range, range.k, t + C, K, false);
+        ask(ahead, range, range.v, t + C, V, false);
+        tile.find(range, t, n, count, state, tile.x.data, k_transposed, other, ahead);
+        count += count_real(range.key_mask, t, n);
+        transpose_rows(tile.u_transposed, C, tile.u.data, tile.u.ld, n);
+        if (tile.gates.decays) scale_rows(tile.u, tile.u, tile.gates.to_end, 1, n);
+        state.transpose_to(tile.before);
+        if (i + 1 == num) break;
+        const Product written = {tile.k.data, 1, tile.k.ld, tile.u.data, tile.u.ld, n};
+        multiply_onto(K, state.ld, &written, 1, {state.data, tile.gates.whole, state.data, state.ld}, ahead, keep_all);
+        state.is_zero = false;
+    }
+
+    after.load(range.state);
+    UnitScale q_scale;
+    DecayGradient decay;
+    for (int64_t i = num - 1; i >= 0; i--) {
+        const Kept& tile = tiles[i];
+        const Block &k = tile.k, &u = tile.u;
+        const Gates& gates = tile.gates;
+        const int64_t t = i * C, n = smaller(C, range.tokens - t);
+        ahead.clear();
+        ask(ahead, range, range.dk, t, K, true);
+        ask(ahead, range, range.dv, t, V, true);
+        ask(ahead, range, range.dq, t, K, true);
+        ask(ahead, range, range.q, t - C, K, false);
+        ask(ahead, range, range.grad, t - C, V, false);
+        load_unit_rows(q, range.q, range.dtype, t, n, range.query_mask, nullptr, q_scale);
+        load_rows(g, range.grad, range.dtype, t, n, range.query_mask);
+        after.transpose_to(after_transposed);
+        transpose_rows(k_transposed, C, k.data, k.ld, n);
+        multiply_lower(n, {q.data, q.ld, 1, k_transposed, C, K}, scores, C, ahead);
+        weigh_lower(scores, tile.weight, C, n);
+        multiply_lower(n, {g.data, g.ld, 1, tile.u_transposed, C, V}, dp, C, ahead);
+
+        // y and w
+        if (gates.decays) scale_rows(other, k, gates.to_end, 1, n);
+        const Product for_y[] = {times(gates.decays ? other : k, after, K), {scores, 1, C, g.data, g.ld, n}};
+        multiply(n, y.ld, for_y, 2, y.data, nullptr, y.ld, ahead, keep_upper);
+        solve_transposed(n, y.ld, tile.minus, C, {y.data, gates.beta, y.data, dv.data, y.ld, 1}, ahead);
+        store_beta_gradient(range, t, n, tile.x, y);
+
+        // through the scores
+        scale_rows(negative, dv, nullptr, -1, n);
+        multiply_lower(n, {negative.data, negative.ld, 1, tile.u_transposed, C, V}, dm, C, ahead);
+        if (gates.decays) {
+            weigh_gradients(dp, dm, scores, tile, C, n, decay);
+            scale_rows(g, g, gates.since, 1, n);
+            scale_rows(negative, negative, gates.since, 1, n);
+        }
+        clear_diagonal(dm, C, n);
+
+        // dq and dk
+        const Product through_p = {dp, C, 1, k.data, k.ld, n};
+        const Product through_both[] = {
+            {dp, 1, C, q.data, q.ld, n}, {dm, 1, C, k.data, k.ld, n}, {dm, C, 1, k.data, k.ld, n}};
+        const Product of_state = times(g, tile.before, V);
+        const Product of_both[] = {times(negative, tile.before, V), times(u, after_transposed, V)};
+        if (gates.decays) {
+            multiply(n, dq.ld, of_state, dq.data, nullptr, dq.ld, ahead);
+            multiply(n, dk.ld, of_both[0], dk.data, nullptr, dk.ld, ahead);
+            multiply(n, other.ld, of_both[1], other.data, nullptr, other.ld, ahead);
+            decay.add_rows(n, q, k, dq, dk, other);
+            decay.whole = double(gates.whole) * dot(after_transposed.data, tile.before.data, V * k.ld);
+            if (range.dlog_decay != nullptr) decay.store(range, t, n);
+        } else {
+            multiply(n, dq.ld, of_state, dq.data, nullptr, dq.ld, ahead);
+            multiply(n, dk.ld, of_both, 2, dk.data, nullptr, dk.ld, ahead, keep_all);
+        }
+        multiply_onto(n, dq.ld, &through_p, 1, {dq.data, 1, dq.data, dq.ld}, ahead,
+                      [](int64_t, int64_t i1, int, Product& product) { narrow_lower(0, i1, product); });
+        multiply_onto(n, dk.ld, through_both, 3, {dk.data, 1, dk.data, dk.ld}, ahead,
+                      [](int64_t i0, int64_t i1, int p, Product& product) {
+                          p < 2 ? narrow_upper(i0, i1, product) : narrow_lower(i0, i1, product);
+                      });
+
+        // D, and what the caller gets
+        if (t > 0 || range.state_out != nullptr) {
+            const Product added[] = {{q.data, 1, q.ld, g.data, g.ld, n}, {k.data, 1, k.ld, negative.data, negative.ld, n}};
+            decay_sum(after, gates.whole);
+            multiply(K, after.ld, added, 2, after.data, after.lost, after.ld, ahead, keep_all);
+            after.is_zero = false;
+        }
+        store_unit_gradient(range.dq, range.dtype, t, n, range.query_mask, dq, q, q_scale);
+        if (tile.divisor.divides) {
+            load_rows(v, range.v, range.dtype, t, n, range.key_mask);
+            scale_rows(dv, dv, tile.divisor.weight, 1, n);
+        }
+        store_key_gradients(range, t, n, dk, dv, k, v, tile.scale, tile.divisor);
+    }
+    after.store(range.state_out);
+}
+
+// Bound for both passes.
+int64_t erase_scratch_size(int64_t K, int64_t V, int64_t chunk) {
+    const int64_t Kp = round_up(K, 16), Vp = round_up(V, 16), scores = chunk * chunk + 16;
+    const int64_t tile = chunk * (Kp + 3 * Vp) + 2 * scores + Kp * Vp + round_up(sizeof(Kept), 64) / 4;
+    return 3 * Kp * Vp + 5 * chunk * (Kp + Vp) + 3 * scores + tiles_of(kEraseSegment, chunk) * tile;
+}
+
+}  // namespace

@@ -1,0 +1,213 @@
+"""The native delta rule equals naive in float64 in every instruction set that runs here: values and all gradients."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import replace
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from cottention.ops import choose_implementation, cosine_attention
+from cottention.ops.native import binding
+from tests.ops import test_properties  # noqa: F401 (its hypothesis profile)
+from tests.ops.helpers import TOLERANCE, Case, assert_same, make_case, run
+
+pytestmark = pytest.mark.skipif(not binding.is_available(), reason="the native kernels were not built")
+
+_ALL = binding.instruction_sets() if binding.is_available() else []
+_DECAYS = [None, -0.01, -1.0, -50.0]
+
+
+@pytest.fixture(params=_ALL)
+def instruction_set(request: pytest.FixtureRequest) -> Iterator[str]:
+    before = binding.instruction_set()
+    binding.use_instruction_set(request.param)
+    yield request.param
+    binding.use_instruction_set(before)
+
+
+def _check(
+    case: Case, dtype: torch.dtype = torch.float32, *, chunk_size: int | None = None, threads: int | None = None
+) -> None:
+    truth = run(case, "naive")
+    before = torch.get_num_threads()
+    torch.set_num_threads(threads or before)
+    try:
+        results = run(case.to(dtype), "native", chunk_size=chunk_size)
+    finally:
+        torch.set_num_threads(before)
+    assert_same(results, truth, dtype)
+
+
+@pytest.mark.parametrize("log_decay", _DECAYS)
+@pytest.mark.parametrize("T", [0, 1, 2, 33, 64, 95])
+def test_every_instruction_set_matches_naive(T: int, log_decay: float | None, instruction_set: str) -> None:
+    _check(make_case(T=T, K=24, V=40, log_decay=log_decay, beta=True, with_state=True, output_final_state=True))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("log_decay", [None, -0.5])
+@pytest.mark.parametrize(("K", "V"), [(2, 3), (64, 64), (33, 17), (17, 100)])
+def test_every_dtype_and_head_size(
+    dtype: torch.dtype, log_decay: float | None, K: int, V: int, instruction_set: str
+) -> None:
+    case = make_case(T=70, K=K, V=V, mask="holes", log_decay=log_decay, beta=True, with_state=True)
+    _check(replace(case, output_final_state=True), dtype)
+
+
+@given(
+    T=st.one_of(st.integers(0, 40), st.sampled_from([63, 64, 65, 129, 200, 300])),
+    K=st.integers(2, 20),
+    V=st.integers(1, 20),
+    H=st.integers(1, 3),
+    log_decay=st.sampled_from(_DECAYS),
+    place=st.sampled_from([None, "right", "left", "holes", "empty_row", "packed"]),
+    with_state=st.booleans(),
+    norm_const=st.booleans(),
+    chunk_size=st.sampled_from([None, 1, 16, 48, 64, 10**9]),
+    threads=st.integers(1, 2),
+    seed=st.integers(0, 2**31 - 1),
+    data=st.data(),
+)
+def test_generated_calls(
+    T: int,
+    K: int,
+    V: int,
+    H: int,
+    log_decay: float | None,
+    place: str | None,
+    with_state: bool,
+    norm_const: bool,
+    chunk_size: int | None,
+    threads: int,
+    seed: int,
+    data: st.DataObject,
+) -> None:
+    where: dict[str, Any] = {"mask": place}
+    if place == "packed":
+        where = {"lengths": data.draw(st.lists(st.integers(0, 70), max_size=4))}
+    sizes = {"T": T, "K": K, "V": V, "H": H, "seed": seed}
+    options = {"log_decay": log_decay, "with_state": with_state, "norm_const": norm_const}
+    case = make_case(**sizes, **where, **options, beta=True, output_final_state=True)
+    _check(case, chunk_size=chunk_size, threads=threads)
+
+
+@pytest.mark.parametrize("log_decay", [0.0, -1e-4, -50.0, -1e30, -torch.inf])
+@pytest.mark.parametrize("beta", [0.0, 1.0])
+def test_extremes_of_decay_and_erase(beta: float, log_decay: float, instruction_set: str) -> None:
+    """All tokens alike, and every third with the opposite extreme; one direction repeated, which beta=1 overwrites."""
+    case = make_case(B=1, T=300, K=12, V=9, log_decay=-1.0, beta=True, with_state=True, output_final_state=True)
+    assert case.log_decay is not None
+    assert case.beta is not None
+    case.log_decay[:], case.log_decay[:, ::3] = log_decay, -50.0 if log_decay == 0 else -1e-3
+    case.k[:, 100:200] = case.k[:, 100:101]
+    case.k[:, 200:250:2], case.k[:, 201:250:2] = case.k[:, 200:201], -case.k[:, 200:201]
+    case.beta[:], case.beta[:, ::7] = beta, 1 - beta
+    _check(case)
+
+
+def test_a_strong_decay_costs_the_digits_of_none_after_it(instruction_set: str) -> None:
+    case = make_case(B=1, T=64, K=8, V=4, log_decay=-1e-3, beta=True)
+    assert case.log_decay is not None
+    case.log_decay[:, :40] = -900.0
+    _check(case)
+
+
+def test_decays_that_leave_nothing_have_gradients_of_nothing(instruction_set: str) -> None:
+    case = make_case(T=100, K=8, V=4, log_decay=-1.0, beta=True, with_state=True, output_final_state=True)
+    assert case.log_decay is not None
+    case.log_decay[:] = -50.0
+    truth, found = run(case, "naive")["dlog_decay"], run(case.to(torch.float32), "native")["dlog_decay"]
+    assert (found - truth).abs().max() <= TOLERANCE[torch.float32] * truth.abs().max()
+
+
+def test_garbage_at_padding_reaches_nothing(instruction_set: str) -> None:
+    case = make_case(B=3, T=70, mask="holes", log_decay=-0.5, beta=True, with_state=True, output_final_state=True)
+    assert case.attention_mask is not None
+    dirty = {}
+    for name in ("q", "k", "v", "log_decay", "beta"):
+        x = getattr(case, name)
+        hidden = ~case.attention_mask.reshape(*case.attention_mask.shape, *[1] * (x.dim() - 2))
+        dirty[name] = x.masked_fill(hidden, -torch.inf if name == "log_decay" else torch.nan)
+    results = run(replace(case, **dirty).to(torch.float32), "native")
+    assert_same(results, run(case, "naive"), torch.float32)
+    for name in ("o", "dq", "dk", "dv", "dlog_decay", "dbeta"):
+        assert (results[name][~case.attention_mask] == 0).all(), name
+
+
+@pytest.mark.parametrize("kind", ["one head", "heads", "packed", "chunks of 48"])
+@pytest.mark.parametrize("threads", [1, 2])
+def test_sequences_of_many_segments(kind: str, threads: int) -> None:
+    ends: dict[str, Any] = {"log_decay": -0.1, "beta": True, "with_state": True, "output_final_state": True}
+    case = {
+        "one head": make_case(B=1, T=1600, H=1, K=16, V=16, mask="holes", **ends),
+        "heads": make_case(B=1, T=1100, H=3, K=8, V=20, **ends),
+        "packed": make_case(lengths=[600, 3, 0, 513, 512], H=2, K=8, V=8, **ends),
+        "chunks of 48": make_case(B=1, T=1100, H=2, K=8, V=8, mask="left", **ends),
+    }[kind]
+    _check(case, chunk_size=48 if "48" in kind else None, threads=threads)
+
+
+def test_any_strides_give_the_same() -> None:
+    case = make_case(T=70, K=8, V=8, H=3, log_decay=-0.5, beta=True).to(torch.float32)
+    assert case.log_decay is not None
+    assert case.beta is not None
+    expected = run(case, "native")
+    strided = {name: getattr(case, name).transpose(1, 2).contiguous().transpose(1, 2) for name in "qkv"}
+    strided |= {name: torch.stack([getattr(case, name)] * 2, -1)[..., 1] for name in ("log_decay", "beta")}
+    for name, x in run(replace(case, **strided), "native").items():
+        assert torch.equal(x, expected[name]), name
+    own = case.log_decay[:1, :1].expand(2, 70, 3)
+    results = run(replace(case, log_decay=own), "native")
+    for name, x in run(replace(case, log_decay=own.contiguous()), "native").items():
+        assert torch.equal(x, results[name]), name
+
+
+@pytest.mark.parametrize("wanted", ["o", "final_kv"])
+@pytest.mark.parametrize("log_decay", [None, -0.5])
+def test_gradients_of_one_output_alone(wanted: str, log_decay: float | None) -> None:
+    case = make_case(T=600, K=8, V=12, log_decay=log_decay, beta=True)
+    found = []
+    for implementation, own in (("naive", case), ("native", case.to(torch.float32))):
+        leaves = [x.clone().requires_grad_() for x in (own.q, own.k, own.v, own.beta) if x is not None]
+        q, k, v, beta = leaves
+        options: dict[str, Any] = {"log_decay": own.log_decay, "beta": beta, "implementation": implementation}
+        o, state = cosine_attention(q, k, v, None, causal=True, output_final_state=True, **options)
+        assert state is not None
+        loss = (o if wanted == "o" else state.kv).square().sum()
+        found.append(torch.autograd.grad(loss, leaves, allow_unused=True))
+    for expected, x in zip(*found, strict=True):
+        expected = torch.zeros_like(x) if expected is None else expected
+        assert (x - expected).abs().max() <= TOLERANCE[torch.float32] * max(1, expected.abs().max())
+
+
+def test_backward_finds_states_that_forward_did_not_keep() -> None:
+    case = make_case(B=1, T=1100, K=8, V=8, log_decay=-0.1, beta=True).to(torch.float32)
+    inputs = (case.q, case.k, case.v, None, None, None, None, None, case.log_decay, case.beta)
+    outputs = torch.ops.cottention.gated("native", *inputs, True, 0, 512)
+    grad = torch.randn(outputs[0].shape, generator=torch.Generator().manual_seed(0))
+    kept = torch.ops.cottention.gated_backward("native", grad, None, *inputs, outputs[3], True, 0, 512)
+    found = torch.ops.cottention.gated_backward("native", grad, None, *inputs, outputs[3][:0], True, 0, 0)
+    for x, y in zip(kept, found, strict=True):
+        assert torch.equal(x, y)
+
+
+def test_operators_pass_opcheck() -> None:
+    for lengths in (None, [9, 0, 11]):
+        case = make_case(T=20, K=3, V=2, lengths=lengths, with_state=True, log_decay=-0.5, beta=True).to(torch.float32)
+        assert case.initial_state is not None
+        inputs = (case.q, case.k, case.v, case.norm_const, None, case.cu_seqlens, *case.initial_state)
+        leaves = [x.clone().requires_grad_() if x is not None and x.is_floating_point() else x for x in inputs]
+        arguments = ("native", *leaves, case.log_decay, case.beta, True, 0, 512)
+        torch.library.opcheck(torch.ops.cottention.gated.default, arguments)
+
+
+def test_auto_takes_it() -> None:
+    case = make_case(T=4, beta=True)
+    for dtype, name in ((torch.float32, "native"), (torch.bfloat16, "native"), (torch.float64, "chunk")):
+        own = case.to(dtype)
+        assert choose_implementation("auto", own.q, own.v, is_gated=True, erases=True) == name
