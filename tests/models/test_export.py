@@ -42,12 +42,22 @@ def test_a_model_is_exported_for_any_batch_and_length(family: str) -> None:
             torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-4)
 
 
+def test_a_bert_is_exported_in_strict_mode() -> None:
+    model = randomised(CottentionBertForPreTraining(bert_config())).float()
+    program = torch.export.export(model, (), _padded(2, 7), strict=True).module()
+    inputs = _padded(2, 7)
+    for found, expected in zip(program(**inputs).values(), model(**inputs).values(), strict=True):
+        torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-4)
+
+
 def _gpt() -> tuple[Any, str]:
     model = randomised(CottentionGPTForCausalLM(gpt_config())).float()
     return model, "cache" if "cache" in model(some_tokens(1, 1)) else "past_key_values"
 
 
-@pytest.mark.parametrize("num_tokens", [1, None], ids=["one token", "any number"])
+@pytest.mark.parametrize(
+    "num_tokens", [pytest.param(1, id="one token"), pytest.param(None, id="any number", marks=pytest.mark.slow)]
+)
 def test_a_decode_step_with_its_cache_is_exported(num_tokens: int | None) -> None:
     model, name = _gpt()
     L, batch = model.config.n_layer, {0: _BATCH}

@@ -24,6 +24,7 @@ pytestmark = pytest.mark.interpreted
 
 _SHORT, _WHOLE, _SEGMENTS = 0, 1024, 32  # tokens of a segment: quadratic, one segment a sequence, many
 _FORMS = pytest.mark.parametrize("segment", [_SHORT, _WHOLE, _SEGMENTS], ids=["short", "whole", "segments"])
+_LONG = [pytest.mark.slow]  # the same kernels again, at another shape
 _DIRECTIONS = pytest.mark.parametrize("causal", [True, False], ids=["causal", "bidirectional"])
 
 
@@ -46,7 +47,7 @@ def _case(**changes: Any) -> Case:
 
 
 @_DIRECTIONS
-@pytest.mark.parametrize("T", [1, 63, 64, 65])
+@pytest.mark.parametrize("T", [1, pytest.param(63, marks=_LONG), 64, 65])
 def test_odd_lengths_with_tiles_of_64(T: int, causal: bool) -> None:
     case = _case(T=T, H=1, causal=causal)
     for segment in (_SHORT, _WHOLE):
@@ -61,7 +62,7 @@ def test_several_chunks_over_several_segments(causal: bool) -> None:
 
 @_DIRECTIONS
 @_FORMS
-@pytest.mark.parametrize("mask", ["right", "left", "holes", "empty_row"])
+@pytest.mark.parametrize("mask", [*(pytest.param(x, marks=_LONG) for x in ("right", "left")), "holes", "empty_row"])
 def test_padding(mask: str, segment: int, causal: bool) -> None:
     _check(_case(B=2, H=1, mask=mask, causal=causal), segment)
 
@@ -76,7 +77,6 @@ def test_packed_sequences(lengths: list[int], segment: int, causal: bool) -> Non
 @pytest.mark.parametrize("segment", [_WHOLE, _SEGMENTS], ids=["whole", "segments"])
 @pytest.mark.parametrize(("initial", "final"), [(True, True), (True, False), (False, True)])
 def test_states(initial: bool, final: bool, segment: int) -> None:
-    _check(_case(H=1, T=70, with_state=initial, output_final_state=final), segment, block=32)
     _check(_case(H=1, B=2, mask="holes", with_state=initial, output_final_state=final), segment)
     _check(_case(H=1, lengths=[5, 0, 40], with_state=initial, output_final_state=final), segment)
 
@@ -90,10 +90,17 @@ def test_cross_attention(T: int, S: int, mask: str | None, segment: int) -> None
 
 @_DIRECTIONS
 @_FORMS
-@pytest.mark.parametrize(("K", "V"), [(2, 1), (3, 17), (17, 3), (48, 80)])
+@pytest.mark.parametrize(("K", "V"), [pytest.param(2, 1, marks=_LONG), (3, 17), (17, 3), (48, 80)])
 def test_any_head_dims(K: int, V: int, segment: int, causal: bool) -> None:
     """Tiles are padded to powers of two; where K is wider than a tile of 32, gradients are projected afterwards."""
     _check(_case(T=20, H=1, K=K, V=V, causal=causal, mask="holes"), 16 if segment == _SEGMENTS else segment)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("segment", [_WHOLE, _SEGMENTS], ids=["whole", "segments"])
+@pytest.mark.parametrize(("initial", "final"), [(True, True), (True, False), (False, True)])
+def test_states_over_longer_blocks(initial: bool, final: bool, segment: int) -> None:
+    _check(_case(H=1, T=70, with_state=initial, output_final_state=final), segment, block=32)
 
 
 def test_states_where_head_dims_are_split() -> None:

@@ -119,7 +119,9 @@ def test_a_tokenizer_that_does_not_fit_is_refused_before_any_text_is_read(
     assert not (tmp_path / "run").exists()
 
 
-@pytest.mark.parametrize("lost", ["model.safetensors", "config.json", "tokenizer.json"])
+@pytest.mark.parametrize(
+    "lost", ["model.safetensors", "config.json", pytest.param("tokenizer.json", marks=pytest.mark.slow)]
+)
 def test_a_run_that_lost_a_part_of_its_model_makes_it_again(
     lost: str, finished_gpt: Run, copied: Path, log_lines: list[str]
 ) -> None:
@@ -140,6 +142,9 @@ def test_a_run_whose_model_was_changed_is_not_finished(
         CheckpointError, match=rf"{name} .*; without {copied / 'model'} the same command makes it again"
     ):
         pretrain(finished_gpt.recipe, output_dir=copied)
+
+
+def test_a_run_without_its_model_makes_the_same_again(finished_gpt: Run, copied: Path) -> None:
     shutil.rmtree(copied / "model")
     pretrain(finished_gpt.recipe, output_dir=copied)
     assert everything_in(copied / "model") == everything_in(finished_gpt.directory / "model")
