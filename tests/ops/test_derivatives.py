@@ -339,13 +339,14 @@ def test_second_derivatives_at_zero_are_finite_and_alike(form: str) -> None:
     generator = torch.Generator().manual_seed(0)
     q, k, v = (torch.randn(1, 1, 2, 3, dtype=torch.float64, generator=generator) for _ in range(3))
     q[..., 0, :], k[..., 1, :] = 0, 0
-    leaves = tuple(x.requires_grad_() for x in (q, k, v, torch.tensor([0.5, -1.0], dtype=torch.float64)))
+    norm_const = torch.tensor([0.5, -1.0], dtype=torch.float64)
+    leaves = tuple(x.requires_grad_() for x in (q, k, v, norm_const))
 
     def loss(implementation: str) -> Tensor:
         if implementation == "step":
-            o, _ = cosine_attention_step(*leaves, None)
+            o, _ = cosine_attention_step(q, k, v, norm_const, None)
         else:
-            o, _ = cosine_attention(*leaves, causal=True, implementation=implementation)
+            o, _ = cosine_attention(q, k, v, norm_const, causal=True, implementation=implementation)
         return (_weighted(o) * o).sum()
 
     def derivatives(implementation: str) -> Leaves:
