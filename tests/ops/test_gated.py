@@ -127,7 +127,10 @@ def test_chunk_equals_naive(
     _assert_close(run(case, "chunk", chunk_size=chunk_size), run(case, "naive"))
 
 
-@pytest.mark.parametrize("log_decay", [0.0, -1e-4, -50.0, -1e30, -torch.inf])
+@pytest.mark.parametrize(
+    "log_decay",
+    [0.0, pytest.param(-1e-4, marks=pytest.mark.slow), -50.0, pytest.param(-1e30, marks=pytest.mark.slow), -torch.inf],
+)
 @pytest.mark.parametrize(("causal", "beta"), [(True, None), (True, 0.0), (True, 1.0), (False, None)])
 def test_extremes_over_a_thousand_tokens(beta: float | None, log_decay: float, causal: bool) -> None:
     """All tokens alike, and every third with the opposite extreme; one direction repeated, which beta=1 overwrites."""
