@@ -13,6 +13,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
+from torch.export import Dim
 from torch.utils import _pytree as pytree
 from transformers import AutoConfig, DynamicCache
 
@@ -348,3 +349,22 @@ def test_a_hybrid_compiles_whole(packed: bool) -> None:
     torch.testing.assert_close(compiled.loss, eager.loss)
     for name, gradient in gradients(model).items():
         torch.testing.assert_close(gradient, expected[name], rtol=1e-3, atol=1e-4)
+
+
+@pytest.mark.slow
+def test_a_hybrid_is_exported_for_any_batch_and_length() -> None:
+    model = hybrid(MIX, use_cache=False).float()
+    free = {0: Dim("batch", min=1, max=64), 1: Dim("length", min=2, max=512)}
+    shapes = {"input_ids": free, "attention_mask": free}
+
+    def inputs(B: int, T: int) -> dict[str, Tensor]:
+        mask = torch.ones(B, T, dtype=torch.int64)
+        mask[0, : T // 3] = 0
+        return {"input_ids": some_tokens(B, T), "attention_mask": mask}
+
+    program = torch.export.export(model, (), inputs(2, 7), dynamic_shapes=shapes).module()
+    for B, T in ((1, 3), (3, 200)):
+        given = inputs(B, T)
+        real = given["attention_mask"].bool()
+        found, expected = program(**given).logits[real], model(**given).logits[real]
+        torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-4)

@@ -83,10 +83,12 @@ def _attend(
     sliding_window: int | None,
 ) -> Tensor:
     T, S = q.shape[1], k.shape[1]
-    if sliding_window is not None and sliding_window >= S:
-        sliding_window = None  # which hides nothing
-    if sliding_window is not None and is_narrow(T, S, sliding_window):
-        return banded_attention(q, k, v, attention_mask, sliding_window, dropout_p)
+    # An exported program is for any length: it cannot choose by it.
+    if sliding_window is not None and not torch.compiler.is_exporting():
+        if sliding_window >= S:
+            sliding_window = None  # which hides nothing
+        elif is_narrow(T, S, sliding_window):
+            return banded_attention(q, k, v, attention_mask, sliding_window, dropout_p)
     needs_triangle = causal and (T > 1 or sliding_window is not None)
     is_causal = needs_triangle and T == S and attention_mask is None and sliding_window is None
     mask = None if is_causal else visible_keys(T, S, attention_mask, needs_triangle, q.device, sliding_window)
