@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 
 from cottention.errors import SettingsError
-from cottention.models import CottentionGPTForCausalLM
+from cottention.models import CottentionBertForMaskedLM, CottentionGPTForCausalLM
 from cottention.models.layer_types import check_carries
 from cottention.training.carried import CarriedStates
 from cottention.training.pretraining import pretrain
@@ -25,6 +25,22 @@ def test_a_hybrid_is_trained_and_opened(corpus: Path, tmp_path: Path) -> None:
     assert losses[-1] < losses[0]
     model = CottentionGPTForCausalLM.from_pretrained(tmp_path / "run" / "model")
     assert model.config.layer_types == MIX["model__layer_types"]
+
+
+def test_a_bert_with_options_is_trained_and_opened(corpus: Path, tmp_path: Path) -> None:
+    options: dict[str, Any] = {
+        "layer_types": ["linear_attention", "full_attention"],
+        "position_embedding_type": "rotary",
+        "norm_first": True,
+        "max_position_embeddings": 16,  # shorter than its windows, which only learned positions mind
+    }
+    pretrain(short("bert", corpus, **{f"model__{key}": each for key, each in options.items()}), output_dir=tmp_path)
+    config = CottentionBertForMaskedLM.from_pretrained(tmp_path / "model").config
+    assert {name: getattr(config, name) for name in options} == options
+    with pytest.raises(SettingsError, match=r"^data.sequence_length must not exceed model.max_position_embeddings"):
+        short("bert", corpus, model__max_position_embeddings=16)
+    with pytest.raises(SettingsError, match=r"^model.rotary_dim needs model.position_embedding_type: rotary"):
+        short("bert", corpus, model__rotary_dim=4)
 
 
 def test_lists_that_make_no_model_are_refused_in_the_recipe(corpus: Path) -> None:

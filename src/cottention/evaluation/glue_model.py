@@ -159,8 +159,8 @@ def _logits(
     batch_size: int,
     show_progress: bool,
 ) -> np.ndarray:
-    limit = model.config.max_position_embeddings
-    if max_length > limit:
+    limit = model.config.longest_text
+    if limit is not None and max_length > limit:
         raise SettingsError(f"max_length must be at most the model's {limit} positions; got {max_length}")
     encoded = encode_glue(rows, tokenizer, max_length)
     if encoded.num_cut:

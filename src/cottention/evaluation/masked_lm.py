@@ -80,8 +80,8 @@ def evaluate_masked_lm(
         SettingsError: the window is too long for the model, the tokenizer is not a BERT's, or a number makes no sense.
         DataError: there is no text, or nothing in it that could be masked.
     """
-    limit = model.config.max_position_embeddings
-    if window > limit:
+    limit = model.config.longest_text
+    if limit is not None and window > limit:
         raise SettingsError(f"the model has {limit} positions; got a window of {window}")
     if batch_size < 1:
         raise SettingsError(f"batch_size must be at least 1; got {batch_size}")

@@ -163,8 +163,7 @@ def _encode(
     if tokenizer.mask_token_id not in token_ids:
         shown = text if len(text) <= 40 else f"{text[:40]}..."
         raise SettingsError(f"{which} has no {tokenizer.mask_token} to fill; got {shown!r}")
-    if len(token_ids) > model.config.max_position_embeddings:
-        raise SettingsError(
-            f"{which} has {len(token_ids)} tokens; this model has {model.config.max_position_embeddings} positions"
-        )
+    limit = model.config.longest_text
+    if limit is not None and len(token_ids) > limit:
+        raise SettingsError(f"{which} has {len(token_ids)} tokens; this model has {limit} positions")
     return token_ids

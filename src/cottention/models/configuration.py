@@ -253,6 +253,15 @@ def check_number(name: str, value: Any, *, minimum: float = float("-inf"), maxim
         raise SettingsError(f"{name} must be from {minimum:g} to {maximum:g}; got {value}")
 
 
+def check_rotary(rotary_dim: Any, head_dim: int) -> None:
+    """Refuse a number of dims that no head can turn; None is the whole head."""
+    rotary_dim = head_dim if rotary_dim is None else rotary_dim
+    if not isinstance(rotary_dim, int) or isinstance(rotary_dim, bool):
+        raise TypeError(f"rotary_dim must be an int or None; got {rotary_dim!r}")
+    if rotary_dim < 2 or rotary_dim % 2 or rotary_dim > head_dim:
+        raise SettingsError(f"rotary_dim must be even, from 2 to the head dim {head_dim}; got {rotary_dim}")
+
+
 def check_choice(name: str, value: Any, known: Iterable[str]) -> None:
     """Refuse a name that is not known, with the closest one as a suggestion."""
     names = list(known)

@@ -287,6 +287,8 @@ def _check_loaded(model: PreTrainedModel, info: dict[str, Any], source: Any, may
         raise CheckpointError(
             f"{source} holds cosine attention (it has norm_const weights); got attention_type={asked!r}"
         )
+    if any(key.endswith("position_embeddings.weight") for key in unexpected):
+        raise CheckpointError(f"{source} holds learned positions; got position_embedding_type='rotary'")
     lost = [key for key in missing if key.startswith(prefix) and not _MAY_BE_NEW.search(key)]
     needed = {f"{prefix}{key}" for key, _ in model.base_model.named_parameters() if not _MAY_BE_NEW.search(key)}
     if needed <= set(lost):

@@ -138,8 +138,8 @@ def _finetune(
     continues = _continues(run_dir, content, overwrite=overwrite)
     # Opened before the data: a wrong directory shall not cost the time of tokenising.
     encoder, tokenizer = load_model_and_tokenizer(model, "encoder", device="cpu", dtype=torch.float32)
-    limit = encoder.config.max_position_embeddings
-    if settings.max_length > limit:
+    limit = encoder.config.longest_text
+    if limit is not None and settings.max_length > limit:
         raise SettingsError(f"max_length must be at most the model's {limit} positions; got {settings.max_length}")
     rows = _read(chosen, data, tokenizer, settings)
     if not continues:  # only now: a mistake in model or data leaves nothing behind

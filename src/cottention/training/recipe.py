@@ -129,7 +129,9 @@ class BertRecipe:
     def __post_init__(self) -> None:
         for name in ("sequence_length", "long_sequence_length"):
             length = getattr(self.data, name)
-            if length is not None and length > self.model.max_position_embeddings:
+            if self.model.position_embedding_type == "rotary" or length is None:
+                continue
+            if length > self.model.max_position_embeddings:
                 raise SettingsError(
                     f"data.{name} must not exceed model.max_position_embeddings; "
                     f"got {length} and {self.model.max_position_embeddings}"
@@ -175,6 +177,10 @@ class BertRecipe:
             "num_attention_heads": settings.num_attention_heads,
             "intermediate_size": settings.intermediate_size,
             "max_position_embeddings": settings.max_position_embeddings,
+            "layer_types": settings.layer_types,
+            "position_embedding_type": settings.position_embedding_type,
+            "rotary_dim": settings.rotary_dim,
+            "norm_first": settings.norm_first,
             "hidden_dropout_prob": settings.dropout,
             "attention_probs_dropout_prob": settings.dropout,
             "original_init": settings.original_init,

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from typing import ClassVar, Literal
 
 from cottention.errors import SettingsError
-from cottention.models.layer_types import GPT_LAYER_TYPES, check_layer_types
+from cottention.models.layer_types import BERT_LAYER_TYPES, GPT_LAYER_TYPES, check_layer_types
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -75,7 +75,15 @@ class BertModelSettings:
     intermediate_size: int = 3072
     """Width inside the feed-forward part."""
     max_position_embeddings: int = 512
-    """Learned positions: the longest text the model can read."""
+    """Learned positions: the longest text the model can read; rotary ones have no longest text."""
+    position_embedding_type: Literal["absolute", "rotary"] = "absolute"
+    """Learned positions added to the words, or rotary ones in every layer."""
+    rotary_dim: int | None = None
+    """Leading dimensions of each head that are rotated by position; null rotates the whole head."""
+    norm_first: bool = False
+    """Normalise before each sublayer, and once at the end, rather than behind each sublayer."""
+    layer_types: list[str] | None = None
+    """A name per layer, which makes hybrids: linear_attention (cosine) or full_attention (softmax)."""
     dropout: float = 0.1
     """Dropout on embeddings, on the output of attention and feed-forward parts, and on softmax attention's weights."""
     original_init: bool = False
@@ -101,6 +109,13 @@ class BertModelSettings:
             raise SettingsError(
                 "model.num_attention_heads must divide model.hidden_size; "
                 f"got {self.num_attention_heads} and {self.hidden_size}"
+            )
+        if self.layer_types is not None:
+            known, count = BERT_LAYER_TYPES, self.num_hidden_layers
+            check_layer_types(self.layer_types, self.attention_type, count, None, known=known)
+        if self.rotary_dim is not None and self.position_embedding_type != "rotary":
+            raise SettingsError(
+                f"model.rotary_dim needs model.position_embedding_type: rotary; got {self.position_embedding_type}"
             )
 
 

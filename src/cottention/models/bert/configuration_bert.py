@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from typing import Any, ClassVar
 
+from cottention.errors import SettingsError
 from cottention.models.configuration import (
     ACTIVATIONS,
     MOST_LAYERS,
@@ -14,9 +15,12 @@ from cottention.models.configuration import (
     check_choice,
     check_divides,
     check_number,
+    check_rotary,
     check_size,
     check_token_id,
 )
+
+POSITION_TYPES = ("absolute", "rotary")
 
 
 class CottentionBertConfig(CottentionConfig):
@@ -31,7 +35,13 @@ class CottentionBertConfig(CottentionConfig):
         hidden_act: its activation.
         hidden_dropout_prob: dropout after embeddings and every sublayer.
         attention_probs_dropout_prob: dropout of attention weights; softmax only, as cosine attention has none.
-        max_position_embeddings: longest text, in tokens.
+        max_position_embeddings: longest text, in tokens; with rotary positions that of training, which no text is
+            bound to.
+        position_embedding_type: "absolute", learned positions added to the words; or "rotary", which turns queries and
+            keys of every layer and has no longest text.
+        rotary_dim: dims of each head that get the rotary embedding, even; None: the whole head.
+        norm_first: whether LayerNorm stands before each sublayer, which then adds to a stream that a last LayerNorm
+            normalises, rather than behind each sum.
         type_vocab_size: number of token types.
         initializer_range: standard deviation of new weights.
         layer_norm_eps: epsilon of every LayerNorm.
@@ -47,6 +57,7 @@ class CottentionBertConfig(CottentionConfig):
     """
 
     model_type: ClassVar[str] = "cottention-bert"
+    later_options: ClassVar[tuple[str, ...]] = ("position_embedding_type", "rotary_dim", "norm_first")
 
     vocab_size: int = 28996
     hidden_size: int = 768
@@ -66,6 +77,9 @@ class CottentionBertConfig(CottentionConfig):
     classifier_dropout: float | None = None
     tie_word_embeddings: bool = True
     sparse_prediction: bool = False
+    position_embedding_type: str = "absolute"
+    rotary_dim: int | None = None
+    norm_first: bool = False
 
     def __post_init__(self, **kwargs: Any) -> None:
         super().__post_init__(**kwargs)
@@ -82,12 +96,34 @@ class CottentionBertConfig(CottentionConfig):
             check_number("classifier_dropout", self.classifier_dropout, minimum=0, maximum=1)
         check_number("initializer_range", self.initializer_range, minimum=0)
         check_number("layer_norm_eps", self.layer_norm_eps, minimum=0)
-        if not isinstance(self.sparse_prediction, bool):
-            raise TypeError(f"sparse_prediction must be True or False; got {self.sparse_prediction!r}")
+        for name in ("sparse_prediction", "norm_first"):
+            if not isinstance(getattr(self, name), bool):
+                raise TypeError(f"{name} must be True or False; got {getattr(self, name)!r}")
+        self._check_positions()
         for name in ("pad_token_id", "bos_token_id", "eos_token_id"):
             check_token_id(name, getattr(self, name), self.vocab_size)
 
+    @property
+    def is_rotary(self) -> bool:
+        """Whether positions turn queries and keys, instead of being learned."""
+        return self.position_embedding_type == "rotary"
+
+    @property
+    def longest_text(self) -> int | None:
+        """Tokens of the longest text that it has positions for; None: there is none."""
+        return None if self.is_rotary else self.max_position_embeddings
+
+    def _check_positions(self) -> None:
+        check_choice("position_embedding_type", self.position_embedding_type, POSITION_TYPES)
+        if self.is_rotary:
+            check_rotary(self.rotary_dim, self.hidden_size // self.num_attention_heads)
+        elif self.rotary_dim is not None:
+            raise SettingsError(
+                f"rotary_dim needs position_embedding_type='rotary'; "
+                f"got {self.rotary_dim!r} and {self.position_embedding_type!r}"
+            )
+
     def least_parameters(self) -> int:
         """Numbers that every model of these sizes has at the least."""
-        tables = self.max_position_embeddings + self.type_vocab_size
+        tables = self.type_vocab_size + (0 if self.is_rotary else self.max_position_embeddings)
         return super().least_parameters() + tables * self.hidden_size

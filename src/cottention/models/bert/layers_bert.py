@@ -1,6 +1,6 @@
 """The parts of a BERT: embeddings, attention, feed-forward, pooler, heads; named as in stock BERT's checkpoints.
 
-x = CottentionBertLayer(config)(x, attention_mask, cu_seqlens=None)      # x: [B, T, D]
+x = CottentionBertLayer(config, layer_idx=0)(x, attention_mask, cu_seqlens=None)      # x: [B, T, D]
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ from jaxtyping import Float, Int
 from torch import Tensor, nn
 from transformers.modeling_layers import GradientCheckpointingLayer
 
-from cottention.layers import cosine_map, map_context, softmax_attention, softmax_map
+from cottention.layers import RotaryTable, apply_rotary, cosine_map, map_context, softmax_attention, softmax_map
 from cottention.layers.attention import new_norm_const
 from cottention.models.bert.configuration_bert import CottentionBertConfig
 from cottention.models.packing import check_no_empty_text
@@ -21,12 +21,13 @@ from cottention.ops import cosine_attention
 
 
 class CottentionBertEmbeddings(nn.Module):
-    """Word, learned position and token type, summed and normalised."""
+    """Word, learned position (unless positions are rotary) and token type, summed and normalised."""
 
     def __init__(self, config: CottentionBertConfig) -> None:
         super().__init__()
         self.word_embeddings = nn.Embedding(config.vocab_size, config.hidden_size, padding_idx=config.pad_token_id)
-        self.position_embeddings = nn.Embedding(config.max_position_embeddings, config.hidden_size)
+        if not config.is_rotary:
+            self.position_embeddings = nn.Embedding(config.max_position_embeddings, config.hidden_size)
         self.token_type_embeddings = nn.Embedding(config.type_vocab_size, config.hidden_size)
         self.LayerNorm = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
         self.dropout = nn.Dropout(config.hidden_dropout_prob)
@@ -42,7 +43,10 @@ class CottentionBertEmbeddings(nn.Module):
         """Embed; token types default to 0."""
         words = self.word_embeddings(input_ids) if inputs_embeds is None else inputs_embeds
         types = self.token_type_embeddings(torch.zeros_like(position_ids) if token_type_ids is None else token_type_ids)
-        return self.dropout(self.LayerNorm(words + types + self.position_embeddings(position_ids)))
+        x = words + types
+        if "position_embeddings" in self._modules:
+            x = x + self.position_embeddings(position_ids)
+        return self.dropout(self.LayerNorm(x))
 
 
 def _drop_position_ids(module: nn.Module, state_dict: dict[str, Any], prefix: str, *_: Any) -> None:
@@ -55,11 +59,11 @@ class CottentionBertSelfAttention(nn.Module):
 
     norm_const: nn.Parameter
 
-    def __init__(self, config: CottentionBertConfig) -> None:
+    def __init__(self, config: CottentionBertConfig, layer_type: str) -> None:
         super().__init__()
         self.num_attention_heads = config.num_attention_heads
         self.dropout = config.attention_probs_dropout_prob
-        self.is_cosine = config.attention_type == "cosine"
+        self.is_cosine = layer_type == "linear_attention"
         self.implementation = "auto"
         if self.is_cosine:
             self.norm_const = new_norm_const(config.num_attention_heads, config.norm_const_init)
@@ -75,12 +79,15 @@ class CottentionBertSelfAttention(nn.Module):
         attention_mask: Int[Tensor, "B T"] | None,
         cu_seqlens: Int[Tensor, " N_plus_1"] | None,
         maps: list[Tensor] | None,
+        rotary: RotaryTable | None = None,
     ) -> Float[Tensor, "B T D"]:
         """Every token asks all real tokens of its text; `maps` takes up who looked at whom."""
         q, k, v = (
             projection(x).unflatten(-1, (self.num_attention_heads, -1))
             for projection in (self.query, self.key, self.value)
         )
+        if rotary is not None:
+            q, k = apply_rotary(q, rotary), apply_rotary(k, rotary)
         dropout_p = self.dropout if self.training else 0.0
         if self.is_cosine:
             if maps is not None:
@@ -109,32 +116,40 @@ class CottentionBertSelfAttention(nn.Module):
 
 
 class CottentionBertResidual(nn.Module):
-    """Linear, dropout, then LayerNorm over the sum with the residual: the end of both sublayers."""
+    """Linear, dropout, the sum with the residual, LayerNorm unless it stands first: the end of both sublayers."""
 
     def __init__(self, config: CottentionBertConfig, width_in: int) -> None:
         super().__init__()
         self.dense = nn.Linear(width_in, config.hidden_size)
-        self.LayerNorm = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
+        if not config.norm_first:
+            self.LayerNorm = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
         self.dropout = nn.Dropout(config.hidden_dropout_prob)
 
     def forward(self, x: Tensor, residual: Tensor) -> Tensor:
         """LayerNorm(residual + dropout(dense(x)))."""
-        return self.LayerNorm(self.dropout(self.dense(x)) + residual)
+        return _normed(self, self.dropout(self.dense(x)) + residual)
 
 
 class CottentionBertAttention(nn.Module):
     """The attention sublayer."""
 
-    def __init__(self, config: CottentionBertConfig) -> None:
+    def __init__(self, config: CottentionBertConfig, layer_type: str) -> None:
         super().__init__()
-        self.self = CottentionBertSelfAttention(config)
+        if config.norm_first:
+            self.LayerNorm = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
+        self.self = CottentionBertSelfAttention(config, layer_type)
         self.output = CottentionBertResidual(config, config.hidden_size)
 
     def forward(
-        self, x: Tensor, attention_mask: Tensor | None, cu_seqlens: Tensor | None, maps: list[Tensor] | None
+        self,
+        x: Tensor,
+        attention_mask: Tensor | None,
+        cu_seqlens: Tensor | None,
+        maps: list[Tensor] | None,
+        rotary: RotaryTable | None = None,
     ) -> Tensor:
         """Attend and add."""
-        return self.output(self.self(x, attention_mask, cu_seqlens, maps), x)
+        return self.output(self.self(_normed(self, x), attention_mask, cu_seqlens, maps, rotary), x)
 
 
 class CottentionBertIntermediate(nn.Module):
@@ -142,20 +157,27 @@ class CottentionBertIntermediate(nn.Module):
 
     def __init__(self, config: CottentionBertConfig) -> None:
         super().__init__()
+        if config.norm_first:
+            self.LayerNorm = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
         self.dense = nn.Linear(config.hidden_size, config.intermediate_size)
         self.act = activation(config.hidden_act)
 
     def forward(self, x: Tensor) -> Tensor:
         """Widen and activate."""
-        return self.act(self.dense(x))
+        return self.act(self.dense(_normed(self, x)))
+
+
+def _normed(module: Any, x: Tensor) -> Tensor:
+    """Through the module's LayerNorm, if this is where the config has one."""
+    return module.LayerNorm(x) if "LayerNorm" in module._modules else x
 
 
 class CottentionBertLayer(GradientCheckpointingLayer):
-    """Attention sublayer, then feed-forward sublayer, each followed by LayerNorm."""
+    """Attention sublayer, then feed-forward sublayer, LayerNorm behind each, or before it."""
 
-    def __init__(self, config: CottentionBertConfig) -> None:
+    def __init__(self, config: CottentionBertConfig, layer_idx: int) -> None:
         super().__init__()
-        self.attention = CottentionBertAttention(config)
+        self.attention = CottentionBertAttention(config, config.layer_types[layer_idx])
         self.intermediate = CottentionBertIntermediate(config)
         self.output = CottentionBertResidual(config, config.intermediate_size)
 
@@ -165,11 +187,12 @@ class CottentionBertLayer(GradientCheckpointingLayer):
         attention_mask: Tensor | None,
         cu_seqlens: Tensor | None,
         output_attentions: bool = False,
+        rotary: RotaryTable | None = None,
     ) -> Tensor | tuple[Tensor, Tensor]:
         """One layer's tokens, and its attention map when asked for."""
         # A list of this pass's own: under checkpointing another pass computes the map again.
         maps: list[Tensor] | None = [] if output_attentions else None
-        x = self.attention(x, attention_mask, cu_seqlens, maps)
+        x = self.attention(x, attention_mask, cu_seqlens, maps, rotary)
         x = self.output(self.intermediate(x), x)
         return (x, maps[0]) if maps else x
 
@@ -179,19 +202,20 @@ class CottentionBertEncoder(nn.Module):
 
     def __init__(self, config: CottentionBertConfig) -> None:
         super().__init__()
-        self.layer = nn.ModuleList([CottentionBertLayer(config) for _ in range(config.num_hidden_layers)])
+        self.layer = nn.ModuleList([CottentionBertLayer(config, i) for i in range(config.num_hidden_layers)])
 
     def forward(
         self,
         x: Float[Tensor, "B T D"],
         attention_mask: Tensor | None,
         cu_seqlens: Tensor | None,
+        rotary: RotaryTable | None,
         maps: list[Tensor] | None,
         hidden_states: list[Tensor] | None,
     ) -> Float[Tensor, "B T D"]:
         """The last layer's tokens; `hidden_states` takes up every layer's, `maps` every attention map."""
         for layer in self.layer:
-            x = layer(x, attention_mask, cu_seqlens, maps is not None)
+            x = layer(x, attention_mask, cu_seqlens, maps is not None, rotary)
             if maps is not None:
                 x, weights = x
                 maps.append(weights)

@@ -18,6 +18,7 @@ from transformers.modeling_outputs import BaseModelOutputWithPooling, MaskedLMOu
 from transformers.utils.generic import ModelOutput
 
 from cottention.files import IGNORE_INDEX
+from cottention.layers import RotaryTable, rotary_table
 from cottention.models.arguments import ENCODER_WORDS, known_arguments, zeros_and_ones
 from cottention.models.bert.configuration_bert import CottentionBertConfig
 from cottention.models.bert.layers_bert import (
@@ -74,6 +75,8 @@ class CottentionBertModel(CottentionBertPreTrainedModel):
         super().__init__(config)
         self.embeddings = CottentionBertEmbeddings(config)
         self.encoder = CottentionBertEncoder(config)
+        if config.norm_first:
+            self.LayerNorm = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
         self.pooler = CottentionBertPooler(config) if add_pooling_layer else None
         self.gives_a_row_per_text = add_pooling_layer
         self.gradient_checkpointing = False
@@ -111,7 +114,8 @@ class CottentionBertModel(CottentionBertPreTrainedModel):
             inputs_embeds: word embeddings.
             output_attentions: whether to return every layer's map `[B, H, T, T]`, by which map @ v is its context; the
                 config's when None. Quadratic in T; not with cu_seqlens.
-            output_hidden_states: whether to return the normalised embedding and every layer's output.
+            output_hidden_states: whether to return the normalised embedding and every layer's output, the last one's
+                behind the last LayerNorm.
             return_dict: whether to return an object rather than a tuple.
             cu_seqlens: boundaries of packed texts; needs B == 1. Or transformers' `cu_seq_lens_q`, `cu_seq_lens_k`,
                 `seq_idx`, or position_ids that start again within a row: see `cottention.models.packing`.
@@ -123,7 +127,7 @@ class CottentionBertModel(CottentionBertPreTrainedModel):
         Raises:
             ValueError: arguments contradict each other.
             TypeError: an argument is not known.
-            CottentionError: the text is longer than the learned positions.
+            CottentionError: the text is longer than the learned positions, where positions are learned.
         """
         known_arguments(others, ("num_items_in_batch",), f"{type(self).__name__}.forward", ENCODER_WORDS)
         attention_mask = zeros_and_ones(attention_mask)
@@ -132,8 +136,9 @@ class CottentionBertModel(CottentionBertPreTrainedModel):
         tokens = input_ids if inputs_embeds is None else inputs_embeds
         assert tokens is not None
         B, T = tokens.shape[:2]
-        limit = self.config.max_position_embeddings
-        check_length(longest_text(cu_seqlens, position_ids, T), limit, "max_position_embeddings")
+        if self.config.longest_text is not None:
+            longest = longest_text(cu_seqlens, position_ids, T)
+            check_length(longest, self.config.longest_text, "max_position_embeddings")
         if position_ids is None:
             num_tokens = T if cu_seqlens is None else B * T
             position_ids = default_positions(num_tokens, cu_seqlens, tokens.device).reshape(-1, T)
@@ -142,7 +147,12 @@ class CottentionBertModel(CottentionBertPreTrainedModel):
         if cu_seqlens is not None:
             x = one_row(x)
         hidden_states = [x] if keep else None
-        x = self.encoder(x, attention_mask, cu_seqlens, maps, hidden_states)
+        rotary = self._rotary(position_ids, B, cu_seqlens)
+        x = self.encoder(x, attention_mask, cu_seqlens, rotary, maps, hidden_states)
+        if self.config.norm_first:
+            x = self.LayerNorm(x)
+            if hidden_states is not None:
+                hidden_states[-1] = x
         pooled = None if self.pooler is None else self.pooler(x, cu_seqlens)
         if cu_seqlens is not None:
             x, *kept = (states.reshape(B, T, -1) for states in (x, *(hidden_states or ())))
@@ -154,6 +164,17 @@ class CottentionBertModel(CottentionBertPreTrainedModel):
             attentions=None if maps is None else tuple(maps),
         )
         return output if wants_dict(self.config, return_dict) else output.to_tuple()
+
+    def _rotary(self, position_ids: Tensor, B: int, cu_seqlens: Tensor | None) -> RotaryTable | None:
+        """The table that all layers share; None where positions are learned."""
+        if not self.config.is_rotary:
+            return None
+        if cu_seqlens is not None:
+            position_ids = one_row(position_ids.expand(B, -1))
+        rotary_dim = self.config.rotary_dim
+        if rotary_dim is None:
+            rotary_dim = self.config.hidden_size // self.config.num_attention_heads
+        return rotary_table(position_ids, rotary_dim)
 
 
 @dataclass

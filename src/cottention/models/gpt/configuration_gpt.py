@@ -15,6 +15,7 @@ from cottention.models.configuration import (
     check_choice,
     check_divides,
     check_number,
+    check_rotary,
     check_size,
     check_token_id,
 )
@@ -94,7 +95,7 @@ class CottentionGPTConfig(CottentionConfig):
         check_divides("n_head", self.n_head, "n_embd", self.n_embd)
         if self.n_inner is not None:
             check_size("n_inner", self.n_inner)
-        self._check_rotary()
+        check_rotary(self.rotary_dim, self.n_embd // self.n_head)
         check_choice("activation_function", self.activation_function, ACTIVATIONS)
         for name in ("resid_pdrop", "embd_pdrop", "attn_pdrop"):
             check_number(name, getattr(self, name), minimum=0, maximum=1)
@@ -102,11 +103,3 @@ class CottentionGPTConfig(CottentionConfig):
         check_number("initializer_range", self.initializer_range, minimum=0)
         for name in ("pad_token_id", "bos_token_id", "eos_token_id"):
             check_token_id(name, getattr(self, name), self.vocab_size)
-
-    def _check_rotary(self) -> None:
-        head_dim = self.n_embd // self.n_head
-        rotary_dim = head_dim if self.rotary_dim is None else self.rotary_dim
-        if not isinstance(rotary_dim, int) or isinstance(rotary_dim, bool):
-            raise TypeError(f"rotary_dim must be an int or None; got {rotary_dim!r}")
-        if rotary_dim < 2 or rotary_dim % 2 or rotary_dim > head_dim:
-            raise SettingsError(f"rotary_dim must be even, from 2 to the head dim {head_dim}; got {rotary_dim}")
