@@ -1,4 +1,4 @@
-"""Decay and erase against transformers' gated delta rule of Qwen3-Next, by other authors: values and gradients."""
+"""Decay and erase against transformers' gated delta rule (Qwen3-Next, Qwen3.5), by other authors: values, gradients."""
 
 from __future__ import annotations
 
@@ -25,8 +25,8 @@ class _InFloat64:
         return getattr(torch, name)
 
 
-def _theirs(name: str) -> Any:
-    modeling = pytest.importorskip("transformers.models.qwen3_next.modeling_qwen3_next")
+def _theirs(family: str, name: str) -> Any:
+    modeling = pytest.importorskip(f"transformers.models.{family}.modeling_{family}")
     function = inspect.unwrap(getattr(modeling, name))
     names = {**function.__globals__, "torch": _InFloat64()}
     return FunctionType(function.__code__, names, name, function.__defaults__, function.__closure__)
@@ -35,7 +35,8 @@ def _theirs(name: str) -> Any:
 @pytest.mark.parametrize("implementation", ["naive", "chunk"])
 @pytest.mark.parametrize("normalise", [False, True], ids=["given unit vectors", "normalised there"])
 @pytest.mark.parametrize("name", _NAMES)
-def test_values_and_gradients_are_theirs(name: str, normalise: bool, implementation: str) -> None:
+@pytest.mark.parametrize("family", ["qwen3_next", "qwen3_5"])
+def test_values_and_gradients_are_theirs(family: str, name: str, normalise: bool, implementation: str) -> None:
     case = make_case(B=2, T=130, H=3, K=8, V=6, norm_const=False, with_state=True, log_decay=-1.5, beta=True)
     assert case.initial_state is not None
     assert case.log_decay is not None
@@ -55,7 +56,7 @@ def test_values_and_gradients_are_theirs(name: str, normalise: bool, implementat
         if not normalise:
             q, k = (x / x.norm(dim=-1, keepdim=True) for x in (q, k))
         options = {"initial_state": kv, "output_final_state": True, "use_qk_l2norm_in_kernel": normalise}
-        o, final = _theirs(name)(q, k, v, log_decay, beta, **options)
+        o, final = _theirs(family, name)(q, k, v, log_decay, beta, **options)
         return o * q.shape[-1] ** 0.5, final  # theirs divides the scores by sqrt(K)
 
     results = []

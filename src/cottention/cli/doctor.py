@@ -137,7 +137,9 @@ def _try_implementations(diagnosis: Diagnosis) -> None:
     for name in IMPLEMENTATIONS:
         outcomes = [_outcome(name, device, diagnosis.problems) for device in devices]
         diagnosis.implementations[name] = "; ".join(outcomes)
-    diagnosis.chosen = {device: _chosen(device) for device in devices}
+    for device in devices:
+        diagnosis.chosen[device] = _chosen(device)
+        diagnosis.chosen[f"{device} with beta"] = _chosen(device, erases=True)
 
 
 def _outcome(name: str, device: str, problems: list[str]) -> str:
@@ -174,20 +176,26 @@ def _how_native_runs() -> str:
     return f", {used}{beside}, {torch.get_num_threads()} threads"
 
 
-def _chosen(device: str) -> str:
-    """What "auto" takes for each float type on this device."""
+def _chosen(device: str, *, erases: bool = False) -> str:
+    """What "auto" takes for each float type on this device; with beta on a GPU also whose kernels, or why not."""
     import torch
 
-    from cottention.ops import choose_implementation
+    from cottention.ops import choose_implementation, why_not_erase
+
+    whose = ""
+    if erases and device == "cuda":
+        reason = why_not_erase(torch.device(device), torch.bfloat16, 16)
+        version = _version_of("flash-linear-attention")
+        whose = f"; triton is flash-linear-attention {version} there" if reason is None else f"; not triton: {reason}"
 
     dtypes: dict[str, list[str]] = {}
     for dtype in (torch.float32, torch.bfloat16, torch.float16, torch.float64):
         token = torch.empty(1, 1, 1, 16, dtype=dtype, device=device)
-        name = choose_implementation("auto", token, token)
+        name = choose_implementation("auto", token, token, is_gated=erases, erases=erases)
         dtypes.setdefault(name, []).append(str(dtype).removeprefix("torch."))
     if len(dtypes) == 1:
-        return f"{next(iter(dtypes))} for every float type"
-    return ", ".join(f"{name} for {', '.join(types)}" for name, types in dtypes.items())
+        return f"{next(iter(dtypes))} for every float type{whose}"
+    return ", ".join(f"{name} for {', '.join(types)}" for name, types in dtypes.items()) + whose
 
 
 def _error_against_naive(name: str, device: str, dtype: str) -> float:

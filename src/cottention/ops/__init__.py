@@ -24,6 +24,8 @@ from cottention.ops.native.binding import suits_native
 from cottention.ops.plain import plain_cosine_attention
 from cottention.ops.state import CosineState
 from cottention.ops.step import cosine_attention_step
+from cottention.ops.triton.erase import attend_erasing
+from cottention.ops.triton.erase import why_not as why_not_erase
 from cottention.ops.validation import check_arguments
 
 __all__ = ["IMPLEMENTATIONS", "CosineState", "cosine_attention", "cosine_attention_step"]
@@ -127,6 +129,8 @@ def cosine_attention(
         options |= {"log_decay": log_decay, "beta": beta}
     writes_plain = name != "naive" and not is_gated and _is_exporting()
     run = plain_cosine_attention if writes_plain else IMPLEMENTATIONS[name]
+    if name == "triton" and beta is not None:
+        run = attend_erasing
     return run(
         q,
         k,
@@ -163,7 +167,9 @@ def choose_implementation(
         ValueError: there is no implementation of that name, or it has no decay (is_gated) or erase (erases as well).
     """
     if implementation == "auto":
-        if is_gated and (q.is_cuda or not erases):
+        if erases and q.is_cuda:
+            name = "triton" if why_not_erase(q.device, q.dtype, q.shape[3]) is None else "chunk"
+        elif is_gated and not erases:
             name = "chunk"
         elif q.is_cuda:
             name = "triton" if triton.why_not(q.device, q.dtype, q.shape[3], v.shape[3]) is None else "chunk"
@@ -177,7 +183,11 @@ def choose_implementation(
         hint = f"; did you mean {close[0]!r}?" if close else ""
         known = ", ".join(["auto", *IMPLEMENTATIONS])
         raise ValueError(f"implementation must be one of {known}; got {implementation!r}{hint}")
-    if is_gated and implementation not in _GATED and not (erases and implementation == "native"):
+    if erases and implementation == "triton":
+        reason = why_not_erase(q.device, q.dtype, q.shape[3])
+        if reason is not None:
+            raise ValueError(f'implementation="triton" cannot run here: {reason}')
+    elif is_gated and implementation not in _GATED and not (erases and implementation == "native"):
         raise ValueError(
             f"implementation must be one of auto, {', '.join(_GATED)} with log_decay or beta; got {implementation!r}"
         )

@@ -18,6 +18,8 @@ from cottention.ops.native.binding import suits_native
 from cottention.ops.plain import plain_step
 from cottention.ops.state import CosineState
 from cottention.ops.triton import why_not as why_not_triton
+from cottention.ops.triton.erase import step_erasing
+from cottention.ops.triton.erase import why_not as why_not_erase
 from cottention.ops.validation import check_step_arguments
 
 
@@ -82,7 +84,14 @@ def cosine_attention_step(
         return o, state
     is_plain = is_differentiated or log_decay is not None or beta is not None
     implementation = None if is_plain else _fused_implementation(q, v)
-    if implementation is None:
+    if (
+        beta is not None
+        and not is_differentiated
+        and q.is_cuda
+        and why_not_erase(q.device, q.dtype, q.shape[-1]) is None
+    ):
+        o, new = step_erasing(q, k, v, norm_const, state, attention_mask, log_decay, beta)
+    elif implementation is None:
         o, new = plain_step(q, k, v, norm_const, state, attention_mask, log_decay, beta)
     else:
         real = None if attention_mask is None else attention_mask.reshape(-1).to(torch.bool)
