@@ -53,6 +53,12 @@ def _softmax_parser() -> ArgumentParser:
     )
     softmax.add_argument("--norm-const", type=float, default=0.5, help="start of every head's norm_const")
     softmax.add_argument(
+        "--keep-every",
+        type=int,
+        metavar="N",
+        help="layers N, 2 N, 3 N ... keep the source's attention: a hybrid (default: all become cosine)",
+    )
+    softmax.add_argument(
         "--distil-text",
         nargs="+",
         metavar="FILE",
@@ -103,6 +109,7 @@ def run(args: Namespace) -> None:
             chosen.destination,
             attention_type=chosen.attention_type,
             norm_const=chosen.norm_const,
+            keep_every=chosen.keep_every,
             distillation=_distillation(chosen),
             device=chosen.device,
             show_progress=sys.stderr.isatty(),

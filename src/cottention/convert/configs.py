@@ -17,6 +17,8 @@ from typing import Any, Literal
 from cottention.convert.weights import load_pickle_of_primitives
 from cottention.errors import CheckpointError
 from cottention.json_files import read_json_object
+from cottention.models import CottentionBertConfig, CottentionGPTConfig
+from cottention.models.layer_types import LAYER_TYPES, is_uniform
 
 Architecture = Literal["bert", "gpt"]
 AttentionType = Literal["cosine", "softmax"]
@@ -27,6 +29,8 @@ _ARCHITECTURES: dict[str, Architecture] = {
     "cottention-bert": "bert",
     "cottention-gpt": "gpt",
 }
+
+_OUR_CONFIGS: dict[Architecture, Any] = {"bert": CottentionBertConfig, "gpt": CottentionGPTConfig}
 
 # Without these the model would silently be another one, so they have no default here.
 _SIZES: dict[Architecture, tuple[str, ...]] = {
@@ -71,8 +75,13 @@ _OTHERS: dict[Architecture, tuple[str, ...]] = {
 }
 # Fields that choose another function than ours when they have another value than this.
 _FIXED: dict[Architecture, dict[str, Any]] = {
-    "bert": {"position_embedding_type": "absolute", "is_decoder": False, "add_cross_attention": False},
-    "gpt": {"rotary": True, "scale_attn_weights": True},
+    "bert": {
+        "position_embedding_type": "absolute",
+        "is_decoder": False,
+        "add_cross_attention": False,
+        "sliding_window": None,
+    },
+    "gpt": {"rotary": True, "scale_attn_weights": True, "sliding_window": None},
 }
 # What a config says about itself, and what the conversion decides anew.
 _SETTLED = {"model_type", "architectures", "attention_type", "norm_const_init", "original_init"}
@@ -125,14 +134,30 @@ def translate_config(directory: Path, classes: Mapping[str, tuple[str, ...]]) ->
     missing = [name for name in _SIZES[architecture] if not isinstance(published.get(name), int)]
     if missing:
         raise CheckpointError(f"{path} lacks a whole number for {', '.join(missing)}")
+    kept: tuple[str, ...] = (*_SIZES[architecture], *_OTHERS[architecture])
+    settled = set(_SETTLED)
+    layer_types = published.get("layer_types")
+    if model_type.startswith("cottention-"):
+        kept += (*_OUR_CONFIGS[architecture].later_options, *(() if is_uniform(layer_types) else ("layer_types",)))
+        settled.add("layer_types")
+    else:
+        _check_stock(path, published, architecture)
+    fields = {name: published[name] for name in kept if name in published}
+    left_out = sorted(published.keys() - fields.keys() - settled)
+    return TranslatedConfig(architecture=architecture, fields=fields, left_out=tuple(left_out))
+
+
+def _check_stock(path: Path, published: Mapping[str, Any], architecture: Architecture) -> None:
+    """Refuse what chooses another function than that of the stock class."""
     for name, value in _FIXED[architecture].items():
         if published.get(name, value) != value:
             raise CheckpointError(f"{path}: {name} must be {value!r}; got {published[name]!r}")
-
-    kept = (*_SIZES[architecture], *_OTHERS[architecture])
-    fields = {name: published[name] for name in kept if name in published}
-    left_out = sorted(published.keys() - fields.keys() - _SETTLED)
-    return TranslatedConfig(architecture=architecture, fields=fields, left_out=tuple(left_out))
+    layer_types = published.get("layer_types")
+    if layer_types is not None and not (is_uniform(layer_types) and LAYER_TYPES["softmax"] in layer_types):
+        raise CheckpointError(
+            f"{path}: layer_types must be {LAYER_TYPES['softmax']!r} for each layer of a {published['model_type']} "
+            "model; got others"
+        )
 
 
 def read_training_settings(path: Path) -> TrainingSettings:

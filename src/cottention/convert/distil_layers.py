@@ -32,6 +32,11 @@ class Sublayer:
         """The sublayer's output."""
         return self.finish(self.core(*args, **kwargs))
 
+    @property
+    def is_cosine(self) -> bool:
+        """Whether it has another attention than its source."""
+        return "norm_const" in self.core._parameters
+
     def parameters(self) -> list[nn.Parameter]:
         """Projections and, of a cosine layer, norm_const."""
         finish = self.finish.parameters() if isinstance(self.finish, nn.Module) else []

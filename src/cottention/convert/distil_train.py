@@ -50,7 +50,7 @@ def teach_attention(
     """First phase: the sum over layers of each sublayer's unexplained share of variance.
 
     Returns:
-        What was trained: projections and norm_const of every layer, by name.
+        What was trained: projections and norm_const of every cosine layer, by name.
 
     Raises:
         CottentionError: the loss is no number any more.
@@ -62,10 +62,12 @@ def teach_attention(
         shares = [
             unexplained(sublayer(*call.args, **call.kwargs), call.output)
             for sublayer, call in zip(attention_sublayers(model), calls, strict=True)
+            if sublayer.is_cosine
         ]
         return torch.stack(shares).sum()
 
-    inside = {id(parameter) for sublayer in attention_sublayers(model) for parameter in sublayer.parameters()}
+    cosine = [sublayer for sublayer in attention_sublayers(model) if sublayer.is_cosine]
+    inside = {id(parameter) for sublayer in cosine for parameter in sublayer.parameters()}
     parameters = {name: parameter for name, parameter in model.named_parameters() if id(parameter) in inside}
     _descend(model, parameters, loss, batches, steps, learning_rate, "Attention", show_progress)
     return parameters

@@ -2,7 +2,8 @@
 
 The weights are put into our softmax twin first, by name and strictly, so that what is written with softmax attention
 computes what the source does. The cosine model has the same tensors and a norm_const in every layer; it computes
-something else, and a short distillation brings it back near the source (see distil.py).
+something else, and a short distillation brings it back near the source (see distil.py). With `keep_every` some layers
+stay as they are, which makes a hybrid.
 
     report = convert_softmax("all-MiniLM-L6-v2", "models/minilm", distillation=DistillationSettings(text=("books/",)))
     print(report.summary())
@@ -33,7 +34,8 @@ from cottention.errors import CheckpointError, SettingsError
 from cottention.generation.loading import choose_device
 from cottention.generation.source import resolve_directory
 from cottention.json_files import read_json_object
-from cottention.models.configuration import ATTENTION_TYPES, check_choice, check_number
+from cottention.models.configuration import ATTENTION_TYPES, MOST_LAYERS, check_choice, check_number, check_size
+from cottention.models.layer_types import LAYER_TYPES, SLIDING, uniform
 
 _CLASSES = {
     "bert": ("BertForPreTraining", "BertForMaskedLM", "BertModel"),
@@ -54,6 +56,7 @@ _WHY_NOT = {
 }
 # BERT's first files named LayerNorm's parameters as TensorFlow did.
 _OLD_NAMES = {"LayerNorm.gamma": "LayerNorm.weight", "LayerNorm.beta": "LayerNorm.bias"}
+_NUM_LAYERS: dict[Architecture, str] = {"bert": "num_hidden_layers", "gpt": "n_layer"}
 _BARE_BERT = re.compile(r"(embeddings|encoder|pooler)\.")
 _BERT_HEADS = ("cls.predictions.", "cls.seq_relationship.")
 
@@ -64,6 +67,7 @@ def convert_softmax(
     *,
     attention_type: AttentionType = "cosine",
     norm_const: float = 0.5,
+    keep_every: int | None = None,
     distillation: DistillationSettings | None = None,
     device: str | None = None,
     overwrite: bool = False,
@@ -77,6 +81,7 @@ def convert_softmax(
         destination: directory to write; appears only when complete.
         attention_type: "cosine", or "softmax" to keep what the source computes.
         norm_const: start of every head's learned exponent, before its sigmoid.
+        keep_every: N: layers N, 2 N, 3 N ... keep the attention of the source; None: all become cosine.
         distillation: how to teach the cosine model what the source does; None: weights are copied, nothing more.
         device: where to distil; None: a GPU where there is one. The result is on the CPU.
         overwrite: replace a model that is at `destination`.
@@ -94,6 +99,10 @@ def convert_softmax(
     """
     check_choice("attention_type", attention_type, ATTENTION_TYPES)
     check_number("norm_const", norm_const)
+    if keep_every is not None:
+        check_size("keep_every", keep_every, minimum=2, maximum=MOST_LAYERS)
+        if attention_type == "softmax":
+            raise SettingsError("keep_every keeps layers beside cosine ones; got attention_type 'softmax'")
     if distillation is not None and attention_type == "softmax":
         raise SettingsError("a distillation teaches cosine attention; got attention_type 'softmax'")
     for name in () if distillation is None else (*distillation.text, *distillation.held_out):
@@ -106,6 +115,7 @@ def convert_softmax(
             destination,
             attention_type,
             norm_const,
+            keep_every,
             distillation,
             device,
             overwrite=overwrite,
@@ -119,6 +129,7 @@ def _converted(
     destination: Path,
     attention_type: AttentionType,
     norm_const: float,
+    keep_every: int | None,
     distillation: DistillationSettings | None,
     device: str | None,
     *,
@@ -130,6 +141,7 @@ def _converted(
     check_apart(directory, destination)
 
     translated = _translate(directory)
+    mixed = None if attention_type == "softmax" else _mixed(translated, keep_every)
     weights = read_weights(directory)
     if detect_attention_type(weights.tensors) == "cosine":
         raise CheckpointError(
@@ -144,7 +156,7 @@ def _converted(
     )
     model, new, taught = built.model, built.new, None
     if attention_type == "cosine":
-        model, norm_consts = _cosine_copy(built.model, translated, norm_const)
+        model, norm_consts = _cosine_copy(built.model, translated, mixed, norm_const)
         new = (*new, *norm_consts)
     if distillation is not None:
         if tokenizer is None:
@@ -163,7 +175,7 @@ def _converted(
         destination=destination,
         files_read=("config.json", *weights.files, *tokenizer_files),
         left_out=built.left_out,
-        notes=_notes(built.new, attention_type, taught),
+        notes=_notes(built.new, attention_type, taught, mixed),
         new=new,
         distillation=taught,
     )
@@ -209,20 +221,35 @@ def _heads(architecture: Architecture) -> tuple[str, ...]:
     return _BERT_HEADS if architecture == "bert" else ()
 
 
+def _mixed(translated: TranslatedConfig, keep_every: int | None) -> list[str]:
+    """The layers of the result: cosine, or as they are in the source."""
+    num_layers = translated.fields[_NUM_LAYERS[translated.architecture]]
+    if keep_every is not None and keep_every > num_layers:
+        raise SettingsError(f"keep_every must be at most the source's number of layers, {num_layers}; got {keep_every}")
+    own = translated.fields.get("layer_types") or uniform("softmax", num_layers)
+    kept = [keep_every is not None and layer % keep_every == 0 for layer in range(1, num_layers + 1)]
+    return [name if keeps else LAYER_TYPES["cosine"] for name, keeps in zip(own, kept, strict=True)]
+
+
 def _cosine_copy(
-    source: PreTrainedModel, translated: TranslatedConfig, norm_const: float
+    source: PreTrainedModel, translated: TranslatedConfig, mixed: list[str], norm_const: float
 ) -> tuple[PreTrainedModel, list[str]]:
     """The cosine model of the same tensors (not copies), and the names of its norm_const."""
-    pattern, num_layers, num_heads = (
-        ("bert.encoder.layer.{}.attention.self.norm_const", "num_hidden_layers", "num_attention_heads")
+    pattern, num_heads = (
+        ("bert.encoder.layer.{}.attention.self.norm_const", "num_attention_heads")
         if translated.architecture == "bert"
-        else ("transformer.h.{}.attn.norm_const", "n_layer", "n_head")
+        else ("transformer.h.{}.attn.norm_const", "n_head")
     )
     shape = (1, translated.fields[num_heads], 1, 1)
     norm_consts = {
-        pattern.format(layer): torch.full(shape, float(norm_const)) for layer in range(translated.fields[num_layers])
+        pattern.format(layer): torch.full(shape, float(norm_const))
+        for layer, name in enumerate(mixed)
+        if name == LAYER_TYPES["cosine"]
     }
-    cosine = replace(translated, fields={**translated.fields, "norm_const_init": norm_const})
+    fields = {**translated.fields, "norm_const_init": norm_const, "layer_types": mixed}
+    if SLIDING not in mixed:
+        fields.pop("sliding_window", None)
+    cosine = replace(translated, fields=fields)
     tensors = {name: tensor.detach() for name, tensor in source.state_dict().items()}
     built = build_model(cosine, "cosine", {**tensors, **norm_consts}, type(source))
     return built.model, list(norm_consts)
@@ -250,8 +277,12 @@ def _taught(
     return student, report
 
 
-def _notes(new: tuple[str, ...], attention_type: AttentionType, taught: DistillationReport | None) -> list[str]:
+def _notes(
+    new: tuple[str, ...], attention_type: AttentionType, taught: DistillationReport | None, mixed: list[str] | None
+) -> list[str]:
     notes = []
+    if kept := [str(layer) for layer, name in enumerate(mixed or (), 1) if name != LAYER_TYPES["cosine"]]:
+        notes.append(f"layers {', '.join(kept)} of {len(mixed or ())} keep the attention of the source")
     for head, what in zip(_BERT_HEADS, ("masked-token", "next-sentence"), strict=True):
         if any(name.startswith(head) for name in new):
             notes.append(f"the source has no {what} head: one was initialised and means nothing until it is trained")
