@@ -11,7 +11,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from cottention.ops import choose_implementation, cosine_attention
+from cottention.ops import CosineState, choose_implementation, cosine_attention, cosine_attention_step
 from cottention.ops.native import binding
 from tests.ops import test_properties  # noqa: F401 (its hypothesis profile)
 from tests.ops.helpers import TOLERANCE, Case, assert_same, make_case, run
@@ -211,3 +211,85 @@ def test_auto_takes_it() -> None:
     for dtype, name in ((torch.float32, "native"), (torch.bfloat16, "native"), (torch.float64, "chunk")):
         own = case.to(dtype)
         assert choose_implementation("auto", own.q, own.v, is_gated=True, erases=True) == name
+
+
+# The step.
+
+_RULES = [{"log_decay": -0.5}, {"beta": True}, {"log_decay": -0.5, "beta": True}, {"log_decay": -50.0, "beta": True}]
+
+
+def _token(case: Case, t: int) -> dict[str, Any]:
+    mask = None if case.attention_mask is None else case.attention_mask[:, t]
+    gates = {name: None if x is None else x[:, t] for name, x in (("log_decay", case.log_decay), ("beta", case.beta))}
+    return {"attention_mask": mask, **gates}
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("rules", _RULES)
+@pytest.mark.parametrize(("K", "V"), [(8, 4), (33, 83), (64, 64)])
+def test_steps_are_the_recurrence(
+    dtype: torch.dtype, rules: dict[str, Any], K: int, V: int, instruction_set: str
+) -> None:
+    case = make_case(T=6, H=3, K=K, V=V, mask="holes", with_state=True, output_final_state=True, **rules)
+    truth, state = _attend_all(case)
+    own = case.to(dtype)
+    assert own.initial_state is not None
+    found: CosineState | None = CosineState(*(x.clone() for x in own.initial_state))
+    for t in range(6):
+        given = (own.q[:, t], own.k[:, t], own.v[:, t], own.norm_const, found)
+        o, found = cosine_attention_step(*given, **_token(own, t), in_place=t % 2 == 0)
+        assert (o - truth[:, t]).abs().max() <= TOLERANCE[dtype] * truth.abs().max()
+    assert (found.kv - state.kv).abs().max() <= TOLERANCE[dtype] * state.kv.abs().max()
+    assert torch.equal(found.seen, state.seen)
+
+
+def _attend_all(case: Case) -> tuple[torch.Tensor, CosineState]:
+    options: dict[str, Any] = {"attention_mask": case.attention_mask, "initial_state": case.initial_state}
+    options |= {"log_decay": case.log_decay, "beta": case.beta, "output_final_state": True, "implementation": "naive"}
+    o, state = cosine_attention(case.q, case.k, case.v, case.norm_const, causal=True, **options)
+    assert state is not None
+    return o, state
+
+
+@pytest.mark.parametrize("rules", [{}, *_RULES])
+@pytest.mark.parametrize("threads", [1, 2])
+def test_a_step_reads_and_writes_rows_of_a_pool(rules: dict[str, Any], threads: int) -> None:
+    case = make_case(B=5, T=1, H=3, K=24, V=40, mask="holes", with_state=True, **rules).to(torch.float32)
+    given = (case.q[:, 0], case.k[:, 0], case.v[:, 0], case.norm_const)
+    rows = torch.tensor([6, 0, 3, 8, 1])
+    pool = CosineState(torch.randn(9, 3, 24, 40), torch.randint(0, 9, (9,)))
+    before = CosineState(*(x.clone() for x in pool))
+    expected, new = cosine_attention_step(*given, before.index_select(rows), **_token(case, 0))
+    number = torch.get_num_threads()
+    torch.set_num_threads(threads)
+    try:
+        o, after = cosine_attention_step(*given, pool, **_token(case, 0), state_indices=rows)
+    finally:
+        torch.set_num_threads(number)
+    assert after is pool
+    assert torch.equal(o, expected)
+    assert torch.equal(pool.kv, before.kv.index_copy(0, rows, new.kv))
+    assert torch.equal(pool.seen, before.seen.index_copy(0, rows, new.seen))
+
+
+def test_a_step_into_a_pool_of_any_strides() -> None:
+    case = make_case(B=2, T=1, log_decay=-0.5, beta=True).to(torch.float32)
+    given = (case.q[:, 0], case.k[:, 0], case.v[:, 0], case.norm_const)
+    kv, seen = torch.randn(4, 2, 12, 8), torch.randint(0, 9, (4,))
+    results = []
+    for own in (kv.mT, kv.mT.contiguous()):
+        pool = CosineState(own.clone(memory_format=torch.preserve_format), seen.clone())
+        assert pool.kv.is_contiguous() == own.is_contiguous()
+        o, pool = cosine_attention_step(*given, pool, **_token(case, 0), state_indices=torch.tensor([3, 1]))
+        results.append((o, pool.kv, pool.seen))
+    for x, y in zip(*results, strict=True):
+        assert torch.equal(x, y)
+
+
+def test_a_first_step_has_no_state() -> None:
+    case = make_case(T=1, K=20, V=70, log_decay=-0.5, beta=True)
+    truth, state = _attend_all(case)
+    own = case.to(torch.float32)
+    o, found = cosine_attention_step(own.q, own.k, own.v, own.norm_const, None, **_token(own, 0))
+    assert (o - truth).abs().max() <= TOLERANCE[torch.float32] * truth.abs().max()
+    assert (found.kv - state.kv).abs().max() <= TOLERANCE[torch.float32] * state.kv.abs().max()

@@ -39,6 +39,7 @@ _GATES = "Tensor? log_decay, Tensor? beta"
 # segment_tokens: backward keeps the states between segments of so many tokens; -1: sequences are whole, 0: no states
 _CUTS = "SymInt chunk_size, SymInt segment_tokens"
 _TOKEN = "Tensor q, Tensor k, Tensor v, Tensor? norm_const, Tensor? real"
+_STEP_GATES = "Tensor? log_decay=None, Tensor? beta=None"  # not given to a kernel where they are None
 _SCHEMAS = {
     "causal": f"({_INPUTS}, {_STATE}, bool output_final_state, {_CUTS}) -> (Tensor, Tensor, Tensor, Tensor)",
     "causal_backward": f"(Tensor grad, Tensor? grad_kv, {_INPUTS}, {_STATE}, Tensor saved, {_CUTS})"
@@ -48,8 +49,8 @@ _SCHEMAS = {
     "gated": f"({_INPUTS}, {_STATE}, {_GATES}, bool causal, {_CUTS}) -> (Tensor, Tensor, Tensor, Tensor)",
     "gated_backward": f"(Tensor grad, Tensor? grad_kv, {_INPUTS}, {_STATE}, {_GATES}, Tensor saved, bool causal,"
     f" {_CUTS}) -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)",
-    "step": f"({_TOKEN}, {_STATE}) -> (Tensor, Tensor, Tensor)",
-    "step_": f"({_TOKEN}, Tensor(a!) kv, Tensor(b!) seen) -> Tensor",
+    "step": f"({_TOKEN}, {_STATE}, {_STEP_GATES}) -> (Tensor, Tensor, Tensor)",
+    "step_": f"({_TOKEN}, Tensor(a!) kv, Tensor(b!) seen, {_STEP_GATES}, Tensor? state_indices=None) -> Tensor",
 }
 
 
@@ -189,13 +190,13 @@ def _(_, grad, grad_kv, q, k, v, norm_const, mask, cu_seqlens, kv, seen, log_dec
 
 
 @_shapes_of("step")
-def _(_, q, k, v, norm_const, real, kv, seen):
+def _(_, q, k, v, norm_const, real, kv, seen, log_decay=None, beta=None):
     B = q.shape[0]
     return v.new_empty(v.shape), _states_like(q, v, B), q.new_empty(B, dtype=torch.int64)
 
 
 @_shapes_of("step_")
-def _(_, q, k, v, norm_const, real, kv, seen):
+def _(_, q, k, v, norm_const, real, kv, seen, log_decay=None, beta=None, state_indices=None):
     return v.new_empty(v.shape)
 
 
@@ -309,8 +310,9 @@ def _through_plain_bidirectional(_: str, *inputs: Any) -> tuple[Tensor, ...]:
     return plain_bidirectional(*inputs[:6])
 
 
-def _through_plain_step(_: str, q, k, v, norm_const, real, kv, seen) -> tuple[Tensor, ...]:
-    o, state = plain_step(q, k, v, norm_const, None if kv is None else CosineState(kv, seen), real)
+def _through_plain_step(_: str, q, k, v, norm_const, real, kv, seen, log_decay=None, beta=None) -> tuple[Tensor, ...]:
+    state = None if kv is None else CosineState(kv, seen)
+    o, state = plain_step(q, k, v, norm_const, state, real, log_decay, beta)
     return o, *state
 
 

@@ -74,7 +74,10 @@ def cosine_attention_step(
         name = "in_place" if in_place else "state_indices"
         found = "state=None" if state is None else "inputs that require a gradient, have a tangent or are transformed"
         raise ValueError(f"{name} needs a state to write over and no gradient; got {found}")
-    if state_indices is not None and state is not None:
+    is_gated = log_decay is not None or beta is not None
+    implementation = None if is_differentiated else _fused_implementation(q, v, is_gated=is_gated)
+    can_write = state is not None and state.kv.is_contiguous() and state.seen.is_contiguous()
+    if state_indices is not None and state is not None and not (can_write and implementation == "native"):
         rows = state.index_select(state_indices)
         o, new = cosine_attention_step(
             q, k, v, norm_const, rows, attention_mask=attention_mask, in_place=True, log_decay=log_decay, beta=beta
@@ -82,8 +85,6 @@ def cosine_attention_step(
         state.kv.index_copy_(0, state_indices.to(torch.int64), new.kv)
         state.seen.index_copy_(0, state_indices.to(torch.int64), new.seen)
         return o, state
-    is_plain = is_differentiated or log_decay is not None or beta is not None
-    implementation = None if is_plain else _fused_implementation(q, v)
     if (
         beta is not None
         and not is_differentiated
@@ -94,41 +95,29 @@ def cosine_attention_step(
     elif implementation is None:
         o, new = plain_step(q, k, v, norm_const, state, attention_mask, log_decay, beta)
     else:
+        # No derivative is wanted of what comes here: an eager call spares the way through autograd.
+        run = _directly if torch.compiler.is_compiling() else below_autograd
         real = None if attention_mask is None else attention_mask.reshape(-1).to(torch.bool)
-        o, new = _fused_step(implementation, q, k, v, norm_const, real, state, in_place)
-    if in_place and state is not None and new is not state:
+        inputs = (implementation, q, k, v, norm_const, real, *(state or (None, None)), log_decay, beta)
+        if (in_place or state_indices is not None) and can_write and state is not None:
+            return run(torch.ops.cottention.step_.default, *inputs, state_indices), state
+        o, *parts = run(torch.ops.cottention.step.default, *inputs)
+        new = CosineState(*parts)
+    if in_place and state is not None:
         state.kv.copy_(new.kv)
         state.seen.copy_(new.seen)
         new = state
     return o, new
 
 
-def _fused_implementation(q: Tensor, v: Tensor) -> str | None:
+def _fused_implementation(q: Tensor, v: Tensor, *, is_gated: bool) -> str | None:
     """Whose kernel makes the step; None where there is none, and in a program that is exported."""
     if torch.compiler.is_exporting():
         return None
     if q.is_cuda:
-        return "triton" if why_not_triton(q.device, q.dtype, q.shape[-1], v.shape[-1]) is None else None
+        has_none = is_gated or why_not_triton(q.device, q.dtype, q.shape[-1], v.shape[-1]) is not None
+        return None if has_none else "triton"
     return "native" if suits_native(q) and not torch.compiler.is_compiling() else None
-
-
-def _fused_step(
-    implementation: str,
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    norm_const: Tensor | None,
-    real: Tensor | None,
-    state: CosineState | None,
-    in_place: bool,
-) -> tuple[Tensor, CosineState]:
-    # No derivative is wanted of what comes here: an eager call spares the way through autograd.
-    run = _directly if torch.compiler.is_compiling() else below_autograd
-    token = (q, k, v, norm_const, real)
-    if in_place and state is not None and state.kv.is_contiguous() and state.seen.is_contiguous():
-        return run(torch.ops.cottention.step_.default, implementation, *token, *state), state
-    o, *new = run(torch.ops.cottention.step.default, implementation, *token, *(state or (None, None)))
-    return o, CosineState(*new)
 
 
 def _directly(operator: Callable[..., Any], *inputs: Any) -> Any:

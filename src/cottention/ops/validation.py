@@ -221,8 +221,9 @@ def _check_log_decay(log_decay: Tensor, shapes: list[tuple[int, ...]], layout: s
     if log_decay.dtype not in (torch.float32, torch.float64):
         raise TypeError(f"log_decay must be float32, because its sums are exponents; got {_dtype_name(log_decay)}")
     if _can_be_read(log_decay):
-        # one number for all that an expanded view repeats
-        own = log_decay.detach()[tuple(slice(0, 1 if stride == 0 else None) for stride in log_decay.stride())]
+        own, strides = log_decay.detach(), log_decay.stride()
+        if 0 in strides:  # one number for all that an expanded view repeats
+            own = own[tuple(slice(0, 1 if stride == 0 else None) for stride in strides)]
         if own.numel() and (largest := own.max().item()) > 0:
             raise ValueError(f"log_decay must be at most 0, a logarithm of what is kept; got {largest}")
 

@@ -243,6 +243,9 @@ def run_step(
     final_kv: Tensor,
     final_seen: Tensor,
     o: Tensor,
+    log_decay: Tensor | None = None,  # [B, H] or [B, 1, H] float32
+    beta: Tensor | None = None,  # like log_decay
+    state_indices: Tensor | None = None,  # [B] int64: rows of kv and seen, which then are written over
 ) -> None:
     """Call "step" of `src/abi.h`. It writes o, final_kv and final_seen, all contiguous; they may be kv and seen.
 
@@ -251,7 +254,7 @@ def run_step(
     q, k, v = with_unit_stride(q), with_unit_stride(k), with_unit_stride(v)
     call = Call()
     call.dtype, call.causal, call.num_threads = _DTYPES[q.dtype], True, torch.get_num_threads()
-    B, call.H, call.K, V = final_kv.shape
+    B, (_, call.H, call.K, V) = q.shape[0], final_kv.shape
     call.B, call.T, call.S, call.V, call.num_sequences = B, 1, 1, V, B
     _set_norm_const(call, norm_const)
     if mask is not None:
@@ -264,6 +267,13 @@ def run_step(
     call.k_data, (call.k_batch, *_, call.k_head, _) = k.data_ptr(), k.stride()
     call.v_data, (call.v_batch, *_, call.v_head, _) = v.data_ptr(), v.stride()
     call.o_data, (call.o_batch, *_, call.o_head, _) = o.data_ptr(), o.stride()
+    if log_decay is not None:
+        call.log_decay_data, (call.log_decay_batch, *_, call.log_decay_head) = log_decay.data_ptr(), log_decay.stride()
+    if beta is not None:
+        call.beta_data, (call.beta_batch, *_, call.beta_head) = beta.data_ptr(), beta.stride()
+    if state_indices is not None:
+        state_indices = state_indices.to(torch.int64).contiguous()
+        call.state_indices = state_indices.data_ptr()
     _check_status(loaded_library().cottention_step(ctypes.byref(call)))
 
 

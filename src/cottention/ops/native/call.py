@@ -77,6 +77,7 @@ class Call(ctypes.Structure):
     dbeta: int
     saved: int
     saved_tokens: int
+    state_indices: int
 
     _fields_ = [(name, ctypes.c_int64) for name in __annotations__]
 

@@ -139,7 +139,7 @@ def gated_backward(
 
 
 def _float(x: Tensor | None) -> Tensor | None:
-    return None if x is None else x.to(torch.float32)
+    return x if x is None or x.dtype == torch.float32 else x.to(torch.float32)
 
 
 class _Gradients:
@@ -158,19 +158,19 @@ class _Gradients:
         return dq, dk, dv, dm.to(self._norm_const.dtype)
 
 
-def step(q, k, v, norm_const, real, kv, seen):
+def step(q, k, v, norm_const, real, kv, seen, log_decay=None, beta=None):
     """o, kv and seen after one token, `[B, H, K or V]` or `[B, 1, H, K or V]`."""
     o = torch.empty_like(v, memory_format=torch.contiguous_format)
     if kv is None:
         final_kv, final_seen = _states(q, v, q.shape[0]), torch.empty(q.shape[0], dtype=torch.int64)
     else:
         final_kv, final_seen = (torch.empty_like(x, memory_format=torch.contiguous_format) for x in (kv, seen))
-    run_step(q, k, v, norm_const, real, kv, seen, final_kv, final_seen, o)
+    run_step(q, k, v, norm_const, real, kv, seen, final_kv, final_seen, o, _float(log_decay), _float(beta))
     return o, final_kv, final_seen
 
 
-def step_(q, k, v, norm_const, real, kv, seen):
-    """o; kv and seen, which must be contiguous, are written over."""
+def step_(q, k, v, norm_const, real, kv, seen, log_decay=None, beta=None, state_indices=None):
+    """o; kv and seen, which must be contiguous, are written over, or those rows of them."""
     o = torch.empty_like(v, memory_format=torch.contiguous_format)
-    run_step(q, k, v, norm_const, real, kv, seen, kv, seen, o)
+    run_step(q, k, v, norm_const, real, kv, seen, kv, seen, o, _float(log_decay), _float(beta), state_indices)
     return o

@@ -58,8 +58,9 @@ struct View {  // [B, T, H, D], [B, T, H], or [B, H, D] with `token` unused
     VIEW(beta)       /* float [B, T, H], 0: nothing is erased */                                       \
     WORD(dlog_decay) /* float [B, T, H] to write, contiguous, or 0 */                                  \
     WORD(dbeta)      /* the same */                                                                      \
-    WORD(saved)        /* float [., H, K, V], with beta: states after every saved_tokens, or 0; for each sequence as */ \
-    WORD(saved_tokens) /* many as it has such parts, one begun included; backward reads what forward wrote */
+    WORD(saved)      /* with beta: float [., H, K, V], states after every saved_tokens, or 0; of each  */    \
+    WORD(saved_tokens)  /* sequence one for each such part that it begins; backward reads what forward wrote */ \
+    WORD(state_indices) /* int64 [N], step alone: the rows of kv and seen that are read and written, or 0 */
 
 struct Call {
 #define COTTENTION_WORD(name) int64_t name;
@@ -76,7 +77,7 @@ struct Call {
 #endif
 
 COTTENTION_EXPORT int cottention_abi_version();
-// A line for each word of Call, its name and offset ("q_batch 176"), and a last one, "size 472".
+// A line for each word of Call, its name and offset ("q_batch 176"), and a last one, "size 480".
 COTTENTION_EXPORT const char* cottention_call_layout();
 // Name of the index-th instruction set that runs here, plainest first, null after the last; -1: of the active one.
 COTTENTION_EXPORT const char* cottention_instruction_set(int64_t index);
@@ -86,5 +87,5 @@ COTTENTION_EXPORT int cottention_use_instruction_set(const char* name);
 COTTENTION_EXPORT int cottention_forward(const Call* call);
 // dq, dk, dv, and dm and dkv where asked for. When not causal, kv is the state over all keys that forward wrote.
 COTTENTION_EXPORT int cottention_backward(const Call* call);
-// One token (T = 1): o, final_kv and final_seen; final_kv may be kv itself.
+// One token (T = 1): o, final_kv and final_seen; final_kv may be kv itself, and with state_indices it is.
 COTTENTION_EXPORT int cottention_step(const Call* call);

@@ -66,6 +66,8 @@ struct Kernels {
     void (*erase_backward)(const Range&, float* scratch);
     // One token: the state goes from `state` to `state_out` (may be the same) while it is read out.
     void (*step)(const Range&, float* scratch);
+    // The same with log_decay, beta or both.
+    void (*gated_step)(const Range&, float* scratch);
 };
 
 // A Kernels made of the functions that sweeps.h, or a variant of it, defines under these names.
@@ -83,7 +85,8 @@ struct Kernels {
      erase_scratch_size,         \
      erase_forward,              \
      erase_backward,             \
-     step}
+     step,                       \
+     gated_step}
 
 extern const Kernels kernels_generic;
 extern const Kernels kernels_avx2;

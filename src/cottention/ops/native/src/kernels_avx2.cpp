@@ -5,5 +5,6 @@
 #include "sweeps.h"
 
 #include "erase_backward.h"
+#include "gated_step.h"
 
 const Kernels kernels_avx2 = COTTENTION_KERNELS("avx2");

@@ -5,5 +5,6 @@
 #include "sweeps.h"
 
 #include "erase_backward.h"
+#include "gated_step.h"
 
 const Kernels kernels_avx512 = COTTENTION_KERNELS("avx512");

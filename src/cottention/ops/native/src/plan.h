@@ -112,7 +112,13 @@ class Plan {
     bool is_cut() const { return cuts_ > 1; }
     double p(int64_t head) const { return p_[size_t(head)]; }
 
-    int64_t seen(int64_t sequence) const { return call.seen == 0 ? 0 : pointer<int64_t>(call.seen)[sequence]; }
+    // The row of kv and seen that a sequence has.
+    int64_t row_of_state(int64_t sequence) const {
+        return call.state_indices == 0 ? sequence : pointer<int64_t>(call.state_indices)[sequence];
+    }
+    int64_t seen(int64_t sequence) const {
+        return call.seen == 0 ? 0 : pointer<int64_t>(call.seen)[row_of_state(sequence)];
+    }
     int64_t real(int64_t sequence) const { return real_[size_t(sequence)]; }
     int64_t state_size() const { return call.K * call.V; }
 

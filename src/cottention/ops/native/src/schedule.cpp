@@ -89,7 +89,8 @@ void whole_states(const Plan& plan, bool of_gradients, float* total) {
 
 void write_seen(const Call& call, const Plan& plan) {
     if (call.final_seen == 0) return;
-    for (int64_t n = 0; n < call.num_sequences; n++) pointer<int64_t>(call.final_seen)[n] = plan.seen(n) + plan.real(n);
+    for (int64_t n = 0; n < call.num_sequences; n++)
+        pointer<int64_t>(call.final_seen)[plan.row_of_state(n)] = plan.seen(n) + plan.real(n);
 }
 
 void forward(const Call& call) {
@@ -182,12 +183,13 @@ void backward(const Call& call) {
 
 void step(const Call& call) {
     const Plan plan(call);
+    const auto kernel = call.log_decay.data != 0 || call.beta.data != 0 ? plan.kernels.gated_step : plan.kernels.step;
     plan.run(1, [&](int64_t, int64_t i, float* scratch) {
         const Task& task = plan.task(i);
-        const int64_t sequence = plan.piece(task).sequence;
-        plan.walk(plan.kernels.step, task, {false, false, false}, scratch, [&](Range& range, int64_t head) {
-            range.state = plan.state_of(call.kv, sequence, head);
-            range.state_out = plan.state_of(call.final_kv, sequence, head);
+        const int64_t row = plan.row_of_state(plan.piece(task).sequence);
+        plan.walk(kernel, task, {false, false, false}, scratch, [&](Range& range, int64_t head) {
+            range.state = plan.state_of(call.kv, row, head);
+            range.state_out = plan.state_of(call.final_kv, row, head);
         });
     });
     write_seen(call, plan);

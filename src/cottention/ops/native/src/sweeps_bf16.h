@@ -329,6 +329,7 @@ void erase_forward(const Range& range, float* memory) { kernels_avx512.erase_for
 void erase_backward(const Range& range, float* memory) { kernels_avx512.erase_backward(range, memory); }
 
 void step(const Range& range, float* memory) { kernels_avx512.step(range, memory); }
+void gated_step(const Range& range, float* memory) { kernels_avx512.gated_step(range, memory); }
 
 // Bound for every pass: 2 blocks of K and of V in float or in words of each layout, scores in both, 3 states.
 int64_t scratch_size(int64_t K, int64_t V, int64_t chunk) {
