@@ -15,23 +15,6 @@
 
 namespace {
 
-// Tokens that backward goes through forward again, keeping all tiles, before it comes back over them.
-constexpr int64_t kEraseSegment = 512;
-
-inline const auto keep_all = [](int64_t, int64_t, int, Product&) {};
-
-// What is left of a sum, with what rounding takes from it.
-inline void decay_sum(Sum& sum, float left) {
-    if (left == 1 || sum.is_zero) return;
-    const Vector::F factor = Vector::set1(left), minus = Vector::set1(-1);
-    for (int64_t i = 0; i < round_up(sum.K, kWidth) * sum.ld; i += kWidth) {
-        const Vector::F before = Vector::load(sum.data + i), after = Vector::mul(before, factor);
-        const Vector::F rest = Vector::fma(before, factor, Vector::mul(minus, after));
-        Vector::store(sum.data + i, after);
-        Vector::store_lost(sum.lost + i, Vector::fma(load_lost(sum.lost + i), factor, rest));
-    }
-}
-
 // The keys' side of a tile: all that S and later tokens get to see of it.
 struct Written {
     Block k, u;
@@ -59,7 +42,7 @@ struct Written {
         transpose_rows(k_transposed, C, k.data, k.ld, n);
         scale_rows(negative, k, nullptr, -1, n);
         multiply_lower(n, {negative.data, negative.ld, 1, k_transposed, C, range.K}, minus, C, ahead);
-        weigh_lower(minus, weight, C, n);
+        weigh_lower(minus, weight, nullptr, 1, C, n);
         if (gates.decays) scale_rows(negative, negative, gates.since, 1, n);
         const Product known = {negative.data, negative.ld, 1, state.data, state.ld, state.depth_of(range.K)};
         solve(n, u.ld, known, {minus, C, 1, nullptr, 0, 0}, {u.data, gates.beta, x, u.data, u.ld, 1}, ahead);
@@ -93,7 +76,7 @@ void erase_forward(const Range& range, float* memory) {
         if (range.o.data != nullptr) {
             load_unit_rows(q, range.q, range.dtype, t, n, range.query_mask, nullptr, q_scale);
             multiply_lower(n, {q.data, q.ld, 1, k_transposed, C, K}, scores, C, ahead);
-            weigh_lower(scores, written.weight, C, n);
+            weigh_lower(scores, written.weight, nullptr, 1, C, n);
             if (gates.decays) scale_rows(q, q, gates.since, 1, n);
             const Product products[] = {times(q, state, K), {scores, C, 1, u.data, u.ld, n}};
             multiply(n, o.ld, products, 2, o.data, nullptr, o.ld, ahead, keep_lower);

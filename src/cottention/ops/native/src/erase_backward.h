@@ -18,6 +18,7 @@
 #include <new>
 
 #include "erase.h"
+#include "erase_gradients.h"
 
 namespace {
 
@@ -34,84 +35,11 @@ struct Kept : Written {
           before(scratch, range.V, range.K) {}
 };
 
-inline int64_t tiles_of(int64_t tokens, int64_t chunk) { return (tokens + chunk - 1) / chunk; }
-
 inline Kept* take_tiles(Scratch& scratch, const Range& range) {
     const int64_t num = tiles_of(range.tokens, range.chunk);
     Kept* tiles = reinterpret_cast<Kept*>(scratch.take(num * int64_t(sizeof(Kept)) / 4));
     for (int64_t i = 0; i < num; i++) new (tiles + i) Kept(scratch, range);
     return tiles;
-}
-
-// The gradient of log_decay in a tile, from terms that its parts add.
-struct DecayGradient {
-    float from[kMaxChunk];     // at i, for all t <= i
-    float behind[kMaxChunk];   // at j, for all t > j
-    float between[kMaxChunk];  // at t, for this t alone
-    double whole;              // for all t
-
-    // From the rows of dq and dk that came through S, and of dk that came through D, which are added up.
-    void add_rows(int64_t n, const Block& q, const Block& k, const Block& dq, const Block& dk, const Block& from_after) {
-        for (int64_t i = 0; i < n; i++) {
-            from[i] = dot(q.row(i), dq.row(i), q.ld) + dot(k.row(i), dk.row(i), k.ld);
-            Vector::F sum = Vector::zero();
-            for (int64_t d = 0; d < k.ld; d += kWidth) {
-                const Vector::F x = Vector::load(from_after.row(i) + d);
-                sum = Vector::fma(Vector::load(k.row(i) + d), x, sum);
-                Vector::store(dk.row(i) + d, Vector::add(Vector::load(dk.row(i) + d), x));
-            }
-            behind[i] = Vector::sum(sum);
-        }
-    }
-
-    void store(const Range& range, int64_t t, int64_t n) const {
-        double before = whole, rest = 0;
-        for (int64_t i = 0; i < n; i++) before += from[i];
-        for (int64_t i = 0; i < n; i++) {
-            const double sum = before + rest + between[i];
-            range.dlog_decay[(t + i) * range.dgate_stride] = is_padding(range.key_mask, t + i) ? 0.0f : float(sum);
-            before -= from[i];
-            rest += behind[i];
-        }
-    }
-};
-
-inline float sum_of(const float* p, int64_t n) {
-    Vector::F sum = Vector::zero();
-    int64_t i = 0;
-    for (; i + kWidth <= n; i += kWidth) sum = Vector::add(sum, Vector::load(p + i));
-    if (i < n) sum = Vector::add(sum, load_tail(p + i, int(n - i)));
-    return Vector::sum(sum);
-}
-
-// dP and dM become W dP and W dM; `between` gets sums of dP P + dM M over the pairs on both sides of each token.
-inline void weigh_gradients(float* dp, float* dm, const float* p, const Written& tile, int64_t ld, int64_t n,
-                            DecayGradient& found) {
-    float later[kMaxChunk] = {};  // over the rows from t on
-    for (int64_t i = n - 1; i >= 0; i--) {
-        for (int64_t j = 0; j <= i; j += kWidth) {
-            const int64_t at = i * ld + j;
-            const Vector::F of_p = Vector::load(dp + at), of_m = Vector::load(dm + at);
-            const Vector::F weight = Vector::load(tile.weight + at);
-            const Vector::F through_m = Vector::mul(of_m, Vector::load(tile.minus + at));
-            const Vector::F through_p = Vector::fma(of_p, Vector::load(p + at), Vector::load(later + j));
-            Vector::store(later + j, Vector::sub(through_p, through_m));
-            Vector::store(dp + at, Vector::mul(of_p, weight));
-            Vector::store(dm + at, Vector::mul(of_m, weight));
-        }
-        found.between[i] = sum_of(later, i);
-    }
-}
-
-inline void store_beta_gradient(const Range& range, int64_t t, int64_t n, const Block& x, const Block& y) {
-    if (range.dbeta == nullptr) return;
-    for (int64_t i = 0; i < n; i++)
-        range.dbeta[(t + i) * range.dgate_stride] =
-            is_padding(range.key_mask, t + i) ? 0.0f : dot(x.row(i), y.row(i), x.ld);
-}
-
-inline void clear_diagonal(float* matrix, int64_t ld, int64_t n) {
-    for (int64_t i = 0; i < n; i++) matrix[i * ld + i] = 0;
 }
 
 void erase_backward(const Range& range, float* memory) {
@@ -166,7 +94,7 @@ void erase_backward(const Range& range, float* memory) {
         after.transpose_to(after_transposed);
         transpose_rows(k_transposed, C, k.data, k.ld, n);
         multiply_lower(n, {q.data, q.ld, 1, k_transposed, C, K}, scores, C, ahead);
-        weigh_lower(scores, tile.weight, C, n);
+        weigh_lower(scores, tile.weight, nullptr, 1, C, n);
         multiply_lower(n, {g.data, g.ld, 1, tile.u_transposed, C, V}, dp, C, ahead);
 
         // y and w
@@ -180,7 +108,7 @@ void erase_backward(const Range& range, float* memory) {
         scale_rows(negative, dv, nullptr, -1, n);
         multiply_lower(n, {negative.data, negative.ld, 1, tile.u_transposed, C, V}, dm, C, ahead);
         if (gates.decays) {
-            weigh_gradients(dp, dm, scores, tile, C, n, decay);
+            weigh_gradients(dp, dm, scores, tile.weight, tile.minus, C, n, decay);
             scale_rows(g, g, gates.since, 1, n);
             scale_rows(negative, negative, gates.since, 1, n);
         }
@@ -203,8 +131,7 @@ void erase_backward(const Range& range, float* memory) {
             multiply(n, dq.ld, of_state, dq.data, nullptr, dq.ld, ahead);
             multiply(n, dk.ld, of_both, 2, dk.data, nullptr, dk.ld, ahead, keep_all);
         }
-        multiply_onto(n, dq.ld, &through_p, 1, {dq.data, 1, dq.data, dq.ld}, ahead,
-                      [](int64_t, int64_t i1, int, Product& product) { narrow_lower(0, i1, product); });
+        multiply_onto(n, dq.ld, &through_p, 1, {dq.data, 1, dq.data, dq.ld}, ahead, keep_lower_rows);
         multiply_onto(n, dk.ld, through_both, 3, {dk.data, 1, dk.data, dk.ld}, ahead,
                       [](int64_t i0, int64_t i1, int p, Product& product) {
                           p < 2 ? narrow_upper(i0, i1, product) : narrow_lower(i0, i1, product);

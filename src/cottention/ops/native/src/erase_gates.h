@@ -28,6 +28,9 @@ inline float exp_of(float x) {
     return x < -87.0f ? 0.0f : result;
 }
 
+// Tokens that backward goes through forward again, keeping all tiles, before it comes back over them.
+constexpr int64_t kEraseSegment = 512;
+
 // Of less than this exp is zero; -inf is taken as it.
 constexpr float kLeastLogDecay = -1000.0f;
 
@@ -68,14 +71,31 @@ struct Gates {
     }
 };
 
-// A lower triangle times the weights, which are 1 where they are null.
-inline void weigh_lower(float* scores, const float* weight, int64_t ld, int64_t n) {
-    if (weight == nullptr) return;
-    for (int64_t i = 0; i < n; i++)
+// A lower triangle times the weights, rows times their factors; both are 1 where they are null.
+inline void weigh_lower(float* scores, const float* weight, const float* factors, float sign, int64_t ld, int64_t n) {
+    if (weight == nullptr && factors == nullptr && sign == 1) return;
+    for (int64_t i = 0; i < n; i++) {
+        const Vector::F factor = Vector::set1(factors == nullptr ? sign : sign * factors[i]);
         for (int64_t j = 0; j <= i; j += kWidth) {
             const int64_t at = i * ld + j;
-            Vector::store(scores + at, Vector::mul(Vector::load(scores + at), Vector::load(weight + at)));
+            const Vector::F by = weight == nullptr ? factor : Vector::mul(factor, Vector::load(weight + at));
+            Vector::store(scores + at, Vector::mul(Vector::load(scores + at), by));
         }
+    }
+}
+
+inline const auto keep_all = [](int64_t, int64_t, int, Product&) {};
+
+// What is left of a sum, with what rounding takes from it.
+inline void decay_sum(Sum& sum, float left) {
+    if (left == 1 || sum.is_zero) return;
+    const Vector::F factor = Vector::set1(left), minus = Vector::set1(-1);
+    for (int64_t i = 0; i < round_up(sum.K, kWidth) * sum.ld; i += kWidth) {
+        const Vector::F before = Vector::load(sum.data + i), after = Vector::mul(before, factor);
+        const Vector::F rest = Vector::fma(before, factor, Vector::mul(minus, after));
+        Vector::store(sum.data + i, after);
+        Vector::store_lost(sum.lost + i, Vector::fma(load_lost(sum.lost + i), factor, rest));
+    }
 }
 
 // dst rows = src rows, each times its factor and `sign`; null factors are 1.

@@ -12,6 +12,10 @@
 namespace {
 
 constexpr int kMostProducts = 4;
+constexpr Product kNothing = {nullptr, 0, 0, nullptr, 0, 0};
+
+// The left side of the only product is a lower triangle.
+inline const auto keep_lower_rows = [](int64_t, int64_t i1, int, Product& product) { narrow_lower(0, i1, product); };
 
 template <class Arithmetic, int kRows, int kVectors>
 inline const float* add_products(Vector::F (&sums)[kRows][kVectors], const Product* products, int num_products) {
@@ -172,9 +176,8 @@ template <class Arithmetic = MultiplyAdd>
 void solve_transposed(int64_t n, int64_t columns, const float* minus, int64_t ld_minus, const System& to,
                       Ahead& ahead) {
     const int64_t last = (n - 1) * to.ld;
-    const Product nothing = {nullptr, 0, 0, nullptr, 0, 0};
     const Product turned = {minus + (n - 1) * ld_minus + n - 1, -1, -ld_minus, nullptr, 0, 0};
-    solve<Arithmetic>(n, columns, nothing, turned,
+    solve<Arithmetic>(n, columns, kNothing, turned,
                       {to.start + last, to.beta + n - 1, to.x == nullptr ? nullptr : to.x + last, to.u + last, -to.ld,
                        -1},
                       ahead);
