@@ -133,7 +133,7 @@ _LOOKED_FOR = {
 }
 
 # Private by name, promised by Python.
-_STANDARD = {"_asdict", "_exit", "_getframe"}
+_STANDARD = {"_asdict", "_field_defaults", "_fields", "_exit", "_getframe"}
 
 _LIBRARIES = ("accelerate", "datasets", "jsonargparse", "lm_eval", "tokenizers", "torch", "transformers")
 

@@ -198,6 +198,8 @@ def _check_shapes(tensors: dict[str, Tensor], model: PreTrainedModel, path: str 
     }
     for i, block in enumerate(body.h):
         for name, part in block.attn.empty_state(1)._asdict().items():
+            if part is None:
+                continue
             key, shape = f"layers.{i}.{name}", tuple(part.shape)
             if name in ("k", "v", "real") and key in tensors:
                 # Of keys there may be any number, but those of a window are fewer than it has tokens.

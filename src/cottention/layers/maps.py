@@ -54,6 +54,30 @@ def cosine_map(
     return (weights.tril() if causal else weights).to(q.dtype)
 
 
+@without_autocast
+def decayed_map(
+    weights: Float[Tensor, "B H T T"],
+    log_decay: Float[Tensor, "B T H"],
+    attention_mask: Int[Tensor, "B T"] | None = None,
+) -> Float[Tensor, "B H T T"]:
+    """The map times exp(-|G_t - G_j|), what is left at a distance; G is the running sum of log_decay over real tokens.
+
+    Args:
+        weights: of `cosine_map`.
+        log_decay: as in `cosine_attention`.
+        attention_mask: 1 = real.
+
+    Returns:
+        The map in its dtype.
+    """
+    steps = log_decay.double()  # whose differences keep their digits
+    if attention_mask is not None:
+        steps = steps.masked_fill(~attention_mask.to(torch.bool)[..., None], 0)
+    G = steps.cumsum(1).transpose(1, 2)  # [B, H, T]
+    left = (G[..., :, None] - G[..., None, :]).abs().neg().exp()
+    return (weights * left).to(weights.dtype)
+
+
 def map_context(
     weights: Float[Tensor, "B H T S"], v: Float[Tensor, "B S H V"], attention_mask: Int[Tensor, "B S"] | None = None
 ) -> Float[Tensor, "B T H V"]:

@@ -11,11 +11,12 @@ import torch
 from jaxtyping import Int
 from torch import Tensor, nn
 
+from cottention.layers.options import WithOptions
 from cottention.layers.rotary import RotaryTable, apply_rotary, packed_positions, rotary_table, sequence_of_each_token
 
 
-class ProjectedAttention(nn.Module):
-    """What both layers share: sizes, projections, rotary."""
+class ProjectedAttention(WithOptions):
+    """What both layers share: sizes, projections, rotary, options."""
 
     k_proj: nn.Linear
     v_proj: nn.Linear
@@ -31,6 +32,9 @@ class ProjectedAttention(nn.Module):
         head_dim: int | None = None,
         rotary_dim: int | None = None,
         bias: bool = True,
+        short_conv: int | None = None,
+        output_norm: bool = False,
+        output_gate: str | None = None,
     ) -> None:
         super().__init__()
         _check_sizes(hidden_size, num_attention_heads, head_dim, rotary_dim)
@@ -47,23 +51,49 @@ class ProjectedAttention(nn.Module):
         self.v_proj = nn.Linear(hidden_size, inner, bias=bias)
         self.q_proj = nn.Linear(hidden_size, inner, bias=bias)
         self.out_proj = nn.Linear(inner, hidden_size, bias=bias)
+        self.add_options(
+            hidden_size,
+            num_attention_heads,
+            self.head_dim,
+            causal=causal,
+            short_conv=short_conv,
+            output_norm=output_norm,
+            output_gate=output_gate,
+        )
 
     def project(
-        self, hidden_states: Tensor, key_value_states: Tensor | None = None, rotary: RotaryTable | None = None
-    ) -> tuple[Tensor, Tensor, Tensor]:
-        """q, k, v `[B, T or S, H, K]` of these tokens, rotary applied to q and k when a table is given."""
+        self,
+        hidden_states: Tensor,
+        key_value_states: Tensor | None = None,
+        rotary: RotaryTable | None = None,
+        *,
+        attention_mask: Tensor | None = None,
+        cu_seqlens: Tensor | None = None,
+        inputs: Tensor | None = None,
+        keep_inputs: bool = False,
+    ) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
+        """q, k, v `[B, T or S, H, K]` of these tokens, convolved where the layer does so, then turned by rotary.
+
+        The last of the four is what the convolutions of later tokens read, where it is asked for.
+        """
         source = hidden_states if key_value_states is None else key_value_states
-        q, k, v = (
-            projection(x).unflatten(-1, (self.num_attention_heads, self.head_dim))
-            for projection, x in ((self.q_proj, hidden_states), (self.k_proj, source), (self.v_proj, source))
+        *projected, inputs = self.convolve(
+            self.q_proj(hidden_states),
+            self.k_proj(source),
+            self.v_proj(source),
+            attention_mask=attention_mask,
+            cu_seqlens=cu_seqlens,
+            inputs=inputs,
+            keep_inputs=keep_inputs,
         )
+        q, k, v = (x.unflatten(-1, (self.num_attention_heads, self.head_dim)) for x in projected)
         if rotary is not None:
             q, k = apply_rotary(q, rotary), apply_rotary(k, rotary)
-        return q, k, v
+        return q, k, v, inputs
 
-    def merge(self, o: Tensor) -> Tensor:
-        """Heads back to tokens: `[B, T, H, K]` to `[B, T, D]`."""
-        return self.out_proj(o.flatten(-2))
+    def merge(self, o: Tensor, hidden_states: Tensor) -> Tensor:
+        """Heads back to tokens: `[B, T, H, K]` to `[B, T, D]`, normed and gated where the layer does so."""
+        return self.out_proj(self.finish(o, hidden_states))
 
     def _rotary_table(
         self,
@@ -79,7 +109,7 @@ class ProjectedAttention(nn.Module):
                 raise ValueError("position_ids needs a layer with rotary_dim; got a layer without")
             return None
         if position_ids is None:
-            position_ids = _default_positions(x, attention_mask, cu_seqlens, seen)
+            position_ids = default_positions(x, attention_mask, cu_seqlens, seen)
         return rotary_table(position_ids, self.rotary_dim)
 
     def _check_cross(self, key_value_states: Tensor | None, cu_seqlens: Tensor | None) -> None:
@@ -89,6 +119,12 @@ class ProjectedAttention(nn.Module):
             raise ValueError("key_value_states (cross-attention) needs a layer with causal=False; got causal=True")
         if cu_seqlens is not None:
             raise ValueError("key_value_states and cu_seqlens exclude each other; got both")
+        if self.short_conv is not None or self.decay is not None:
+            found = f"short_conv={self.short_conv} and {'no' if self.decay is None else self.decay.kind} decay"
+            raise ValueError(
+                "key_value_states needs a layer without short_conv and decay, which tell how far tokens of one text "
+                f"are apart; got {found}"
+            )
         if self.rotary_dim is not None:
             raise ValueError(
                 f"key_value_states needs a layer without rotary: positions of two texts do not compare; "
@@ -99,7 +135,7 @@ class ProjectedAttention(nn.Module):
         """Sizes."""
         return (
             f"hidden_size={self.hidden_size}, num_attention_heads={self.num_attention_heads}, "
-            f"head_dim={self.head_dim}, causal={self.causal}, rotary_dim={self.rotary_dim}"
+            f"head_dim={self.head_dim}, causal={self.causal}, rotary_dim={self.rotary_dim}{self.options_repr()}"
         )
 
 
@@ -128,9 +164,10 @@ def check_maps(cu_seqlens: Tensor | None) -> None:
         raise ValueError("maps and cu_seqlens exclude each other: a map across packed texts is empty; got both")
 
 
-def _default_positions(
+def default_positions(
     x: Tensor, attention_mask: Tensor | None, cu_seqlens: Tensor | None, seen: Tensor | None
 ) -> Int[Tensor, "B T"]:
+    """The number of real tokens before each one, with those that a state has seen."""
     T = x.shape[1]
     if cu_seqlens is not None:
         positions = packed_positions(cu_seqlens, T)

@@ -28,11 +28,13 @@ class KeyValueState(NamedTuple):
         k: `[B, S, H, K]`, rotary applied.
         v: `[B, S, H, K]`.
         real: `[B, S]`, which of them are no padding.
+        inputs: `[B, width - 1, 3 H K]` as in `AttentionState`; None without a short convolution.
     """
 
     k: Float[Tensor, "B S H K"]
     v: Float[Tensor, "B S H K"]
     real: Bool[Tensor, "B S"]
+    inputs: Float[Tensor, "B W_minus_1 C"] | None = None
 
     @property
     def seen(self) -> Int[Tensor, " B"]:
@@ -48,12 +50,14 @@ class WindowState(NamedTuple):
         v: `[B, S, H, K]`.
         real: `[B, S]`, which of them are no padding; rows end together.
         seen: `[B]` int64, number of real tokens so far, forgotten ones too.
+        inputs: as in `KeyValueState`.
     """
 
     k: Float[Tensor, "B S H K"]
     v: Float[Tensor, "B S H K"]
     real: Bool[Tensor, "B S"]
     seen: Int[Tensor, " B"]
+    inputs: Float[Tensor, "B W_minus_1 C"] | None = None
 
 
 class SoftmaxAttention(ProjectedAttention):
@@ -68,9 +72,12 @@ class SoftmaxAttention(ProjectedAttention):
         bias: whether the four projections have one.
         dropout: chance of dropping an attention weight while training.
         sliding_window: real tokens that a token sees at the most, itself among them; None: all. Needs causal=True.
+        short_conv: as in `CosineAttention`.
+        output_norm: likewise.
+        output_gate: likewise.
 
     Raises:
-        ValueError: sizes do not fit together.
+        ValueError: sizes do not fit together, or an option has no such value.
     """
 
     def __init__(
@@ -84,9 +91,20 @@ class SoftmaxAttention(ProjectedAttention):
         bias: bool = True,
         dropout: float = 0.0,
         sliding_window: int | None = None,
+        short_conv: int | None = None,
+        output_norm: bool = False,
+        output_gate: str | None = None,
     ) -> None:
         super().__init__(
-            hidden_size, num_attention_heads, causal=causal, head_dim=head_dim, rotary_dim=rotary_dim, bias=bias
+            hidden_size,
+            num_attention_heads,
+            causal=causal,
+            head_dim=head_dim,
+            rotary_dim=rotary_dim,
+            bias=bias,
+            short_conv=short_conv,
+            output_norm=output_norm,
+            output_gate=output_gate,
         )
         _check_window(sliding_window, causal)
         self.dropout = dropout
@@ -126,10 +144,18 @@ class SoftmaxAttention(ProjectedAttention):
         if rotary is None:
             seen = None if initial_state is None else initial_state.seen
             rotary = self._rotary_table(hidden_states, position_ids, attention_mask, cu_seqlens, seen)
-        q, k, v = self.project(hidden_states, key_value_states, rotary)
+        q, k, v, inputs = self.project(
+            hidden_states,
+            key_value_states,
+            rotary,
+            attention_mask=attention_mask,
+            cu_seqlens=cu_seqlens,
+            inputs=None if initial_state is None else initial_state.inputs,
+            keep_inputs=output_final_state,
+        )
         state = None
         if wants_state:
-            state = self._extended(initial_state, k, v, attention_mask)
+            state = self._extended(initial_state, k, v, attention_mask, inputs)
             k, v, real = state[:3]
             # Of a text's first tokens without padding every one is real, which needs no mask.
             attention_mask = attention_mask if initial_state is None else real
@@ -137,7 +163,7 @@ class SoftmaxAttention(ProjectedAttention):
         if extend is not None:
             k, v = extend(k, v)
         o = self.attend(q, k, v, attention_mask=attention_mask, cu_seqlens=cu_seqlens, maps=maps)
-        return self.merge(o), state if output_final_state else None
+        return self.merge(o, hidden_states), state if output_final_state else None
 
     def attend(
         self,
@@ -172,9 +198,10 @@ class SoftmaxAttention(ProjectedAttention):
         """The state of B rows before the first token."""
         k = self.k_proj.weight.new_empty(B, 0, self.num_attention_heads, self.head_dim)
         real = k.new_empty(B, 0, dtype=torch.bool)
+        inputs = self.empty_inputs(B, k)
         if self.sliding_window is None:
-            return KeyValueState(k, k.clone(), real)
-        return WindowState(k, k.clone(), real, k.new_zeros(B, dtype=torch.int64))
+            return KeyValueState(k, k.clone(), real, inputs)
+        return WindowState(k, k.clone(), real, k.new_zeros(B, dtype=torch.int64), inputs)
 
     def _extended(
         self,
@@ -182,6 +209,7 @@ class SoftmaxAttention(ProjectedAttention):
         k: Tensor,
         v: Tensor,
         attention_mask: Tensor | None,
+        inputs: Tensor | None,
     ) -> KeyValueState | WindowState:
         """The state with these tokens, of which a window has yet to forget the first."""
         real = k.new_ones(k.shape[:2], dtype=torch.bool) if attention_mask is None else attention_mask.to(torch.bool)
@@ -189,9 +217,9 @@ class SoftmaxAttention(ProjectedAttention):
         if state is not None:
             parts = tuple(torch.cat(pair, dim=1) for pair in zip(state[:3], parts, strict=True))
         if self.sliding_window is None:
-            return KeyValueState(*parts)
+            return KeyValueState(*parts, inputs)
         seen = real.sum(-1)
-        return WindowState(*parts, seen if state is None else state.seen + seen)
+        return WindowState(*parts, seen if state is None else state.seen + seen, inputs)
 
     def _kept(self, state: KeyValueState | WindowState) -> KeyValueState | WindowState:
         """What later tokens can see."""
@@ -201,7 +229,7 @@ class SoftmaxAttention(ProjectedAttention):
         kept = min(S, self.sliding_window - 1)
         # Padding first, real tokens behind it in their order.
         order = state.real.to(torch.uint8).argsort(dim=-1, stable=True)[:, S - kept :]
-        return WindowState(*(take_tokens(x, order) for x in state[:3]), state.seen)
+        return WindowState(*(take_tokens(x, order) for x in state[:3]), state.seen, state.inputs)
 
     def extra_repr(self) -> str:
         """Sizes."""

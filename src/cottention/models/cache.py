@@ -23,17 +23,18 @@ from torch import Tensor
 from torch.utils import _pytree as pytree
 from transformers.cache_utils import Cache, CacheLayerMixin, DynamicCache, LinearAttentionCacheLayerMixin
 
-from cottention.layers import KeyValueState, WindowState
+from cottention.layers import AttentionState, KeyValueState, WindowState
 from cottention.layers.rotary import packed_positions, sequence_of_each_token
 from cottention.ops import CosineState
 
-LayerState = CosineState | KeyValueState | WindowState
+LayerState = CosineState | AttentionState | KeyValueState | WindowState
 # By transformers' names, as in a config's layer_types.
 STATES: dict[str, type[LayerState]] = {
     "linear_attention": CosineState,
     "full_attention": KeyValueState,
     "sliding_attention": WindowState,
 }
+_KINDS: tuple[type[LayerState], ...] = (*STATES.values(), AttentionState)
 
 
 class CosineCacheLayer(CacheLayerMixin):
@@ -124,7 +125,20 @@ class CosineCacheLayer(CacheLayerMixin):
 
 def _each(state: LayerState, change: Callable[[Tensor], Tensor]) -> LayerState:
     """A state of the same kind, of its tensors changed."""
-    return type(state)(*(change(part) for part in state))
+    return type(state)(**{name: change(part) for name, part in _parts(state).items()})
+
+
+def _parts(state: LayerState) -> dict[str, Tensor]:
+    """The tensors of a state by name, without `inputs` where no short convolution keeps them."""
+    return {name: part for name, part in state._asdict().items() if part is not None}
+
+
+def _kind_with(names: set[str]) -> type[LayerState]:
+    """The kind of state that has tensors of these names."""
+    for kind in _KINDS:
+        if set(kind._fields) - set(kind._field_defaults) <= names <= set(kind._fields):
+            return kind
+    raise ValueError(f"a layer's state must have the tensors of {', '.join(k.__name__ for k in _KINDS)}; got {names}")
 
 
 class CosineCache(Cache):
@@ -165,13 +179,13 @@ class CosineCache(Cache):
 
     @property
     def states(self) -> tuple[LayerState | None, ...]:
-        """Each layer's state, a `CosineState` of a cosine layer; None before the first token."""
+        """Each layer's state, a `CosineState` or `AttentionState` of a cosine layer; None before the first token."""
         return tuple(layer.state for layer in self.layers)
 
     @property
     def nbytes(self) -> int:
         """Bytes held; whatever the length of the text, unless a layer keeps every key."""
-        return sum(part.nbytes for state in self.states if state is not None for part in state)
+        return sum(part.nbytes for state in self.states if state is not None for part in _parts(state).values())
 
     def restart_columns(self) -> None:
         """Count columns from 0 again; states and positions stay.
@@ -251,7 +265,7 @@ class CosineCache(Cache):
         for i, state in enumerate(self.states):
             if state is None:
                 raise ValueError("a CosineCache can be saved once tokens have gone through the model; got an empty one")
-            tensors |= {f"layers.{i}.{name}": part.contiguous() for name, part in state._asdict().items()}
+            tensors |= {f"layers.{i}.{name}": part.contiguous() for name, part in _parts(state).items()}
         tensors["num_tokens"] = torch.tensor(self.get_seq_length())
         if self.next_position is not None:
             tensors["next_position"] = self.next_position
@@ -266,10 +280,8 @@ class CosineCache(Cache):
                 _, i, field = name.split(".")
                 fields.setdefault(int(i), {})[field] = tensor
         cache = cls(len(fields))
-        kinds = {kind._fields: kind for kind in STATES.values()}
         for i, layer in enumerate(cache.layers):
-            kind = next(kind for names, kind in kinds.items() if set(names) == set(fields[i]))
-            layer.advance(kind(**fields[i]), int(tensors["num_tokens"]))
+            layer.advance(_kind_with(set(fields[i]))(**fields[i]), int(tensors["num_tokens"]))
         cache.next_position = tensors.get("next_position")
         return cache
 
@@ -317,7 +329,7 @@ class _Structure:
     def __init__(self, cache: CosineCache | None, num_layers: int, kinds: tuple[str | None, ...] = ()) -> None:
         self.cache = (lambda: None) if cache is None else weakref.ref(cache)
         self.num_layers = num_layers
-        # Of a hybrid's layers; empty where all are cosine layers.
+        # Of the layers' states; empty where all are a `CosineState`.
         self.kinds = kinds
         # An exported program cannot count: what it returns starts anew, as after `restart_columns`.
         self.num_tokens = 0 if cache is None or torch.compiler.is_exporting() else cache.get_seq_length()
@@ -332,14 +344,14 @@ class _Structure:
 def _flatten(cache: CosineCache) -> tuple[list[list[Tensor]], _Structure]:
     """States' matrices, counts and the next positions (each empty before the first token).
 
-    Of a hybrid's softmax layers the keys, values and which of them are real follow, and the counts of windows stand
-    among the others.
+    Of softmax layers the keys, values and which of them are real follow, of short convolutions their inputs; the counts
+    of windows stand among the others.
     """
-    kinds = tuple(None if state is None else type(state).__name__ for state in cache.states)
+    kinds = tuple(None if state is None else _named(state) for state in cache.states)
     hybrid = any(kind not in (None, CosineState.__name__) for kind in kinds)
     found: dict[str, list[Tensor]] = {key: [] for key in (*_KEYS, *(_HYBRID_KEYS if hybrid else ()))}
     for state in cache.states:
-        for name, part in () if state is None else state._asdict().items():
+        for name, part in ({} if state is None else _parts(state)).items():
             found[name].append(part)
     if cache.next_position is not None:
         found["next_position"].append(cache.next_position)
@@ -364,10 +376,18 @@ def _unflatten(tensors: Any, structure: _Structure) -> CosineCache:
     kinds = structure.kinds or (CosineState.__name__,) * len(tensors[0])
     for layer, name in zip(cache.layers, kinds, strict=False):
         if name is not None:
-            kind = next(each for each in STATES.values() if each.__name__ == name)
-            layer.advance(kind(*(next(parts[field]) for field in kind._fields)), structure.num_tokens)
+            kind = next(each for each in _KINDS if each.__name__ == name.removesuffix(_CONVOLVED))
+            optional = kind._field_defaults if name == kind.__name__ else ()
+            fields = [field for field in kind._fields if field not in optional]
+            layer.advance(kind(**{field: next(parts[field]) for field in fields}), structure.num_tokens)
     cache.next_position = next(parts["next_position"], None)
     return cache
+
+
+def _named(state: LayerState) -> str:
+    """The name of a state's kind, and whether it has what it may lack."""
+    has_all = len(_parts(state)) == len(state._fields)
+    return type(state).__name__ + (_CONVOLVED if state._field_defaults and has_all else "")
 
 
 def _dumped(structure: _Structure) -> Any:
@@ -380,7 +400,8 @@ def _undumped(dumped: Any) -> _Structure:
 
 
 _KEYS = ("kv", "seen", "next_position")
-_HYBRID_KEYS = ("k", "v", "real")
+_HYBRID_KEYS = ("k", "v", "real", "inputs")
+_CONVOLVED = "+inputs"
 pytree.register_pytree_node(
     CosineCache,
     _flatten,
@@ -391,4 +412,4 @@ pytree.register_pytree_node(
     flatten_with_keys_fn=_flatten_with_keys,
 )
 # A saved program holds its example inputs, which are read back with weights_only=True.
-torch.serialization.add_safe_globals([CosineCache, CosineCacheLayer, CosineState, KeyValueState, WindowState])
+torch.serialization.add_safe_globals([CosineCache, CosineCacheLayer, *_KINDS])

@@ -28,6 +28,11 @@ from cottention.models.layer_types import (
 from cottention.seals import MANIFEST
 
 ATTENTION_TYPES = tuple(LAYER_TYPES)
+# The values of options of `cottention.layers`, which cannot be asked here without loading torch.
+OUTPUT_GATES = ("sigmoid", "silu")
+DECAYS = ("none", "fixed", "learned", "data")
+DIVISORS = ("key", "query", "none")
+WIDEST_CONV = 64
 DTYPES = ("float64", "float32", "float16", "bfloat16")
 # A config may come from a stranger, and what it names is built before weights are read.
 LARGEST_SIZE = 1 << 24
@@ -56,6 +61,17 @@ class CottentionConfig(PreTrainedConfig):
         norm_const_init: start of every head's learned exponent, before its sigmoid.
         original_init: keep torch.nn.Linear's default initialisation where the original code did: GPT's q, k, v and out
             projections, BERT's q, k and v. For comparison with its curves.
+        short_conv: tokens that a depthwise convolution and SiLU of queries, keys and values see, up to 64: in a GPT the
+            last ones, in a BERT the ones around; None or 0: no convolution.
+        output_norm: whether each head's output is divided by its root mean square.
+        output_gate: "sigmoid" (open at the start) or "silu" of a projection of the tokens, times the output; None: no
+            gate.
+        decay: "none", or what cosine attention keeps of its state from token to token: "fixed", "learned" or, from a
+            projection of each token, "data"; half-lives start from 8 tokens to the longest text. In a BERT it weighs
+            tokens by their distance. Softmax layers have none, nor erase and divisor.
+        erase: whether a token overwrites what the state holds at its key (the delta rule); a GPT's only.
+        divisor: "key" divides each value by a power of the tokens up to it, as published; "query" the output by that of
+            the tokens up to the query; "none" divides by nothing, and there is no norm_const.
 
     Attributes:
         layer_types: transformers' name for each layer's attention, written to config.json: "linear_attention" is
@@ -76,11 +92,24 @@ class CottentionConfig(PreTrainedConfig):
 
     known_layer_types: ClassVar[tuple[str, ...]] = BERT_LAYER_TYPES
     # Left out at their defaults, so that a config without them is what it was: saved states know it by a hash.
-    later_options: ClassVar[tuple[str, ...]] = ()
+    later_options: ClassVar[tuple[str, ...]] = (
+        "short_conv",
+        "output_norm",
+        "output_gate",
+        "decay",
+        "erase",
+        "divisor",
+    )
 
     attention_type: str = "cosine"
     norm_const_init: float = 0.5
     original_init: bool = False
+    short_conv: int | None = None
+    output_norm: bool = False
+    output_gate: str | None = None
+    decay: str = "none"
+    erase: bool = False
+    divisor: str = "key"
 
     def __post_init__(self, **kwargs: Any) -> None:
         given, layer_types = kwargs.pop("auto_map", None), kwargs.pop("layer_types", None)
@@ -94,8 +123,14 @@ class CottentionConfig(PreTrainedConfig):
         self.auto_map: dict[str, str] = auto_map(type(self).__module__) or given or {}
         check_choice("attention_type", self.attention_type, ATTENTION_TYPES)
         check_number("norm_const_init", self.norm_const_init)
-        if not isinstance(self.original_init, bool):
-            raise TypeError(f"original_init must be True or False; got {self.original_init!r}")
+        for name in ("original_init", "output_norm", "erase"):
+            check_bool(name, getattr(self, name))
+        if self.short_conv is not None:
+            check_size("short_conv", self.short_conv, minimum=0, maximum=WIDEST_CONV)
+        if self.output_gate is not None:
+            check_choice("output_gate", self.output_gate, OUTPUT_GATES)
+        check_choice("decay", self.decay, DECAYS)
+        check_choice("divisor", self.divisor, DIVISORS)
         if layer_types is not None:
             check_size("num_hidden_layers", self.num_hidden_layers, maximum=MOST_LAYERS)
             self.layer_types = layer_types
@@ -126,8 +161,8 @@ class CottentionConfig(PreTrainedConfig):
 
     @property
     def keeps_states(self) -> bool:
-        """Whether some layer keeps less than every key, so that a GPT decodes from a `CosineCache`."""
-        return set(self.layer_types) != {LAYER_TYPES["softmax"]}
+        """Whether some layer keeps other than keys and values alone, so that a GPT decodes from a `CosineCache`."""
+        return bool(self.short_conv) or set(self.layer_types) != {LAYER_TYPES["softmax"]}
 
     @property
     def keeps_every_key(self) -> bool:
@@ -145,6 +180,17 @@ class CottentionConfig(PreTrainedConfig):
     def _check_layer_types(self, given: Any) -> None:
         window = getattr(self, "sliding_window", None)
         check_layer_types(given, self.attention_type, self.num_hidden_layers, window, known=self.known_layer_types)
+
+    @property
+    def attention_options(self) -> dict[str, Any]:
+        """The optional parts of every attention layer, as `WithOptions.add_options` takes them."""
+        return {name: getattr(self, name) for name in ("short_conv", "output_norm", "output_gate")}
+
+    @property
+    def memory_options(self) -> dict[str, Any]:
+        """Those that cosine attention alone has, as `WithOptions.add_memory_options` takes them."""
+        options = {name: getattr(self, name) for name in ("decay", "erase", "divisor")}
+        return {**options, "longest_half_life": self.max_position_embeddings}
 
     def to_dict(self) -> dict[str, Any]:
         """The settings; `auto_map` is none."""
@@ -181,7 +227,8 @@ class CottentionConfig(PreTrainedConfig):
         """Numbers that every model of these sizes has at the least: its embedding, and matrices of every block."""
         width = self.hidden_size
         inner = self.intermediate_size or 4 * width
-        return self.vocab_size * width + self.num_hidden_layers * 2 * (width * width + width * inner)
+        block = 2 * (width * width + width * inner) + 3 * width * (self.short_conv or 0)
+        return self.vocab_size * width + self.num_hidden_layers * block
 
     @classmethod
     def from_dict(cls, config_dict: dict[str, Any], **kwargs: Any) -> Any:
@@ -243,6 +290,12 @@ def check_size(name: str, value: Any, minimum: int = 1, maximum: int = LARGEST_S
         raise SettingsError(f"{name} must be at least {minimum}; got {value}")
     if value > maximum:
         raise SettingsError(f"{name} must be at most {maximum}; got {value}")
+
+
+def check_bool(name: str, value: Any) -> None:
+    """Refuse anything but True and False."""
+    if not isinstance(value, bool):
+        raise TypeError(f"{name} must be True or False; got {value!r}")
 
 
 def check_number(name: str, value: Any, *, minimum: float = float("-inf"), maximum: float = float("inf")) -> None:

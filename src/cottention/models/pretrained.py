@@ -21,19 +21,24 @@ from typing import Any, cast
 import torch
 from safetensors import SafetensorError
 from torch import Tensor, nn
+from transformers import initialization as init
 from transformers.activations import ACT2FN
 from transformers.configuration_utils import PreTrainedConfig
 from transformers.modeling_utils import PreTrainedModel
 
 from cottention import seals
 from cottention.errors import CheckpointError, CottentionError
+from cottention.layers.decay import Decay
+from cottention.layers.options import GateProjection
 from cottention.layers.rotary import packed_positions
+from cottention.layers.short_conv import ShortConv
 from cottention.models.configuration import is_ours
 from cottention.models.directory import check_weights
 from cottention.ops import IMPLEMENTATIONS
 
 # A checkpoint saved without a pooler (masked LM) may start a task that has one; stock BERT allows it too.
 _MAY_BE_NEW = re.compile(r"(^|\.)pooler\.")
+_OPTIONAL_PART = re.compile(r"\.(attn|self)\.([qkv]_conv|output_norm|gate_proj|decay|beta_proj)\.")
 
 
 class CottentionPreTrainedModel(PreTrainedModel):
@@ -49,8 +54,9 @@ class CottentionPreTrainedModel(PreTrainedModel):
     def __init__(self, config: Any, *inputs: Any, **kwargs: Any) -> None:
         config.check_layers()
         if config.attention_type == "cosine":
-            # sigmoid(m) is an exponent of the length: bfloat16's 8 bits of it would move the divisor by a percent.
-            self._keep_in_fp32_modules_strict = {"norm_const"}
+            # sigmoid(m) is an exponent of the length: bfloat16's 8 bits of it would move the divisor by a percent. What
+            # the decay of a token is a percent off, that of a hundred is by a factor.
+            self._keep_in_fp32_modules_strict = {"norm_const", "decay"}
         super().__init__(config, *inputs, **kwargs)
 
     @classmethod
@@ -139,6 +145,11 @@ class CottentionPreTrainedModel(PreTrainedModel):
             module.reset_parameters()
             return
         super()._init_weights(module)
+        std = self.config.initializer_range
+        if isinstance(module, (ShortConv, Decay)):
+            module.reset_parameters(std, init.copy_)
+        elif isinstance(module, GateProjection):
+            module.reset_parameters(std)
         norm_const = module._parameters.get("norm_const")
         if norm_const is not None:
             nn.init.constant_(norm_const, self.config.norm_const_init)
@@ -156,7 +167,7 @@ class CottentionPreTrainedModel(PreTrainedModel):
         if implementation not in known:
             raise CottentionError(f"implementation must be one of {', '.join(known)}; got {implementation!r}")
         for module in self.modules():
-            if "norm_const" in module._parameters:
+            if isinstance(getattr(module, "implementation", None), str):
                 module.implementation = implementation  # type: ignore[assignment]
 
 
@@ -276,6 +287,9 @@ def _held_load_report() -> Iterator[Any]:
 def _check_loaded(model: PreTrainedModel, info: dict[str, Any], source: Any, may_mismatch: bool) -> None:
     missing, unexpected = sorted(info["missing_keys"]), sorted(info["unexpected_keys"])
     asked = model.config.attention_type
+    parts = [key for key in unexpected if _OPTIONAL_PART.search(key)]
+    if parts:
+        raise CheckpointError(f"{source} holds {parts[0]}, an option of attention that its config does not have on")
     prefix = "" if model.base_model is model else f"{model.base_model_prefix}."
     norm_consts = {f"{prefix}{key}" for key, _ in model.base_model.named_parameters() if key.endswith("norm_const")}
     strange = [key for key in unexpected if key.endswith("norm_const")]

@@ -22,6 +22,7 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from cottention.errors import CheckpointError
+from cottention.layers import AttentionState
 from cottention.models import CosineCache, CottentionGPTConfig
 from cottention.models.layer_types import check_carries
 from cottention.ops import CosineState
@@ -52,10 +53,17 @@ class CarriedStates:
     ) -> None:
         check_carries(config.layer_types)
         head_dim = config.n_embd // config.n_head
-        shape = (len(lanes), config.n_head, head_dim, head_dim)
         self.limit = limit
         self._lanes = torch.tensor(list(lanes), dtype=torch.int64, device=device)
-        self._kv = [torch.zeros(shape, dtype=dtype, device=device) for _ in range(config.n_layer)]
+        shape = (len(lanes), config.n_head, head_dim, head_dim)
+        # Each layer's matrices, and what its short convolution reads, if it has one.
+        self._kept: list[dict[str, Tensor]] = []
+        for _ in range(config.n_layer):
+            kept = {"kv": torch.zeros(shape, dtype=dtype, device=device)}
+            if config.short_conv:
+                wide = (len(lanes), config.short_conv - 1, 3 * config.n_embd)
+                kept["inputs"] = torch.zeros(wide, dtype=dtype, device=device)
+            self._kept.append(kept)
         # Nothing is padded, so the tokens that a state has seen are also the position of the next one.
         self._seen = torch.zeros(len(lanes), dtype=torch.int64, device=device)
         self._index = torch.zeros(max(lanes, default=0) + 1, dtype=torch.int64, device=device)
@@ -64,7 +72,7 @@ class CarriedStates:
     @property
     def nbytes(self) -> int:
         """Bytes held, whatever the length of the documents."""
-        return sum(kv.nbytes for kv in self._kv) + self._seen.nbytes
+        return sum(part.nbytes for kept in self._kept for part in kept.values()) + self._seen.nbytes
 
     def open(self, batch: Mapping[str, Tensor]) -> tuple[dict[str, Tensor], CosineCache]:
         """What the model takes for a batch, and a cache with a row for each of its pieces, at the start of the batch.
@@ -79,11 +87,15 @@ class CarriedStates:
             goes_on = goes_on & (self._seen[own] < self.limit)
         seen = self._seen.new_zeros(num_pieces)
         seen[first] = self._seen[own].masked_fill(~goes_on, 0)
-        cache = CosineCache(len(self._kv))
-        for layer, kept in zip(cache.layers, self._kv, strict=True):
-            kv = kept.new_zeros(num_pieces, *kept.shape[1:])
-            kv[first] = kept[own].masked_fill(~goes_on[:, None, None, None], 0)
-            layer.advance(CosineState(kv, seen), 0)
+        cache = CosineCache(len(self._kept))
+        for layer, kept in zip(cache.layers, self._kept, strict=True):
+            parts = {}
+            for name, part in kept.items():
+                parts[name] = part.new_zeros(num_pieces, *part.shape[1:])
+                stays = goes_on.view(-1, *[1] * (part.dim() - 1))
+                parts[name][first] = part[own].masked_fill(~stays, 0)
+            kind = AttentionState if "inputs" in parts else CosineState
+            layer.advance(kind(seen=seen, **parts), 0)
         cache.next_position = seen
         return {name: batch[name] for name in ("input_ids", "shift_labels", "cu_seqlens")}, cache
 
@@ -92,9 +104,10 @@ class CarriedStates:
         own = self._index[batch["lanes"]]
         num_pieces = batch["first_pieces"].new_tensor([len(batch["cu_seqlens"]) - 1])
         last = torch.cat([batch["first_pieces"][1:], num_pieces]) - 1
-        for kept, state in zip(self._kv, cache.states, strict=True):
+        for kept, state in zip(self._kept, cache.states, strict=True):
             assert state is not None
-            kept[own] = state.kv[last]
+            for name, part in kept.items():
+                part[own] = getattr(state, name)[last].to(part.dtype)
         assert cache.next_position is not None
         self._seen[own] = cache.next_position[last]
 
@@ -106,7 +119,7 @@ class CarriedStates:
         """
         gather = accelerator.gather if accelerator is not None and accelerator.num_processes > 1 else lambda x: x
         order = cast(Tensor, gather(self._lanes)).argsort()
-        tensors = {f"layers.{i}.kv": cast(Tensor, gather(kv))[order].cpu() for i, kv in enumerate(self._kv)}
+        tensors = {name: cast(Tensor, gather(part))[order].cpu() for name, part in self._named().items()}
         return {**tensors, "seen": cast(Tensor, gather(self._seen))[order].cpu()}
 
     def load(self, path: Path) -> None:
@@ -118,10 +131,13 @@ class CarriedStates:
         if not path.is_file():
             raise CheckpointError(f"{path.parent} has no {path.name}: it cannot go on with carried states")
         tensors = load_file(path)
-        wanted = {f"layers.{i}.kv": kv for i, kv in enumerate(self._kv)} | {"seen": self._seen}
+        wanted = self._named() | {"seen": self._seen}
         lanes = self._lanes.cpu()
         for name, kept in wanted.items():
             found = tensors.get(name)
             if found is None or found.shape[1:] != kept.shape[1:] or len(found) <= int(lanes.max()):
                 raise CheckpointError(f"{path} holds the states of another model; {name} does not fit")
             kept.copy_(found[lanes])
+
+    def _named(self) -> dict[str, Tensor]:
+        return {f"layers.{i}.{name}": part for i, kept in enumerate(self._kept) for name, part in kept.items()}

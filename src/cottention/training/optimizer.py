@@ -1,12 +1,15 @@
 """The paper's optimizer and schedule: AdamW with one decay for every parameter, linear warmup, then linear to zero.
 
-Pretraining and the test against the original's loss curves build both through here.
+Parameters of attention's options that are no weights of a sum (a module names them in `without_weight_decay`) are left
+out of the decay. Pretraining and the test against the original's loss curves build both through here.
 
     optimizer = build_optimizer(model, recipe.optimizer)
     scheduler = build_scheduler(optimizer, num_warmup_steps=recipe.num_warmup_steps, num_steps=1000)
 """
 
 from __future__ import annotations
+
+from collections.abc import Iterator
 
 import torch
 from torch import nn
@@ -15,7 +18,7 @@ from cottention.training.recipe_sections import OptimizerSettings
 
 
 def build_optimizer(model: nn.Module, settings: OptimizerSettings) -> torch.optim.AdamW:
-    """Make AdamW over all trainable parameters of a model, in one group.
+    """Make AdamW over all trainable parameters of a model, in one group, and a second where some do not decay.
 
     Biases, LayerNorm and norm_const decay like everything else, as in the paper.
 
@@ -29,14 +32,27 @@ def build_optimizer(model: nn.Module, settings: OptimizerSettings) -> torch.opti
     # One fused kernel instead of a dozen passes over the weights; the same numbers up to rounding, and on the CPU a
     # third of the time. It covers the floating types that it is asked for only.
     fused = all(parameter.device.type in ("cpu", "cuda") and parameter.is_floating_point() for parameter in parameters)
+    exempt = {id(parameter) for parameter in _without_weight_decay(model)}
+    groups = [{"params": [parameter for parameter in parameters if id(parameter) not in exempt]}]
+    if exempt:
+        kept = [parameter for parameter in parameters if id(parameter) in exempt]
+        groups.append({"params": kept, "weight_decay": 0.0})
     return torch.optim.AdamW(
-        parameters,
+        groups,
         lr=settings.learning_rate,
         betas=settings.betas,
         eps=settings.eps,
         weight_decay=settings.weight_decay,
         fused=fused,
     )
+
+
+def _without_weight_decay(model: nn.Module) -> Iterator[nn.Parameter]:
+    for module in model.modules():
+        for name in getattr(module, "without_weight_decay", ()):
+            parameter = module._parameters.get(name)
+            if parameter is not None:
+                yield parameter
 
 
 def build_scheduler(

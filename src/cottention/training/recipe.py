@@ -108,6 +108,12 @@ class GPTRecipe:
             "resid_pdrop": settings.dropout,
             "embd_pdrop": settings.dropout,
             "original_init": settings.original_init,
+            "short_conv": settings.short_conv,
+            "output_norm": settings.output_norm,
+            "output_gate": settings.output_gate,
+            "decay": settings.decay,
+            "erase": settings.erase,
+            "divisor": settings.divisor,
         }
 
 
@@ -184,6 +190,11 @@ class BertRecipe:
             "hidden_dropout_prob": settings.dropout,
             "attention_probs_dropout_prob": settings.dropout,
             "original_init": settings.original_init,
+            "short_conv": settings.short_conv,
+            "output_norm": settings.output_norm,
+            "output_gate": settings.output_gate,
+            "decay": settings.decay,
+            "divisor": settings.divisor,
             "sparse_prediction": settings.sparse_prediction,
         }
 

@@ -42,6 +42,18 @@ class GPTModelSettings:
     """Dropout on embeddings and on each block's output."""
     original_init: bool = False
     """Initialise the attention projections as the paper's code did (torch.nn.Linear's default)."""
+    short_conv: int | None = None
+    """Tokens that a depthwise convolution of queries, keys and values sees, up to 64; null: no convolution."""
+    output_norm: bool = False
+    """Divide each head's output by its root mean square."""
+    output_gate: Literal["sigmoid", "silu"] | None = None
+    """What of a projection of the tokens multiplies the output; null: nothing."""
+    decay: Literal["none", "fixed", "learned", "data"] = "none"
+    """How cosine attention forgets: not, by a rate per head, by a learned one, or by one read off each token."""
+    erase: bool = False
+    """Cosine attention overwrites what its state holds at a token's key (the delta rule)."""
+    divisor: Literal["key", "query", "none"] = "key"
+    """Where cosine attention divides by a power of the tokens so far: values, as published, outputs, or nowhere."""
 
     def __post_init__(self) -> None:
         _check_positive(self, "model", "vocab_size", "n_embd", "n_layer", "n_head", "n_inner")
@@ -49,6 +61,7 @@ class GPTModelSettings:
         if self.layer_types is not None:
             known = GPT_LAYER_TYPES
             check_layer_types(self.layer_types, self.attention_type, self.n_layer, self.sliding_window, known=known)
+        _check_short_conv(self.short_conv)
         if self.n_embd % self.n_head:
             raise SettingsError(f"model.n_head must divide model.n_embd; got {self.n_head} and {self.n_embd}")
         head_dim = self.n_embd // self.n_head
@@ -88,6 +101,16 @@ class BertModelSettings:
     """Dropout on embeddings, on the output of attention and feed-forward parts, and on softmax attention's weights."""
     original_init: bool = False
     """Initialise the attention projections as the paper's code did (torch.nn.Linear's default)."""
+    short_conv: int | None = None
+    """Tokens that a depthwise convolution of queries, keys and values sees, up to 64; null: no convolution."""
+    output_norm: bool = False
+    """Divide each head's output by its root mean square."""
+    output_gate: Literal["sigmoid", "silu"] | None = None
+    """What of a projection of the tokens multiplies the output; null: nothing."""
+    decay: Literal["none", "fixed", "learned", "data"] = "none"
+    """How cosine attention forgets: not, by a rate per head, by a learned one, or by one read off each token."""
+    divisor: Literal["key", "query", "none"] = "key"
+    """Where cosine attention divides by a power of the tokens so far: values, as published, outputs, or nowhere."""
     next_sentence_head: bool = False
     """Carry the pooler and the next-sentence head of BertForPreTraining."""
     sparse_prediction: bool = True
@@ -105,6 +128,7 @@ class BertModelSettings:
             "max_position_embeddings",
         )
         _check_fraction(self, "model", "dropout")
+        _check_short_conv(self.short_conv)
         if self.hidden_size % self.num_attention_heads:
             raise SettingsError(
                 "model.num_attention_heads must divide model.hidden_size; "
@@ -341,3 +365,8 @@ def _check_fraction(settings: object, section: str, name: str) -> None:
     value = getattr(settings, name)
     if not 0 <= value < 1:
         raise SettingsError(f"{section}.{name} must lie in [0, 1); got {value}")
+
+
+def _check_short_conv(width: int | None) -> None:
+    if width is not None and not 0 <= width <= 64:
+        raise SettingsError(f"model.short_conv must be from 0 to 64 tokens, or null; got {width}")

@@ -12,6 +12,7 @@ from cottention.models.configuration import (
     ACTIVATIONS,
     MOST_LAYERS,
     CottentionConfig,
+    check_bool,
     check_choice,
     check_divides,
     check_number,
@@ -57,7 +58,12 @@ class CottentionBertConfig(CottentionConfig):
     """
 
     model_type: ClassVar[str] = "cottention-bert"
-    later_options: ClassVar[tuple[str, ...]] = ("position_embedding_type", "rotary_dim", "norm_first")
+    later_options: ClassVar[tuple[str, ...]] = (
+        *CottentionConfig.later_options,
+        "position_embedding_type",
+        "rotary_dim",
+        "norm_first",
+    )
 
     vocab_size: int = 28996
     hidden_size: int = 768
@@ -97,9 +103,10 @@ class CottentionBertConfig(CottentionConfig):
         check_number("initializer_range", self.initializer_range, minimum=0)
         check_number("layer_norm_eps", self.layer_norm_eps, minimum=0)
         for name in ("sparse_prediction", "norm_first"):
-            if not isinstance(getattr(self, name), bool):
-                raise TypeError(f"{name} must be True or False; got {getattr(self, name)!r}")
+            check_bool(name, getattr(self, name))
         self._check_positions()
+        if self.erase:
+            raise SettingsError("erase must be False for a BERT: what erases what has no order otherwise; got True")
         for name in ("pad_token_id", "bos_token_id", "eos_token_id"):
             check_token_id(name, getattr(self, name), self.vocab_size)
 

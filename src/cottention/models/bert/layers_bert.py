@@ -12,7 +12,16 @@ from jaxtyping import Float, Int
 from torch import Tensor, nn
 from transformers.modeling_layers import GradientCheckpointingLayer
 
-from cottention.layers import RotaryTable, apply_rotary, cosine_map, map_context, softmax_attention, softmax_map
+from cottention.layers import (
+    RotaryTable,
+    WithOptions,
+    apply_rotary,
+    cosine_map,
+    decayed_map,
+    map_context,
+    softmax_attention,
+    softmax_map,
+)
 from cottention.layers.attention import new_norm_const
 from cottention.models.bert.configuration_bert import CottentionBertConfig
 from cottention.models.packing import check_no_empty_text
@@ -54,10 +63,10 @@ def _drop_position_ids(module: nn.Module, state_dict: dict[str, Any], prefix: st
     state_dict.pop(f"{prefix}position_ids", None)
 
 
-class CottentionBertSelfAttention(nn.Module):
+class CottentionBertSelfAttention(WithOptions):
     """Projections and attention; the output projection is `CottentionBertSelfOutput`'s, as in stock BERT."""
 
-    norm_const: nn.Parameter
+    norm_const: nn.Parameter | None
 
     def __init__(self, config: CottentionBertConfig, layer_type: str) -> None:
         super().__init__()
@@ -65,13 +74,18 @@ class CottentionBertSelfAttention(nn.Module):
         self.dropout = config.attention_probs_dropout_prob
         self.is_cosine = layer_type == "linear_attention"
         self.implementation = "auto"
-        if self.is_cosine:
-            self.norm_const = new_norm_const(config.num_attention_heads, config.norm_const_init)
+        has_divisor = self.is_cosine and config.divisor != "none"
+        self.norm_const = new_norm_const(config.num_attention_heads, config.norm_const_init) if has_divisor else None
         self.query = nn.Linear(config.hidden_size, config.hidden_size)
         self.key = nn.Linear(config.hidden_size, config.hidden_size)
         self.value = nn.Linear(config.hidden_size, config.hidden_size)
         for projection in (self.query, self.key, self.value):
             projection.keeps_default_init = config.original_init  # type: ignore[assignment]
+        sizes = (config.hidden_size, config.num_attention_heads)
+        head_dim = config.hidden_size // config.num_attention_heads
+        self.add_options(*sizes, head_dim, causal=False, **config.attention_options)
+        if self.is_cosine:
+            self.add_memory_options(*sizes, causal=False, **config.memory_options)
 
     def forward(
         self,
@@ -82,18 +96,22 @@ class CottentionBertSelfAttention(nn.Module):
         rotary: RotaryTable | None = None,
     ) -> Float[Tensor, "B T D"]:
         """Every token asks all real tokens of its text; `maps` takes up who looked at whom."""
-        q, k, v = (
-            projection(x).unflatten(-1, (self.num_attention_heads, -1))
-            for projection in (self.query, self.key, self.value)
+        *projected, _ = self.convolve(
+            self.query(x), self.key(x), self.value(x), attention_mask=attention_mask, cu_seqlens=cu_seqlens
         )
+        q, k, v = (each.unflatten(-1, (self.num_attention_heads, -1)) for each in projected)
         if rotary is not None:
             q, k = apply_rotary(q, rotary), apply_rotary(k, rotary)
         dropout_p = self.dropout if self.training else 0.0
         if self.is_cosine:
+            gates = self.gates(x)
             if maps is not None:
                 # The context comes from the map, so that what depends on it gives the map a gradient too.
-                maps.append(cosine_map(q, k, self.norm_const, causal=False, attention_mask=attention_mask))
-                return map_context(maps[-1], v, attention_mask).flatten(-2)
+                weights = cosine_map(q, k, self.norm_const, causal=False, attention_mask=attention_mask)
+                if "log_decay" in gates:
+                    weights = decayed_map(weights, gates["log_decay"], attention_mask)
+                maps.append(weights)
+                return self.finish(map_context(weights, v, attention_mask), x)
             o, _ = cosine_attention(
                 q,
                 k,
@@ -103,6 +121,7 @@ class CottentionBertSelfAttention(nn.Module):
                 attention_mask=attention_mask,
                 cu_seqlens=cu_seqlens,
                 implementation=self.implementation,
+                **gates,
             )
         elif maps is not None:
             weights = softmax_map(q, k, causal=False, attention_mask=attention_mask)
@@ -112,7 +131,7 @@ class CottentionBertSelfAttention(nn.Module):
             o = softmax_attention(
                 q, k, v, causal=False, attention_mask=attention_mask, cu_seqlens=cu_seqlens, dropout_p=dropout_p
             )
-        return o.flatten(-2)
+        return self.finish(o, x)
 
 
 class CottentionBertResidual(nn.Module):

@@ -58,7 +58,7 @@ class CottentionGPTConfig(CottentionConfig):
     }
 
     known_layer_types: ClassVar[tuple[str, ...]] = GPT_LAYER_TYPES
-    later_options: ClassVar[tuple[str, ...]] = ("sliding_window",)
+    later_options: ClassVar[tuple[str, ...]] = (*CottentionConfig.later_options, "sliding_window")
 
     vocab_size: int = 50400
     n_positions: int = 1024

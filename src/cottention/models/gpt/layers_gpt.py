@@ -103,8 +103,10 @@ def _attention(config: CottentionGPTConfig, layer_type: str) -> CosineAttention 
         "causal": True,
         "bias": False,
         "rotary_dim": head_dim if config.rotary_dim is None else config.rotary_dim,
+        **config.attention_options,
     }
     if layer_type == "linear_attention":
+        sizes |= config.memory_options
         attn = CosineAttention(config.n_embd, config.n_head, norm_const_init=config.norm_const_init, **sizes)
     else:
         window = config.sliding_window if layer_type == SLIDING else None
