@@ -124,7 +124,8 @@ void erase_backward(const Range& range, float* memory) {
             multiply(n, dq.ld, of_state, dq.data, nullptr, dq.ld, ahead);
             multiply(n, dk.ld, of_both[0], dk.data, nullptr, dk.ld, ahead);
             multiply(n, other.ld, of_both[1], other.data, nullptr, other.ld, ahead);
-            decay.add_rows(n, q, k, dq, dk, other);
+            decay.add_rows(n, [&](int64_t j, const float* row) { return dot(q.row(j), row, q.ld); },
+                           [&](int64_t j, const float* row) { return dot(k.row(j), row, k.ld); }, dq, dk, other);
             decay.whole = double(gates.whole) * dot(after_transposed.data, tile.before.data, V * k.ld);
             if (range.dlog_decay != nullptr) decay.store(range, t, n);
         } else {

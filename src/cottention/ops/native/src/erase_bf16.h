@@ -28,10 +28,10 @@ struct WrittenPairs {
     UnitScale scale;
     Weights divisor;
 
-    WrittenPairs(Scratch& scratch, const Range& range)
+    WrittenPairs(Scratch& scratch, const Range& range, const Block& u)
         : k_rows(take_rows(scratch, range.chunk, range.K)),
           k_pairs(take_interleaved(scratch, range.chunk, range.K)),
-          u(scratch.rows(range.chunk, range.V)),
+          u(u),
           minus(scratch.take(range.chunk * range.chunk + 16)),
           weight(range.log_decay.data == nullptr ? nullptr : scratch.take(range.chunk * range.chunk + 16)) {}
 
@@ -72,8 +72,8 @@ void erase_forward(const Range& range, float* memory) {
     Scratch scratch(memory);
     Sum state(scratch, range, K, V);
     const StatePairs state_pairs(scratch, K, V);
-    WrittenPairs written(scratch, range);
-    const Block& u = written.u;
+    const Block u = scratch.rows(C, V);
+    WrittenPairs written(scratch, range, u);
     const Gates& gates = written.gates;
     const Words q_rows = take_rows(scratch, C, K), k_transposed = take_transposed(scratch, C, K);
     const Words u_pairs = take_interleaved(scratch, C, V);

@@ -14,17 +14,17 @@ struct DecayGradient {
     float between[kMaxChunk];  // at t, for this t alone
     double whole;              // for all t
 
-    // From the rows of dq and dk that came through S, and of dk that came through D, which are added up.
-    void add_rows(int64_t n, const Block& q, const Block& k, const Block& dq, const Block& dk, const Block& from_after) {
+    // From the rows of dq and dk that came through S, and of dk that came through D, which are added up. with_q(i, row):
+    // the inner product with q_hat_i.
+    template <class Q, class K>
+    void add_rows(int64_t n, Q with_q, K with_k, const Block& dq, const Block& dk, const Block& from_after) {
         for (int64_t i = 0; i < n; i++) {
-            from[i] = dot(q.row(i), dq.row(i), q.ld) + dot(k.row(i), dk.row(i), k.ld);
-            Vector::F sum = Vector::zero();
-            for (int64_t d = 0; d < k.ld; d += kWidth) {
+            from[i] = with_q(i, dq.row(i)) + with_k(i, dk.row(i));
+            behind[i] = with_k(i, from_after.row(i));
+            for (int64_t d = 0; d < dk.ld; d += kWidth) {
                 const Vector::F x = Vector::load(from_after.row(i) + d);
-                sum = Vector::fma(Vector::load(k.row(i) + d), x, sum);
                 Vector::store(dk.row(i) + d, Vector::add(Vector::load(dk.row(i) + d), x));
             }
-            behind[i] = Vector::sum(sum);
         }
     }
 

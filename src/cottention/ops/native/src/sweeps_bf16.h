@@ -322,11 +322,6 @@ void full_backward_kv(const Range& range, float* memory) {
     }
 }
 
-int64_t erase_scratch_size(int64_t K, int64_t V, int64_t chunk) {
-    return kernels_avx512.erase_scratch_size(K, V, chunk);
-}
-void erase_backward(const Range& range, float* memory) { kernels_avx512.erase_backward(range, memory); }
-
 void step(const Range& range, float* memory) { kernels_avx512.step(range, memory); }
 void gated_step(const Range& range, float* memory) { kernels_avx512.gated_step(range, memory); }
 
