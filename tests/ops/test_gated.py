@@ -14,6 +14,7 @@ from torch.utils.checkpoint import checkpoint
 
 from cottention.ops import CosineState, choose_implementation, cosine_attention, cosine_attention_step
 from cottention.ops.chunk import gated
+from cottention.ops.native.binding import suits_native
 from tests.ops import test_properties  # noqa: F401 (its hypothesis profile)
 from tests.ops.helpers import TOLERANCE, Case, assert_same, make_case, run
 
@@ -397,12 +398,15 @@ def test_long_sequences_need_memory_in_proportion() -> None:
     assert all(torch.isfinite(g).all() for g in torch.autograd.grad(o.sum(), leaves))
 
 
-def test_auto_takes_chunk_and_what_has_no_kernels_is_refused() -> None:
+def test_auto_takes_the_fastest_and_what_has_no_kernels_is_refused() -> None:
     case = make_case(T=40, log_decay=-0.5).to(torch.float32)
-    assert choose_implementation("auto", case.q, case.v, is_gated=True) == "chunk"
-    for name in ("native", "triton"):
-        with pytest.raises(ValueError, match=f"must be one of auto, naive, chunk with log_decay or beta; got '{name}'"):
-            _attend(name, True)(case.q, case.k, case.v, case.norm_const, case.log_decay)
+    q, v = case.q, case.v
+    assert choose_implementation("auto", q, v, is_gated=True) == ("native" if suits_native(q) else "chunk")
+    assert choose_implementation("auto", q.double(), v.double(), is_gated=True) == "chunk"
+    with pytest.raises(
+        ValueError, match="must be one of auto, naive, chunk, native with log_decay or beta; got 'triton'"
+    ):
+        _attend("triton", True)(q, case.k, v, case.norm_const, case.log_decay)
 
 
 @pytest.mark.parametrize(

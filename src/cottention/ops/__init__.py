@@ -38,7 +38,7 @@ IMPLEMENTATIONS = {
     "triton": partial(attend, "triton", triton.cut),
 }
 
-_GATED = ("naive", "chunk")  # those that take log_decay and beta
+_GATED = ("naive", "chunk", "native")  # those that take log_decay and beta
 
 _logger = get_logger(__name__)
 
@@ -169,7 +169,7 @@ def choose_implementation(
     if implementation == "auto":
         if erases and q.is_cuda:
             name = "triton" if why_not_erase(q.device, q.dtype, q.shape[3]) is None else "chunk"
-        elif is_gated and not erases:
+        elif is_gated and q.is_cuda:
             name = "chunk"
         elif q.is_cuda:
             name = "triton" if triton.why_not(q.device, q.dtype, q.shape[3], v.shape[3]) is None else "chunk"
@@ -187,7 +187,7 @@ def choose_implementation(
         reason = why_not_erase(q.device, q.dtype, q.shape[3])
         if reason is not None:
             raise ValueError(f'implementation="triton" cannot run here: {reason}')
-    elif is_gated and implementation not in _GATED and not (erases and implementation == "native"):
+    elif is_gated and implementation not in _GATED:
         raise ValueError(
             f"implementation must be one of auto, {', '.join(_GATED)} with log_decay or beta; got {implementation!r}"
         )

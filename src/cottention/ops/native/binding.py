@@ -219,10 +219,13 @@ def run(
     call.dq, call.dk, call.dv, call.dm = _address(dq), _address(dk), _address(dv), _address(dm)
     call.grad_final, call.dkv = _address(grad_final), _address(dkv)
     if log_decay is not None:
-        call.log_decay_data = log_decay.data_ptr()
+        call.log_decay_data = log_decay.data_ptr() or ctypes.addressof(
+            call
+        )  # an empty tensor is nowhere, and yet given
         call.log_decay_batch, call.log_decay_token, call.log_decay_head = log_decay.stride()
     if beta is not None:
-        call.beta_data, (call.beta_batch, call.beta_token, call.beta_head) = beta.data_ptr(), beta.stride()
+        call.beta_data = beta.data_ptr() or ctypes.addressof(call)
+        call.beta_batch, call.beta_token, call.beta_head = beta.stride()
     call.dlog_decay, call.dbeta = _address(dlog_decay), _address(dbeta)
     if saved is not None:
         call.saved, call.saved_tokens = saved.data_ptr(), saved_tokens

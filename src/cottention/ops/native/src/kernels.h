@@ -35,12 +35,20 @@ struct Range {  // a range of tokens of one sequence and head
     Gate log_decay, beta;
     float *dlog_decay, *dbeta;  // at the first token, `dgate_stride` apart; or null
     int64_t dgate_stride;
+    bool starts;    // no token of the sequence comes before
+    bool mirrored;  // tokens run back in time: each adds what comes after it alone to what is there, see decay.h
     const float* before;  // erase_backward: [K, V] before the range, and `state` is the gradient after it
     const float* state;   // [K, V] before the range (gradients: after it); null: zeros
     float* state_out;    // [K, V] after the range (gradients: before it), or null
     uint16_t* lost;      // room for what rounding takes from a sum, see product.h: round_up(K) x round_up(V) to 16
     bool continues;      // lost holds what the range before it left there
     double* dp;          // the share of dp, or null
+    // Of decay.h: how far the state is from what it stands for, at the start; the same at the end, null: not at all.
+    double offset;
+    double* offset_out;
+    float* of_queries;     // [tokens] q~ . dq~, from one pass of backward to the other
+    const float* reached;  // [K, V] the state after the range, for the gradient of log_decay; or null
+    double reached_offset;
 };
 
 struct Kernels {

@@ -4,6 +4,7 @@
 // pieces of tokens; `schedule.cpp` then finds the state that each piece starts from.
 #pragma once
 
+#include <algorithm>
 #include <atomic>
 #include <cmath>
 #include <cstdlib>
@@ -89,9 +90,18 @@ struct Task {
     int64_t piece, first_head, last_head;
 };
 
+// Some tokens of a piece that a head is computed at a time, counted over all pieces.
+struct Turn {
+    int64_t index, head, start;  // `start` from the sequence's first token
+    bool is_first;               // of its piece, in the order in which they are computed
+};
+
 class Plan {
   public:
-    explicit Plan(const Call& call) : call(call), kernels(active_kernels()) {
+    // Mirrored, every sequence runs from its last token to its first.
+    explicit Plan(const Call& call, bool mirrored = false)
+        : call(call), kernels(active_kernels()), mirrored_(mirrored) {
+        if (mirrored) mirror_mask();
         choose_chunk();
         find_sequences();
         choose_threads();
@@ -110,6 +120,8 @@ class Plan {
     const Piece& piece(int64_t i) const { return pieces_[size_t(i)]; }
     const Piece& piece(const Task& task) const { return pieces_[size_t(task.piece)]; }
     bool is_cut() const { return cuts_ > 1; }
+    bool decays() const { return call.log_decay.data != 0 && call.beta.data == 0; }  // and erases nothing
+    int64_t num_turns() const { return first_turns_.back(); }
     double p(int64_t head) const { return p_[size_t(head)]; }
 
     // The row of kv and seen that a sequence has.
@@ -136,7 +148,7 @@ class Plan {
         const int64_t size = scratch_size();
         std::atomic<bool> failed{false};
         auto body = [&](int64_t i) {
-            float* scratch = scratch_of_thread.at_least(size + heads_ * (waiting_size() + lost_size()));
+            float* scratch = scratch_of_thread.at_least(size + heads_ * (waiting_size() + lost_size() + kOffset));
             if (scratch == nullptr) {
                 failed = true;
             } else {
@@ -156,12 +168,17 @@ class Plan {
     };
     template <class F>
     void walk(void (*kernel)(const Range&, float*), const Task& task, Way way, float* scratch, F set) const {
+        walk(kernel, task, way, scratch, set, [](Range&, const Turn&) {});
+    }
+    // `also(range, turn)` may change what a turn begins with and leaves.
+    template <class F, class G>
+    void walk(void (*kernel)(const Range&, float*), const Task& task, Way way, float* scratch, F set, G also) const {
         const Piece& piece = pieces_[size_t(task.piece)];
         const int64_t start = way.over_queries ? piece.query_start : piece.start;
         const int64_t end = way.over_queries ? piece.query_end : piece.end;
         const int64_t heads = task.last_head - task.first_head;
-        const int64_t turn = heads == 1 ? end - start + 1 : (kTurn + chunk_ - 1) / chunk_ * chunk_;
-        const int64_t turns = end > start ? (end - start + turn - 1) / turn : 1;
+        const int64_t turn = heads == 1 && !decays() ? end - start + 1 : turn_size();
+        const int64_t turns = num_turns(end - start, turn);
         float* waiting = scratch + scratch_size();
         int64_t real_before = piece.real_before;
         if (way.reversed && turns > 1) real_before += count(mask_of(piece.sequence), start, end);
@@ -173,67 +190,30 @@ class Plan {
             for (int64_t head = task.first_head; head < task.last_head; head++) {
                 Range r = range(piece.sequence, head, t0, t1, real_before);
                 set(r, head);
-                float* own = waiting + (head - task.first_head) * (waiting_size() + lost_size());
+                float* own = waiting + (head - task.first_head) * (waiting_size() + lost_size() + kOffset);
+                double* offset = reinterpret_cast<double*>(own + waiting_size() + lost_size());
+                if (i > 0) r.offset = *offset;
+                if (i < turns - 1) r.offset_out = offset;
                 if (i > 0 && !way.fixed) r.state = own;
                 if (i < turns - 1 && !way.fixed) r.state_out = own;
                 r.lost = reinterpret_cast<uint16_t*>(own + waiting_size());
                 r.continues = i > 0;
+                also(r, {first_turns_[size_t(task.piece)] + at, head, t0, i == 0});
                 kernel(r, scratch);
             }
             if (!way.reversed) real_before += here;
         }
     }
 
-    const Call& call;
-    const Kernels& kernels;
-
-  private:
-    friend class Erasing;
-    static constexpr int64_t kTurn = 512;
-    static constexpr int64_t kMaxHeads = 16;
-
-    // Floats of a state in scratch, and of what rounding took from it: half as many bytes, rows and columns padded.
-    int64_t waiting_size() const { return (state_size() + 15) / 16 * 16; }
-    int64_t lost_size() const { return (call.K + 15) / 16 * 16 * ((call.V + 15) / 16 * 16) / 2; }
-
-    int64_t scratch_size() const {
-        return (call.beta.data != 0 ? kernels.erase_scratch_size : kernels.scratch_size)(call.K, call.V, chunk_);
-    }
-
-    void choose_chunk() {
-        // 32 tokens: scores cost little beside the states, and all of it fits the first cache. Measured fastest or near
-        // it from K = V = 32 to 128, float32 and bfloat16.
-        int64_t C = call.chunk > 0 ? call.chunk : call.causal ? 32 : 64;
-        if (C > 128) C = 128;
-        chunk_ = (C + 15) / 16 * 16;
-    }
-
-    int64_t row_of(int64_t sequence) const { return call.boundaries != 0 ? 0 : sequence; }
-
-    const uint8_t* mask_of(int64_t sequence) const {
-        if (call.mask == 0) return nullptr;
-        return pointer<uint8_t>(call.mask) + row_of(sequence) * call.mask_row;
-    }
-
-    View contiguous(int64_t data, int64_t T, int64_t D) const { return {data, T * call.H * D, call.H * D, D}; }
-
-    Rows rows(const View& view, int64_t b, int64_t t, int64_t h) const {
-        if (view.data == 0) return {nullptr, 0};
-        const int64_t offset = b * view.batch + t * view.token + h * view.head;
-        return {pointer<char>(view.data) + offset * kElementSize[call.dtype], view.token};
-    }
-
-    Gate gate(const View& view, int64_t b, int64_t t, int64_t h) const {
-        if (view.data == 0) return {nullptr, 0};
-        return {pointer<float>(view.data) + b * view.batch + t * view.token + h * view.head, view.token};
-    }
-    float* gate_gradient(int64_t word, int64_t b, int64_t t, int64_t h) const {
-        return word == 0 ? nullptr : pointer<float>(word) + (b * call.T + t) * call.H + h;
+    // Where the number of a token of a sequence and head stands in [B, H, T].
+    int64_t place(int64_t sequence, int64_t head, int64_t t0) const {
+        return (row_of(sequence) * call.H + head) * call.T + starts_[size_t(sequence)] + t0;
     }
 
     // What a kernel sees of the tokens t0 .. t1 of a sequence; of the keys, or of the queries.
     Range range(int64_t sequence, int64_t head, int64_t t0, int64_t t1, int64_t real_before) const {
-        const int64_t row = row_of(sequence), t = starts_[size_t(sequence)] + t0;
+        const int64_t row = row_of(sequence);
+        const int64_t t = starts_[size_t(sequence)] + (mirrored_ ? lengths_[size_t(sequence)] - 1 - t0 : t0);
         Range r = {};
         r.dtype = call.dtype;
         r.tokens = t1 - t0;
@@ -255,12 +235,67 @@ class Plan {
         r.beta = gate(call.beta, row, t, head);
         r.dlog_decay = gate_gradient(call.dlog_decay, row, t, head);
         r.dbeta = gate_gradient(call.dbeta, row, t, head);
-        r.dgate_stride = call.H;
+        r.dgate_stride = mirrored_ ? -call.H : call.H;
+        r.starts = t0 == 0;
+        r.mirrored = mirrored_;
         r.divisor.divides = call.norm_const != 0;
         r.divisor.constant = !call.causal;
         r.divisor.p = r.divisor.divides ? p_[size_t(head)] : 0;
         r.divisor.count = call.causal ? seen(sequence) + real_before : real_[size_t(sequence)];
         return r;
+    }
+
+    const Call& call;
+    const Kernels& kernels;
+
+  private:
+    friend class Erasing;
+    static constexpr int64_t kTurn = 512;
+    static constexpr int64_t kMaxHeads = 16;
+    static constexpr int64_t kOffset = 16;  // floats that keep what follows on a cache line of its own
+
+    int64_t turn_size() const { return (kTurn + chunk_ - 1) / chunk_ * chunk_; }
+    static int64_t num_turns(int64_t tokens, int64_t turn) { return tokens > 0 ? (tokens + turn - 1) / turn : 1; }
+
+    // Floats of a state in scratch, and of what rounding took from it: half as many bytes, rows and columns padded.
+    int64_t waiting_size() const { return (state_size() + 15) / 16 * 16; }
+    int64_t lost_size() const { return (call.K + 15) / 16 * 16 * ((call.V + 15) / 16 * 16) / 2; }
+
+    int64_t scratch_size() const {
+        return (call.beta.data != 0 ? kernels.erase_scratch_size : kernels.scratch_size)(call.K, call.V, chunk_);
+    }
+
+    void choose_chunk() {
+        // 32 tokens: scores cost little beside the states, and all of it fits the first cache. Measured fastest or near
+        // it from K = V = 32 to 128, float32 and bfloat16.
+        int64_t C = call.chunk > 0 ? call.chunk : call.causal || decays() ? 32 : 64;
+        if (C > 128) C = 128;
+        chunk_ = (C + 15) / 16 * 16;
+    }
+
+    int64_t row_of(int64_t sequence) const { return call.boundaries != 0 ? 0 : sequence; }
+
+    const uint8_t* mask_of(int64_t sequence) const {
+        if (call.mask == 0) return nullptr;
+        if (mirrored_) return mirrored_mask_.data() + row_of(sequence) * call.S;
+        return pointer<uint8_t>(call.mask) + row_of(sequence) * call.mask_row;
+    }
+
+    View contiguous(int64_t data, int64_t T, int64_t D) const { return {data, T * call.H * D, call.H * D, D}; }
+
+    Rows rows(const View& view, int64_t b, int64_t t, int64_t h) const {
+        if (view.data == 0) return {nullptr, 0};
+        const int64_t offset = b * view.batch + t * view.token + h * view.head;
+        return {pointer<char>(view.data) + offset * kElementSize[call.dtype], mirrored_ ? -view.token : view.token};
+    }
+
+    Gate gate(const View& view, int64_t b, int64_t t, int64_t h) const {
+        if (view.data == 0) return {nullptr, 0};
+        const int64_t offset = b * view.batch + t * view.token + h * view.head;
+        return {pointer<float>(view.data) + offset, mirrored_ ? -view.token : view.token};
+    }
+    float* gate_gradient(int64_t word, int64_t b, int64_t t, int64_t h) const {
+        return word == 0 ? nullptr : pointer<float>(word) + (b * call.T + t) * call.H + h;
     }
 
     void find_sequences() {
@@ -340,9 +375,21 @@ class Plan {
                 if (num > 1) before += count(mask_of(n), start, end);
             }
         }
+        first_turns_ = {0};
+        for (const Piece& piece : pieces_)
+            first_turns_.push_back(first_turns_.back() + num_turns(piece.end - piece.start, turn_size()));
         for (int64_t i = 0; i < num_pieces(); i++)
             for (int64_t h = 0; h < call.H; h += heads_)
                 tasks_.push_back({i, h, h + heads_ < call.H ? h + heads_ : call.H});
+    }
+
+    void mirror_mask() {
+        if (call.mask == 0) return;
+        mirrored_mask_.resize(size_t(call.B * call.S));
+        for (int64_t b = 0; b < call.B; b++) {
+            const uint8_t* row = pointer<uint8_t>(call.mask) + b * call.mask_row;
+            std::reverse_copy(row, row + call.S, mirrored_mask_.data() + b * call.S);
+        }
     }
 
     // Where piece i of num begins: a whole number of chunks.
@@ -350,9 +397,12 @@ class Plan {
         return i == num ? length : length * i / num / chunk_ * chunk_;
     }
 
+    const bool mirrored_;
+    std::vector<uint8_t> mirrored_mask_;  // [B, S]
     int64_t chunk_ = 0, threads_ = 1, longest_ = 0, cuts_ = 1, heads_ = 1;
     std::vector<int64_t> starts_, lengths_, real_;  // of each sequence
     std::vector<double> p_;                         // of each head
+    std::vector<int64_t> first_turns_;  // of each piece, and how many there are
     std::vector<Piece> pieces_;
     std::vector<Task> tasks_;
 };

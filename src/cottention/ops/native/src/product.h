@@ -127,11 +127,23 @@ struct Blocks {
     int64_t start(int64_t i) const { return total * i / count; }
 };
 
-// c [rows, columns] = the products, or c + lost += them where there is `lost`; `columns` in whole vectors.
+// c and lost [rows, vectors] times a power of two, just before more is added to them.
+inline void scale_tile(int64_t rows, int64_t vectors, float* c, uint16_t* lost, int64_t ld, float factor) {
+    const Vector::F f = Vector::set1(factor);
+    for (int64_t i = 0; i < rows; i++, c += ld, lost += ld) {
+        for (int64_t d = 0; d < vectors * kWidth; d += kWidth) {
+            Vector::store(c + d, Vector::mul(Vector::load(c + d), f));
+            Vector::store_lost(lost + d, Vector::mul(load_lost(lost + d), f));
+        }
+    }
+}
+
+// c [rows, columns] = the products, or c + lost = kept (c + lost) + these where there is `lost`; `columns` in whole
+// vectors, kept a power of two.
 // `narrow(i0, i1, product index, Product&)` may shorten a product for the rows i0 .. i1: so triangles are skipped.
 template <class Arithmetic = MultiplyAdd, class Narrow>
 void multiply(int64_t rows, int64_t columns, const Product* products, int num_products, float* c, uint16_t* lost,
-              int64_t ld, Ahead& ahead, Narrow narrow) {
+              int64_t ld, Ahead& ahead, Narrow narrow, float kept = 1) {
     for (int64_t n = 0; n < columns;) {
         const int vectors = int(smaller((columns - n) / kWidth, kMaxVectors));
         const Blocks blocks(rows, max_rows(vectors));
@@ -147,6 +159,7 @@ void multiply(int64_t rows, int64_t columns, const Product* products, int num_pr
             ahead.some();
             const int64_t at = i0 * ld + n;
             uint16_t* lost_there = lost == nullptr ? nullptr : lost + at;
+            if (kept != 1) scale_tile(i1 - i0, vectors, c + at, lost_there, ld, kept);
             pick_tile<Arithmetic>(int(i1 - i0), vectors)(moved, num_products, c + at, lost_there, ld);
         }
         n += vectors * kWidth;
@@ -155,8 +168,8 @@ void multiply(int64_t rows, int64_t columns, const Product* products, int num_pr
 
 template <class Arithmetic = MultiplyAdd>
 inline void multiply(int64_t rows, int64_t columns, const Product& product, float* c, uint16_t* lost, int64_t ld,
-                     Ahead& ahead) {
-    multiply<Arithmetic>(rows, columns, &product, 1, c, lost, ld, ahead, [](int64_t, int64_t, int, Product&) {});
+                     Ahead& ahead, float kept = 1) {
+    multiply<Arithmetic>(rows, columns, &product, 1, c, lost, ld, ahead, [](int64_t, int64_t, int, Product&) {}, kept);
 }
 
 // c [n, n] = tril(a b), b [depth, n]: whole vectors right of the diagonal are skipped, the rest beside it zeroed.

@@ -77,6 +77,14 @@ inline void store_row(E* dst, const float* src, int64_t D) {
     if (d < D) store_tail(dst + d, Vector::load(src + d), int(D - d));
 }
 
+// dst += src
+template <class E>
+inline void add_row(float* dst, const E* src, int64_t D) {
+    int64_t d = 0;
+    for (; d + kWidth <= D; d += kWidth) Vector::store(dst + d, Vector::add(Vector::load(dst + d), Vector::load(src + d)));
+    if (d < D) Vector::store(dst + d, Vector::add(Vector::load(dst + d), load_tail(src + d, int(D - d))));
+}
+
 inline void scale_row(float* row, float factor, int64_t padded) {
     const Vector::F f = Vector::set1(factor);
     for (int64_t d = 0; d < padded; d += kWidth) Vector::store(row + d, Vector::mul(Vector::load(row + d), f));
@@ -156,7 +164,9 @@ inline void load_unit_rows(const Block& block, const Rows& rows, int64_t dtype, 
     clear_rows_after(block, n);
 }
 
-inline void store_rows(const Rows& rows, int64_t dtype, int64_t t, int64_t n, const uint8_t* mask, const Block& block) {
+// Rows to their tokens, or added to what stands there; the block is left with what is stored.
+inline void store_rows(const Rows& rows, int64_t dtype, int64_t t, int64_t n, const uint8_t* mask, const Block& block,
+                       bool adds = false) {
     with_element(dtype, [&](auto* e) {
         typedef Pointee<decltype(e)> E;
         E* dst = static_cast<E*>(rows.data) + t * rows.stride;
@@ -164,6 +174,7 @@ inline void store_rows(const Rows& rows, int64_t dtype, int64_t t, int64_t n, co
             if (is_padding(mask, t + i)) {
                 clear_elements(dst + i * rows.stride, block.D);
             } else {
+                if (adds) add_row(block.row(i), dst + i * rows.stride, block.D);
                 store_row(dst + i * rows.stride, block.row(i), block.D);
             }
         }
@@ -171,20 +182,24 @@ inline void store_rows(const Rows& rows, int64_t dtype, int64_t t, int64_t n, co
 }
 
 // From g, the gradient of x = w x_hat, that of the rows that x came from: w (g - x_hat (x_hat . g)) / ||row||, which is
-// factor (g - radial x (x . g)) with radial = 1 / w^2. Where the norm was clamped radial is 0.
+// factor (g - radial x (x . g)) with radial = 1 / w^2. Where the norm was clamped radial is 0. x . g go to `inner`
+// where that is wanted.
 inline void store_unit_gradient(const Rows& rows, int64_t dtype, int64_t t, int64_t n, const uint8_t* mask,
-                                const Block& gradient, const Block& x, const UnitScale& scale) {
+                                const Block& gradient, const Block& x, const UnitScale& scale, bool adds = false,
+                                float* inner = nullptr) {
     for (int64_t i = 0; i < n; i++) {
         float* g = gradient.row(i);
         const float* row = x.row(i);
-        const Vector::F along = Vector::set1(-scale.radial[i] * (scale.radial[i] == 0 ? 0 : dot(row, g, x.ld)));
+        const float product = scale.radial[i] == 0 && inner == nullptr ? 0 : dot(row, g, x.ld);
+        if (inner != nullptr) inner[i] = product;
+        const Vector::F along = Vector::set1(-scale.radial[i] * (scale.radial[i] == 0 ? 0 : product));
         const Vector::F factor = Vector::set1(scale.factor[i]);
         for (int64_t d = 0; d < x.ld; d += kWidth) {
             const Vector::F across = Vector::fma(along, Vector::load(row + d), Vector::load(g + d));
             Vector::store(g + d, Vector::mul(across, factor));
         }
     }
-    store_rows(rows, dtype, t, n, mask, gradient);
+    store_rows(rows, dtype, t, n, mask, gradient, adds);
 }
 
 // dst [columns of src, ld] = src^T for n rows; rows beyond n, up to a whole vector, must hold zeros.
@@ -246,17 +261,23 @@ inline double exp2_of(double y) {
     return sum * scale;
 }
 
-// w_j = c_j ** -p and log(c_j) of n tokens from t on, after `before` real ones. A count of 0 is taken as 1.
+// w_j = c_j ** -p and log(c_j) of n tokens from t on, after `before` real ones. A count of 0 is taken as 1. With decay
+// the weights are w_j 2 ** -decay_j.
 struct Weights {
     float weight[kMaxChunk], log_count[kMaxChunk];
-    bool divides;
+    bool divides, weighs;
 
-    const float* get() const { return divides ? weight : nullptr; }
+    const float* get() const { return weighs ? weight : nullptr; }
 
-    void set(const Divisor& divisor, const uint8_t* mask, int64_t t, int64_t n, int64_t before) {
+    void set(const Divisor& divisor, const uint8_t* mask, int64_t t, int64_t n, int64_t before,
+             const double* decay = nullptr) {
         divides = divisor.divides;
-        if (!divides) return;
-        double count[kMaxChunk];
+        weighs = divides || decay != nullptr;
+        if (!divides) {
+            for (int64_t i = 0; i < n && weighs; i++) weight[i] = float(exp2_of(-decay[i]));
+            return;
+        }
+        double count[kMaxChunk], exponent[kMaxChunk];
         int64_t c = divisor.constant ? divisor.count : before;
         for (int64_t i = 0; i < n; i++) {
             if (!divisor.constant) c += !is_padding(mask, t + i);
@@ -264,9 +285,11 @@ struct Weights {
         }
         for (int64_t i = 0; i < n; i++) {
             const double log2_count = log2_of(count[i]);
-            weight[i] = float(exp2_of(-divisor.p * log2_count));
+            exponent[i] = -divisor.p * log2_count;
             log_count[i] = float(0.6931471805599453 * log2_count);
         }
+        for (int64_t i = 0; i < n && decay != nullptr; i++) exponent[i] -= decay[i];
+        for (int64_t i = 0; i < n; i++) weight[i] = float(exp2_of(exponent[i]));
     }
 };
 

@@ -10,6 +10,7 @@
 
 #include "abi.h"
 #include "erasing.h"
+#include "gates.h"
 #include "plan.h"
 
 namespace {
@@ -25,8 +26,17 @@ void store(float* to, const Doubles& sum) {
     for (size_t i = 0; i < sum.size(); i++) to[i] = float(sum[i]);
 }
 
+// What is kept of a state over a piece.
+double kept_over(const Plan& plan, const Piece& piece, int64_t head) {
+    if (!plan.decays()) return 1;
+    const Range range = plan.range(piece.sequence, head, piece.start, piece.end, 0);
+    double sum = 0;
+    for (int64_t t = 0; t < range.tokens; t++) sum += log2_kept(range, t);
+    return std::exp2(sum);
+}
+
 // Turns the pieces' own states into those that each starts from: `initial` of its sequence and all pieces before it
-// (reversed: after it).
+// (reversed: after it), of which each piece keeps its part.
 void sum_before(const Plan& plan, const Floats& states, int64_t initial, bool reversed) {
     const int64_t size = plan.state_size(), num = plan.num_pieces();
     const Floats own = floats(size);
@@ -43,6 +53,8 @@ void sum_before(const Plan& plan, const Floats& states, int64_t initial, bool re
             }
             memcpy(own.get(), state, size_t(size) * sizeof(float));
             store(state, running);
+            const double kept = kept_over(plan, piece, head);
+            for (double& x : running) x *= kept;
             add_to(running, own.get());
         }
     }
@@ -93,23 +105,19 @@ void write_seen(const Call& call, const Plan& plan) {
         pointer<int64_t>(call.final_seen)[plan.row_of_state(n)] = plan.seen(n) + plan.real(n);
 }
 
-void forward(const Call& call) {
-    const Plan plan(call);
-    if (call.beta.data != 0) {
-        Erasing(plan).forward();
-        write_seen(call, plan);
-        return;
-    }
-    if (!call.causal) {
-        whole_states(plan, false, pointer<float>(call.final_kv));
-        plan.run(1, [&](int64_t, int64_t i, float* scratch) {
-            const Task& task = plan.task(i);
-            plan.walk(plan.kernels.full_forward, task, {true, false, true}, scratch, [&](Range& range, int64_t head) {
-                range.state = plan.state_of(call.final_kv, plan.piece(task).sequence, head);
-            });
+void forward_bidirectional(const Plan& plan) {
+    const Call& call = plan.call;
+    whole_states(plan, false, pointer<float>(call.final_kv));
+    plan.run(1, [&](int64_t, int64_t i, float* scratch) {
+        const Task& task = plan.task(i);
+        plan.walk(plan.kernels.full_forward, task, {true, false, true}, scratch, [&](Range& range, int64_t head) {
+            range.state = plan.state_of(call.final_kv, plan.piece(task).sequence, head);
         });
-        return;
-    }
+    });
+}
+
+void forward_causal(const Plan& plan) {
+    const Call& call = plan.call;
     const Floats states = starting_states(plan, false);
     plan.run(1, [&](int64_t, int64_t i, float* scratch) {
         const Task& task = plan.task(i);
@@ -120,7 +128,24 @@ void forward(const Call& call) {
             range.state_out = piece.is_last ? plan.state_of(call.final_kv, piece.sequence, head) : nullptr;
         });
     });
-    write_seen(call, plan);
+}
+
+// Bidirectional attention with decay is causal, and causal once more from the last token to the first.
+template <class F>
+void both_ways(const Call& call, F function) {
+    function(Plan(call, false));
+    function(Plan(call, true));
+}
+
+void forward(const Call& call) {
+    if (!call.causal && call.log_decay.data != 0) return both_ways(call, forward_causal);
+    const Plan plan(call);
+    if (call.beta.data != 0) {
+        Erasing(plan).forward();
+    } else {
+        (call.causal ? forward_causal : forward_bidirectional)(plan);
+    }
+    if (call.causal) write_seen(call, plan);
 }
 
 // The states at both ends of a causal piece, for one of the two passes of backward.
@@ -137,16 +162,67 @@ struct Ends {
     }
 };
 
+// What one pass of backward leaves for the gradients of decays in the other: q~ . dq~ of each token, and the state at the
+// end of each turn.
+class Reached {
+  public:
+    explicit Reached(const Plan& plan)
+        : plan_(plan),
+          of_queries_(floats(plan.call.B * plan.call.T * plan.call.H)),
+          states_(floats(plan.num_turns() * plan.call.H * plan.state_size())),
+          offsets_(size_t(plan.num_turns() * plan.call.H), 0.0) {}
+
+    // For the pass forward in time, which goes on from what it leaves here.
+    void keep(Range& range, const Turn& turn, int64_t sequence) {
+        range.of_queries = of_queries(turn, sequence);
+        range.state_out = state(turn.index, turn.head);
+        range.offset_out = &offset(turn.index, turn.head);
+        if (turn.is_first) return;
+        range.state = state(turn.index - 1, turn.head);
+        range.offset = offset(turn.index - 1, turn.head);
+    }
+    void give(Range& range, const Turn& turn, int64_t sequence) {
+        range.of_queries = of_queries(turn, sequence);
+        range.reached = state(turn.index, turn.head);
+        range.reached_offset = offset(turn.index, turn.head);
+    }
+
+  private:
+    float* of_queries(const Turn& turn, int64_t sequence) {
+        return of_queries_.get() + plan_.place(sequence, turn.head, turn.start);
+    }
+    float* state(int64_t turn, int64_t head) { return plan_.state_of(states_, turn, head); }
+    double& offset(int64_t turn, int64_t head) { return offsets_[size_t(turn * plan_.call.H + head)]; }
+
+    const Plan& plan_;
+    const Floats of_queries_, states_;
+    std::vector<double> offsets_;
+};
+
 void backward_causal(const Plan& plan, std::vector<double>& dp) {
     const Ends ends{plan, starting_states(plan, false), starting_states(plan, true)};
-    plan.run(2, [&](int64_t round, int64_t i, float* scratch) {
-        const Task& task = plan.task(i);
-        const bool of_gradients = round == 0;  // the longer tasks first
+    const auto pass = [&](bool of_gradients, const Task& task, float* scratch, auto also) {
         const auto kernel = of_gradients ? plan.kernels.causal_backward_kv : plan.kernels.causal_backward_q;
-        plan.walk(kernel, task, {false, of_gradients, false}, scratch, [&](Range& range, int64_t head) {
+        const auto set = [&](Range& range, int64_t head) {
             ends.set(range, task, head, of_gradients);
             range.dp = &dp[size_t(task.piece * plan.call.H + head)];
+        };
+        plan.walk(kernel, task, {false, of_gradients, false}, scratch, set, also);
+    };
+    if (!plan.decays()) {
+        plan.run(2, [&](int64_t round, int64_t i, float* scratch) {  // the longer tasks first
+            pass(round == 0, plan.task(i), scratch, [](Range&, const Turn&) {});
         });
+        return;
+    }
+    Reached reached(plan);
+    plan.run(1, [&](int64_t, int64_t i, float* scratch) {
+        const int64_t sequence = plan.piece(plan.task(i)).sequence;
+        pass(false, plan.task(i), scratch, [&](Range& range, const Turn& turn) { reached.keep(range, turn, sequence); });
+    });
+    plan.run(1, [&](int64_t, int64_t i, float* scratch) {
+        const int64_t sequence = plan.piece(plan.task(i)).sequence;
+        pass(true, plan.task(i), scratch, [&](Range& range, const Turn& turn) { reached.give(range, turn, sequence); });
     });
 }
 
@@ -171,6 +247,8 @@ void backward(const Call& call) {
     std::vector<double> dp(size_t(plan.num_pieces() * call.H), 0.0);
     if (call.beta.data != 0) {
         Erasing(plan).backward(dp);
+    } else if (!call.causal && plan.decays()) {
+        both_ways(call, [&](const Plan& way) { backward_causal(way, dp); });
     } else {
         (call.causal ? backward_causal : backward_bidirectional)(plan, dp);
     }

@@ -41,18 +41,22 @@ void key_state(const Range& range, float* memory) {
     UnitScale scale;
     Ahead ahead;
     Weights weights;
+    Decay decay(range);
     int64_t count = range.divisor.count;
     for (int64_t t = 0; t < range.tokens; t += range.chunk) {
         const int64_t n = smaller(range.chunk, range.tokens - t);
-        weights.set(range.divisor, range.key_mask, t, n, count);
+        decay.enter(t, n);
+        weights.set(range.divisor, range.key_mask, t, n, count, decay.exponents());
         count += count_real(range.key_mask, t, n);
         load_unit_rows(k, range.k, range.dtype, t, n, range.key_mask, weights.get(), scale);
         load_rows(v, range.v, range.dtype, t, n, range.key_mask);
         ahead.clear();
         ask(ahead, range, range.k, t + range.chunk, range.K, false);
         ask(ahead, range, range.v, t + range.chunk, range.V, false);
-        state.add(k, v, n, ahead);
+        if (decay.is_split) scale_to_after(k, decay, n);
+        state.add(k, v, n, ahead, decay.kept());
     }
+    state.scale(decay.leave(false));
     state.store(range.state_out);
 }
 
@@ -63,15 +67,18 @@ void query_state(const Range& range, float* memory) {
     state.load(range.state);
     UnitScale scale;
     Ahead ahead;
+    Decay decay(range);
     for (int64_t t = 0; t < range.tokens; t += range.chunk) {
         const int64_t n = smaller(range.chunk, range.tokens - t);
-        load_unit_rows(q, range.q, range.dtype, t, n, range.query_mask, nullptr, scale);
+        decay.enter_queries(t, n);
+        load_unit_rows(q, range.q, range.dtype, t, n, range.query_mask, decay.query_weights(), scale);
         load_rows(g, range.grad, range.dtype, t, n, range.query_mask);
         ahead.clear();
         ask(ahead, range, range.q, t + range.chunk, range.K, false);
         ask(ahead, range, range.grad, t + range.chunk, range.V, false);
         state.add(q, g, n, ahead);
     }
+    decay.leave(false);
     state.store(range.state_out);
 }
 
@@ -86,12 +93,14 @@ void causal_forward(const Range& range, float* memory) {
     UnitScale q_scale, k_scale;
     Ahead ahead;
     Weights weights;
+    Decay decay(range);
     int64_t count = range.divisor.count;
     for (int64_t t = 0; t < range.tokens; t += C) {
         const int64_t n = smaller(C, range.tokens - t);
-        weights.set(range.divisor, range.key_mask, t, n, count);
+        decay.enter(t, n);
+        weights.set(range.divisor, range.key_mask, t, n, count, decay.exponents());
         count += count_real(range.key_mask, t, n);
-        load_unit_rows(q, range.q, range.dtype, t, n, range.query_mask, nullptr, q_scale);
+        load_unit_rows(q, range.q, range.dtype, t, n, range.query_mask, decay.query_weights(), q_scale);
         load_unit_rows(k, range.k, range.dtype, t, n, range.key_mask, weights.get(), k_scale);
         load_rows(v, range.v, range.dtype, t, n, range.key_mask);
         ahead.clear();
@@ -101,11 +110,15 @@ void causal_forward(const Range& range, float* memory) {
         ask(ahead, range, range.v, t + C, range.V, false);
         transpose_rows(k_transposed, C, k.data, k.ld, n);
         multiply_lower(n, {q.data, q.ld, 1, k_transposed, C, K}, scores, C, ahead);
+        finish_scores(range, decay, scores, C, n);
+        if (decay.moves) scale_to_before(q, decay, n);
         const Product products[] = {times(q, state, K), {scores, C, 1, v.data, v.ld, n}};
         multiply(n, o.ld, products, 2, o.data, nullptr, o.ld, ahead, keep_lower);
-        store_rows(range.o, range.dtype, t, n, range.query_mask, o);
-        if (t + C < range.tokens || range.state_out != nullptr) state.add(k, v, n, ahead);
+        store_rows(range.o, range.dtype, t, n, range.query_mask, o, range.mirrored);
+        if (decay.is_split) scale_to_after(k, decay, n);
+        if (t + C < range.tokens || range.state_out != nullptr) state.add(k, v, n, ahead, decay.kept());
     }
+    state.scale(decay.leave(false));
     state.store(range.state_out);
 }
 
@@ -122,12 +135,14 @@ void causal_backward_q(const Range& range, float* memory) {
     UnitScale q_scale, k_scale;
     Ahead ahead;
     Weights weights;
+    Decay decay(range);
     int64_t count = range.divisor.count;
     for (int64_t t = 0; t < range.tokens; t += C) {
         const int64_t n = smaller(C, range.tokens - t);
-        weights.set(range.divisor, range.key_mask, t, n, count);
+        decay.enter(t, n);
+        weights.set(range.divisor, range.key_mask, t, n, count, decay.exponents());
         count += count_real(range.key_mask, t, n);
-        load_unit_rows(q, range.q, range.dtype, t, n, range.query_mask, nullptr, q_scale);
+        load_unit_rows(q, range.q, range.dtype, t, n, range.query_mask, decay.query_weights(), q_scale);
         load_unit_rows(k, range.k, range.dtype, t, n, range.key_mask, weights.get(), k_scale);
         load_rows(v, range.v, range.dtype, t, n, range.key_mask);
         load_rows(g, range.grad, range.dtype, t, n, range.query_mask);
@@ -139,11 +154,16 @@ void causal_backward_q(const Range& range, float* memory) {
         ask(ahead, range, range.grad, t + C, V, false);
         transpose_rows(v_transposed, C, v.data, v.ld, n);
         multiply_lower(n, {g.data, g.ld, 1, v_transposed, C, V}, dscores, C, ahead);
+        finish_scores(range, decay, dscores, C, n);
+        if (decay.moves) scale_to_before(g, decay, n);
         const Product products[] = {times(g, state, V), {dscores, C, 1, k.data, k.ld, n}};
         multiply(n, dq.ld, products, 2, dq.data, nullptr, dq.ld, ahead, keep_lower);
-        store_unit_gradient(range.dq, range.dtype, t, n, range.query_mask, dq, q, q_scale);
-        if (t + C < range.tokens || range.state_out != nullptr) state.add(v, k, n, ahead);
+        store_unit_gradient(range.dq, range.dtype, t, n, range.query_mask, dq, q, q_scale, range.mirrored,
+                            range.of_queries == nullptr ? nullptr : range.of_queries + t);
+        if (decay.is_split) scale_to_after(k, decay, n);
+        if (t + C < range.tokens || range.state_out != nullptr) state.add(v, k, n, ahead, decay.kept());
     }
+    state.scale(decay.leave(false));
     if (range.state_out == nullptr) return;
     state.transpose_to(upright);
     upright.store(range.state_out);
@@ -158,8 +178,12 @@ void causal_backward_kv(const Range& range, float* memory) {
     const Block dk = scratch.rows(C, K), dv = scratch.rows(C, V);
     float *k_transposed = scratch.take(C * k.ld), *v_transposed = scratch.take(C * v.ld);
     float *scores = scratch.take(C * C + 16), *dscores = scratch.take(C * C + 16);
+    Decay decay(range);
+    float of_keys[kMaxChunk];
     after.load(range.state);
+    after.scale(decay.arrive());
     after.transpose_to(after_transposed);
+    decay.start_gradients(after.data, after.ld);
     UnitScale q_scale, k_scale;
     Ahead ahead;
     Weights weights;
@@ -167,8 +191,9 @@ void causal_backward_kv(const Range& range, float* memory) {
     for (int64_t t = range.tokens > 0 ? (range.tokens - 1) / C * C : -1; t >= 0; t -= C) {
         const int64_t n = smaller(C, range.tokens - t);
         count -= count_real(range.key_mask, t, n);
-        weights.set(range.divisor, range.key_mask, t, n, count);
-        load_unit_rows(q, range.q, range.dtype, t, n, range.query_mask, nullptr, q_scale);
+        decay.enter_backward(t, n);
+        weights.set(range.divisor, range.key_mask, t, n, count, decay.exponents());
+        load_unit_rows(q, range.q, range.dtype, t, n, range.query_mask, decay.query_weights(), q_scale);
         load_unit_rows(k, range.k, range.dtype, t, n, range.key_mask, weights.get(), k_scale);
         load_rows(v, range.v, range.dtype, t, n, range.key_mask);
         load_rows(g, range.grad, range.dtype, t, n, range.query_mask);
@@ -183,14 +208,27 @@ void causal_backward_kv(const Range& range, float* memory) {
         transpose_rows(v_transposed, C, v.data, v.ld, n);
         multiply_lower(n, {q.data, q.ld, 1, k_transposed, C, K}, scores, C, ahead);
         multiply_lower(n, {g.data, g.ld, 1, v_transposed, C, V}, dscores, C, ahead);
+        finish_scores(range, decay, scores, C, n);
+        finish_scores(range, decay, dscores, C, n);
+        if (decay.moves) {
+            scale_to_before(k, decay, n);
+            scale_to_before(v, decay, n);
+        }
         const Product for_k[] = {times(v, after_transposed, V), {dscores, 1, C, q.data, q.ld, n}};
         const Product for_v[] = {times(k, after, K), {scores, 1, C, g.data, g.ld, n}};
         multiply(n, dk.ld, for_k, 2, dk.data, nullptr, dk.ld, ahead, keep_upper);
         multiply(n, dv.ld, for_v, 2, dv.data, nullptr, dv.ld, ahead, keep_upper);
-        store_key_gradients(range, t, n, dk, dv, k, v, k_scale, weights);
-        if (t > 0 || range.state_out != nullptr) after.add(q, g, n, ahead);
+        if (decay.moves) {  // as they were, which scaling back would not give
+            load_unit_rows(k, range.k, range.dtype, t, n, range.key_mask, weights.get(), k_scale);
+            load_rows(v, range.v, range.dtype, t, n, range.key_mask);
+        }
+        store_key_gradients(range, t, n, dk, dv, k, v, k_scale, weights, range.of_queries == nullptr ? nullptr : of_keys);
+        if (range.of_queries != nullptr) decay.store_gradients(t, n, of_keys);
+        if (decay.is_split) scale_to_after(q, decay, n);
+        if (t > 0 || range.state_out != nullptr) after.add(q, g, n, ahead, decay.kept());
         if (t > 0) after.transpose_to(after_transposed);
     }
+    after.scale(decay.leave(true));
     after.store(range.state_out);
 }
 

@@ -13,9 +13,9 @@ namespace {
 // bfloat16, and enough tokens that roundings of operands average out; of fewer it is no work to do without them.
 inline bool suits_pairs(const Range& range) { return range.dtype == 1 && range.tokens >= 16; }
 
-// S += x^T y for n tokens, both interleaved.
-inline void add_to(Sum& state, const Words& x, const Words& y, int64_t n, Ahead& ahead) {
-    state.add<DotPairs>(product(x.left_transposed(pairs(n)), y), ahead);
+// S = kept S + x^T y for n tokens, both interleaved.
+inline void add_to(Sum& state, const Words& x, const Words& y, int64_t n, Ahead& ahead, float kept = 1) {
+    state.add<DotPairs>(product(x.left_transposed(pairs(n)), y), ahead, kept);
 }
 
 // The second product's left side is a lower triangle in pairs, or its transpose.
@@ -28,25 +28,38 @@ inline const auto keep_upper_pairs = [](int64_t i0, int64_t, int p, Product& pro
 
 // n tokens from t on of the queries' side, or the keys'.
 inline Tokens of_queries(const Range& range, const Rows& rows, int64_t t, int64_t n, int64_t D) {
-    return {rows, t, n, D, range.query_mask};
+    return {rows, t, n, D, range.query_mask, range.mirrored};
 }
 inline Tokens of_keys(const Range& range, const Rows& rows, int64_t t, int64_t n, int64_t D) {
-    return {rows, t, n, D, range.key_mask};
+    return {rows, t, n, D, range.key_mask, range.mirrored};
 }
 
 // dk and dv of n tokens from t on, from the gradients of k' and v; collects dp.
 inline void store_key_gradients(const Range& range, int64_t t, int64_t n, const Block& dk, const Block& dv,
-                                const UnitScale& scale, const Weights& weights) {
+                                const UnitScale& scale, const Weights& weights, float* inner = nullptr) {
     const Tokens v = of_keys(range, range.v, t, n, range.V);
     if (weights.divides && range.dp != nullptr)
         for (int64_t i = 0; i < n; i++)
             if (!v.is_hidden(i)) *range.dp -= double(weights.log_count[i]) * dot(v.row(i), dv.row(i), range.V);
+    find_inner(of_keys(range, range.k, t, n, range.K), dk, scale, inner);
     store_tokens(of_keys(range, range.dv, t, n, range.V), dv);
     store_unit_gradient(of_keys(range, range.dk, t, n, range.K), of_keys(range, range.k, t, n, range.K), dk, scale);
 }
 
-void key_state(const Range& range, float* memory) {
-    if (!suits_pairs(range)) return kernels_avx512.key_state(range, memory);
+inline void scale_to_before(const Words& words, const Decay& decay, int64_t n) {
+    scale_words(words, n, [&](int64_t i) { return decay.to_before(i); });
+}
+inline void scale_to_after(const Words& words, const Decay& decay, int64_t n) {
+    scale_words(words, n, [&](int64_t i) { return decay.to_after(i); });
+}
+// The same, and once more as pairs.
+inline void scale_to_after(const Words& words, const Words& interleaved, const Decay& decay, int64_t n) {
+    scale_to_after(words, decay, n);
+    interleave(interleaved, words, n);
+}
+
+// S += k'^T v; or, with the queries' side of the range in the place of the keys', D += q_hat^T g.
+void add_state(const Range& range, float* memory, bool of_queries) {
     const int64_t C = range.chunk, K = range.K, V = range.V;
     Scratch scratch(memory);
     Sum state(scratch, range, K, V);
@@ -56,31 +69,42 @@ void key_state(const Range& range, float* memory) {
     UnitScale scale;
     Weights weights;
     Ahead ahead;
+    Decay decay(range);
     int64_t count = range.divisor.count;
     for (int64_t t = 0; t < range.tokens; t += C) {
         const int64_t n = smaller(C, range.tokens - t);
-        weights.set(range.divisor, range.key_mask, t, n, count);
+        of_queries ? decay.enter_queries(t, n) : decay.enter(t, n);
+        weights.set(range.divisor, range.key_mask, t, n, count, of_queries ? nullptr : decay.exponents());
         count += count_real(range.key_mask, t, n);
-        load_unit_words(k_rows, of_keys(range, range.k, t, n, K), weights.get(), scale);
+        const float* weight = of_queries ? decay.query_weights() : weights.get();
+        load_unit_words(k_rows, of_keys(range, range.k, t, n, K), weight, scale);
         copy_rows(v_rows, of_keys(range, range.v, t, n, V));
         ahead.clear();
         ask(ahead, range, range.k, t + C, K, false);
         ask(ahead, range, range.v, t + C, V, false);
         interleave(k_pairs, k_rows, n);
         interleave(v_pairs, v_rows, n);
-        add_to(state, k_pairs, v_pairs, n, ahead);
+        if (decay.is_split) scale_to_after(k_rows, k_pairs, decay, n);
+        add_to(state, k_pairs, v_pairs, n, ahead, decay.kept());
     }
+    const float left = decay.leave(false);
+    if (!of_queries) state.scale(left);
     state.store(range.state_out);
+}
+
+void key_state(const Range& range, float* memory) {
+    if (!suits_pairs(range)) return kernels_avx512.key_state(range, memory);
+    add_state(range, memory, false);
 }
 
 void query_state(const Range& range, float* memory) {
     if (!suits_pairs(range)) return kernels_avx512.query_state(range, memory);
-    Range as_keys = range;  // q_hat^T g is what k'^T v would be with these in their places
-    as_keys.k = range.q;
-    as_keys.v = range.grad;
-    as_keys.key_mask = range.query_mask;
-    as_keys.divisor = {false, true, 0, 0};
-    key_state(as_keys, memory);
+    Range turned = range;
+    turned.k = range.q;
+    turned.v = range.grad;
+    turned.key_mask = range.query_mask;
+    turned.divisor = {false, true, 0, 0};
+    add_state(turned, memory, true);
 }
 
 void causal_forward(const Range& range, float* memory) {
@@ -99,13 +123,15 @@ void causal_forward(const Range& range, float* memory) {
     UnitScale q_scale, k_scale;
     Weights weights;
     Ahead ahead;
+    Decay decay(range);
     int64_t count = range.divisor.count;
     for (int64_t t = 0; t < range.tokens; t += C) {
         const int64_t n = smaller(C, range.tokens - t);
-        weights.set(range.divisor, range.key_mask, t, n, count);
+        decay.enter(t, n);
+        weights.set(range.divisor, range.key_mask, t, n, count, decay.exponents());
         count += count_real(range.key_mask, t, n);
         const Tokens q = of_queries(range, range.q, t, n, K);
-        find_unit_scale(q, nullptr, q_scale);
+        find_unit_scale(q, decay.query_weights(), q_scale);
         copy_rows(q_rows, q);
         load_unit_words(k_rows, of_keys(range, range.k, t, n, K), weights.get(), k_scale);
         copy_rows(v_rows, of_keys(range, range.v, t, n, V));
@@ -119,13 +145,17 @@ void causal_forward(const Range& range, float* memory) {
         interleave(k_pairs, k_rows, n);
         interleave(v_pairs, v_rows, n);
         multiply_lower<DotPairs>(n, product(q_rows.left(pairs(K)), k_transposed), scores, C, ahead);
+        finish_scores(range, decay, scores, C, n);
         round_lower(score_rows, scores, C, n);
+        if (decay.moves) scale_to_before(q_rows, decay, n);
         const Product products[] = {product(q_rows.left(state.depth_of(pairs(K))), state_pairs),
                                     product(score_rows.left(pairs(n)), v_pairs)};
         multiply<DotPairs>(n, o.ld, products, 2, o.data, nullptr, o.ld, ahead, keep_lower_pairs);
         store_tokens(of_queries(range, range.o, t, n, V), o, q_scale.factor);
-        if (t + C < range.tokens || range.state_out != nullptr) add_to(state, k_pairs, v_pairs, n, ahead);
+        if (decay.is_split) scale_to_after(k_rows, k_pairs, decay, n);
+        if (t + C < range.tokens || range.state_out != nullptr) add_to(state, k_pairs, v_pairs, n, ahead, decay.kept());
     }
+    state.scale(decay.leave(false));
     state.store(range.state_out);
 }
 
@@ -147,11 +177,13 @@ void causal_backward_q(const Range& range, float* memory) {
     UnitScale q_scale, k_scale;
     Weights weights;
     Ahead ahead;
+    Decay decay(range);
     int64_t count = range.divisor.count;
     for (int64_t t = 0; t < range.tokens; t += C) {
         const int64_t n = smaller(C, range.tokens - t);
         const Tokens q = of_queries(range, range.q, t, n, K);
-        weights.set(range.divisor, range.key_mask, t, n, count);
+        decay.enter(t, n);
+        weights.set(range.divisor, range.key_mask, t, n, count, decay.exponents());
         count += count_real(range.key_mask, t, n);
         load_unit_words(k_rows, of_keys(range, range.k, t, n, K), weights.get(), k_scale);
         copy_rows(v_rows, of_keys(range, range.v, t, n, V));
@@ -167,14 +199,19 @@ void causal_backward_q(const Range& range, float* memory) {
         interleave(k_pairs, k_rows, n);
         interleave(v_pairs, v_rows, n);
         multiply_lower<DotPairs>(n, product(g_rows.left(pairs(V)), v_transposed), dscores, C, ahead);
+        finish_scores(range, decay, dscores, C, n);
         round_lower(dscore_rows, dscores, C, n);
+        if (decay.moves) scale_to_before(g_rows, decay, n);
         const Product products[] = {product(g_rows.left(state.depth_of(pairs(V))), state_pairs),
                                     product(dscore_rows.left(pairs(n)), k_pairs)};
         multiply<DotPairs>(n, dq.ld, products, 2, dq.data, nullptr, dq.ld, ahead, keep_lower_pairs);
-        find_unit_scale(q, nullptr, q_scale);
+        find_unit_scale(q, decay.query_weights(), q_scale);
+        find_inner(q, dq, q_scale, range.of_queries == nullptr ? nullptr : range.of_queries + t);
         store_unit_gradient(of_queries(range, range.dq, t, n, K), q, dq, q_scale);
-        if (t + C < range.tokens || range.state_out != nullptr) add_to(state, v_pairs, k_pairs, n, ahead);
+        if (decay.is_split) scale_to_after(k_rows, k_pairs, decay, n);
+        if (t + C < range.tokens || range.state_out != nullptr) add_to(state, v_pairs, k_pairs, n, ahead, decay.kept());
     }
+    state.scale(decay.leave(false));
     if (range.state_out == nullptr) return;
     state.transpose_to(upright);
     upright.store(range.state_out);
@@ -198,12 +235,17 @@ void causal_backward_kv(const Range& range, float* memory) {
     UnitScale q_scale, k_scale;
     Weights weights;
     Ahead ahead;
+    Decay decay(range);
+    after.scale(decay.arrive());
+    decay.start_gradients(after.data, after.ld);
+    float inner[kMaxChunk];
     int64_t count = range.divisor.count + count_real(range.key_mask, 0, range.tokens);
     for (int64_t t = range.tokens > 0 ? (range.tokens - 1) / C * C : -1; t >= 0; t -= C) {
         const int64_t n = smaller(C, range.tokens - t);
         count -= count_real(range.key_mask, t, n);
-        weights.set(range.divisor, range.key_mask, t, n, count);
-        load_unit_words(q_rows, of_queries(range, range.q, t, n, K), nullptr, q_scale);
+        decay.enter_backward(t, n);
+        weights.set(range.divisor, range.key_mask, t, n, count, decay.exponents());
+        load_unit_words(q_rows, of_queries(range, range.q, t, n, K), decay.query_weights(), q_scale);
         load_unit_words(k_rows, of_keys(range, range.k, t, n, K), weights.get(), k_scale);
         copy_rows(v_rows, of_keys(range, range.v, t, n, V));
         copy_rows(g_rows, of_queries(range, range.grad, t, n, V));
@@ -224,18 +266,27 @@ void causal_backward_kv(const Range& range, float* memory) {
         interleave(q_pairs, q_rows, n);
         interleave(g_pairs, g_rows, n);
         multiply_lower<DotPairs>(n, product(q_rows.left(pairs(K)), k_transposed), scores, C, ahead);
+        finish_scores(range, decay, scores, C, n);
         interleave_lower(score_pairs, scores, C, n);
         multiply_lower<DotPairs>(n, product(g_rows.left(pairs(V)), v_transposed), scores, C, ahead);
+        finish_scores(range, decay, scores, C, n);
         interleave_lower(dscore_pairs, scores, C, n);
+        if (decay.moves) {
+            scale_to_before(k_rows, decay, n);
+            scale_to_before(v_rows, decay, n);
+        }
         const Product for_k[] = {product(v_rows.left(after.depth_of(pairs(V))), after_transposed),
                                  product(dscore_pairs.left_transposed(pairs(n)), q_pairs)};
         const Product for_v[] = {product(k_rows.left(after.depth_of(pairs(K))), after_pairs),
                                  product(score_pairs.left_transposed(pairs(n)), g_pairs)};
         multiply<DotPairs>(n, dk.ld, for_k, 2, dk.data, nullptr, dk.ld, ahead, keep_upper_pairs);
         multiply<DotPairs>(n, dv.ld, for_v, 2, dv.data, nullptr, dv.ld, ahead, keep_upper_pairs);
-        store_key_gradients(range, t, n, dk, dv, k_scale, weights);
-        if (t > 0 || range.state_out != nullptr) add_to(after, q_pairs, g_pairs, n, ahead);
+        store_key_gradients(range, t, n, dk, dv, k_scale, weights, range.of_queries == nullptr ? nullptr : inner);
+        if (range.of_queries != nullptr) decay.store_gradients(t, n, inner);
+        if (decay.is_split) scale_to_after(q_rows, q_pairs, decay, n);
+        if (t > 0 || range.state_out != nullptr) add_to(after, q_pairs, g_pairs, n, ahead, decay.kept());
     }
+    after.scale(decay.leave(true));
     after.store(range.state_out);
 }
 

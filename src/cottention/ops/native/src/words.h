@@ -146,6 +146,7 @@ struct Tokens {
     const Rows& rows;
     int64_t t, n, D;
     const uint8_t* mask;
+    bool adds = false;  // what is stored is added to what is there
     uint16_t* row(int64_t i) const { return static_cast<uint16_t*>(rows.data) + (t + i) * rows.stride; }
     bool is_hidden(int64_t i) const { return is_padding(mask, t + i); }
 };
@@ -209,8 +210,19 @@ inline void store_numbers(uint16_t* p, __m512 low, __m512 high, int64_t left) {
     }
 }
 
+// 32 numbers, or as many as are left, to p; or added to what is there.
+inline void put_numbers(uint16_t* p, __m512 low, __m512 high, int64_t left, bool adds) {
+    if (__builtin_expect(adds, false)) {
+        const __m512i there = load_numbers(p, left);
+        low = Vector::add(low, low_of(there));
+        high = Vector::add(high, high_of(there));
+    }
+    store_numbers(p, low, high, left);
+}
+
 // src rows, each times its factor (null: 1), to their tokens; padded tokens are zero.
 inline void store_tokens(const Tokens& tokens, const Block& src, const float* factors = nullptr) {
+    const bool adds = tokens.adds;
     for (int64_t i = 0; i < tokens.n; i++) {
         if (tokens.is_hidden(i)) {
             clear_elements(reinterpret_cast<BFloat16*>(tokens.row(i)), tokens.D);
@@ -220,8 +232,8 @@ inline void store_tokens(const Tokens& tokens, const Block& src, const float* fa
         for (int64_t d = 0; d < tokens.D; d += kPairWidth) {
             const float* from = src.row(i) + d;
             const __m512 high = d + kWidth < src.ld ? Vector::load(from + kWidth) : Vector::zero();
-            store_numbers(tokens.row(i) + d, Vector::mul(Vector::load(from), factor), Vector::mul(high, factor),
-                          tokens.D - d);
+            put_numbers(tokens.row(i) + d, Vector::mul(Vector::load(from), factor), Vector::mul(high, factor),
+                        tokens.D - d, adds);
         }
     }
 }
@@ -237,9 +249,38 @@ inline float dot(const uint16_t* token, const float* row, int64_t D) {
     return Vector::sum(Vector::add(low, high));
 }
 
+// The same with the token times a factor, rounded as `load_unit_words` rounds it.
+inline float dot_rounded(const uint16_t* token, float factor, const float* row, int64_t D) {
+    const __m512 f = Vector::set1(factor);
+    __m512 low = Vector::zero(), high = Vector::zero();
+    for (int64_t d = 0; d < D; d += kPairWidth) {
+        const __m512i x = scale_numbers(load_numbers(token + d, D - d), f);
+        low = Vector::fma(low_of(x), Vector::load(row + d), low);
+        if (d + kWidth < D) high = Vector::fma(high_of(x), Vector::load(row + d + kWidth), high);
+    }
+    return Vector::sum(Vector::add(low, high));
+}
+
+// x . g of n tokens as x went into the products: of both passes of backward, so that what they have in common cancels.
+inline void find_inner(const Tokens& source, const Block& gradient, const UnitScale& scale, float* inner) {
+    for (int64_t i = 0; i < source.n && inner != nullptr; i++)
+        inner[i] = source.is_hidden(i) ? 0 : dot_rounded(source.row(i), scale.factor[i], gradient.row(i), source.D);
+}
+
+// Rows times a power of two each, which is exact.
+template <class F>
+inline void scale_words(const Words& words, int64_t n, F factor_of) {
+    for (int64_t i = 0; i < n; i++) {
+        const __m512 factor = Vector::set1(factor_of(i));
+        for (int64_t d = 0; d < words.ld; d += kWidth)
+            store_words(words.row(i) + d, scale_numbers(load_words(words.row(i) + d), factor));
+    }
+}
+
 // From the gradient of x = w x_hat that of the tokens that x came from, see rows.h; x is made from them once more.
 inline void store_unit_gradient(const Tokens& tokens, const Tokens& source, const Block& gradient,
                                 const UnitScale& scale) {
+    const bool adds = tokens.adds;
     for (int64_t i = 0; i < tokens.n; i++) {
         if (tokens.is_hidden(i)) {
             clear_elements(reinterpret_cast<BFloat16*>(tokens.row(i)), tokens.D);
@@ -255,7 +296,7 @@ inline void store_unit_gradient(const Tokens& tokens, const Tokens& source, cons
             const __m512 high = d + kWidth < tokens.D
                                     ? Vector::fma(radial, high_of(words), Vector::load(g + d + kWidth))
                                     : Vector::zero();
-            store_numbers(tokens.row(i) + d, Vector::mul(low, factor), Vector::mul(high, factor), tokens.D - d);
+            put_numbers(tokens.row(i) + d, Vector::mul(low, factor), Vector::mul(high, factor), tokens.D - d, adds);
         }
     }
 }
