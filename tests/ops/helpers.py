@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -62,7 +63,7 @@ def make_case(
     V: int = 12,
     causal: bool = True,
     mask: str | None = None,
-    lengths: list[int] | None = None,
+    lengths: Sequence[int] | None = None,
     with_state: bool = False,
     output_final_state: bool = False,
     norm_const: bool = True,

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import replace
+from functools import cache
 from typing import Any
 
 import pytest
@@ -30,10 +31,22 @@ def instruction_set(request: pytest.FixtureRequest) -> Iterator[str]:
     binding.use_instruction_set(before)
 
 
+@cache
+def _known(**kind: Any) -> tuple[Case, dict[str, torch.Tensor]]:
+    """A case that several tests have, and its results."""
+    case = make_case(**kind)
+    return case, run(case, "naive")
+
+
 def _check(
-    case: Case, dtype: torch.dtype = torch.float32, *, chunk_size: int | None = None, threads: int | None = None
+    case: Case,
+    dtype: torch.dtype = torch.float32,
+    *,
+    chunk_size: int | None = None,
+    threads: int | None = None,
+    truth: dict[str, torch.Tensor] | None = None,
 ) -> None:
-    truth = run(case, "naive")
+    truth = run(case, "naive") if truth is None else truth
     before = torch.get_num_threads()
     torch.set_num_threads(threads or before)
     try:
@@ -44,19 +57,22 @@ def _check(
 
 
 @pytest.mark.parametrize("log_decay", _DECAYS)
-@pytest.mark.parametrize("T", [0, 1, 2, 33, 64, 95])
+@pytest.mark.parametrize("T", [0, 1, 33, 95])
 def test_every_instruction_set_matches_naive(T: int, log_decay: float | None, instruction_set: str) -> None:
-    _check(make_case(T=T, K=24, V=40, log_decay=log_decay, beta=True, with_state=True, output_final_state=True))
+    sizes = {"T": T, "K": 24, "V": 40}
+    case, truth = _known(**sizes, log_decay=log_decay, beta=True, with_state=True, output_final_state=True)
+    _check(case, truth=truth)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("log_decay", [None, -0.5])
-@pytest.mark.parametrize(("K", "V"), [(2, 3), (64, 64), (33, 17), (17, 100)])
+@pytest.mark.parametrize(("K", "V"), [(2, 3), (64, 64), (33, 100)])
 def test_every_dtype_and_head_size(
     dtype: torch.dtype, log_decay: float | None, K: int, V: int, instruction_set: str
 ) -> None:
-    case = make_case(T=70, K=K, V=V, mask="holes", log_decay=log_decay, beta=True, with_state=True)
-    _check(replace(case, output_final_state=True), dtype)
+    ends = {"with_state": True, "output_final_state": True}
+    case, truth = _known(T=70, K=K, V=V, mask="holes", log_decay=log_decay, beta=True, **ends)
+    _check(case, dtype, truth=truth)
 
 
 @given(
@@ -139,17 +155,20 @@ def test_garbage_at_padding_reaches_nothing(instruction_set: str) -> None:
         assert (results[name][~case.attention_mask] == 0).all(), name
 
 
-@pytest.mark.parametrize("kind", ["one head", "heads", "packed", "chunks of 48"])
+_MANY_SEGMENTS: dict[str, dict[str, Any]] = {
+    "one head": {"B": 1, "T": 1100, "H": 1, "K": 16, "V": 16, "mask": "holes"},
+    "heads": {"B": 1, "T": 1100, "H": 3, "K": 8, "V": 20},
+    "packed": {"lengths": (600, 3, 0, 513), "H": 2, "K": 8, "V": 8},
+    "chunks of 48": {"B": 1, "T": 600, "H": 2, "K": 8, "V": 8, "mask": "left"},
+}
+
+
 @pytest.mark.parametrize("threads", [1, 2])
+@pytest.mark.parametrize("kind", _MANY_SEGMENTS)
 def test_sequences_of_many_segments(kind: str, threads: int) -> None:
-    ends: dict[str, Any] = {"log_decay": -0.1, "beta": True, "with_state": True, "output_final_state": True}
-    case = {
-        "one head": make_case(B=1, T=1600, H=1, K=16, V=16, mask="holes", **ends),
-        "heads": make_case(B=1, T=1100, H=3, K=8, V=20, **ends),
-        "packed": make_case(lengths=[600, 3, 0, 513, 512], H=2, K=8, V=8, **ends),
-        "chunks of 48": make_case(B=1, T=1100, H=2, K=8, V=8, mask="left", **ends),
-    }[kind]
-    _check(case, chunk_size=48 if "48" in kind else None, threads=threads)
+    ends = {"with_state": True, "output_final_state": True}
+    case, truth = _known(**{"log_decay": -0.1, "beta": True} | ends | _MANY_SEGMENTS[kind])
+    _check(case, chunk_size=48 if "48" in kind else None, threads=threads, truth=truth)
 
 
 def test_any_strides_give_the_same() -> None:
@@ -196,14 +215,15 @@ def test_backward_finds_states_that_forward_did_not_keep() -> None:
         assert torch.equal(x, y)
 
 
-def test_operators_pass_opcheck() -> None:
-    for lengths in (None, [9, 0, 11]):
-        case = make_case(T=20, K=3, V=2, lengths=lengths, with_state=True, log_decay=-0.5, beta=True).to(torch.float32)
-        assert case.initial_state is not None
-        inputs = (case.q, case.k, case.v, case.norm_const, None, case.cu_seqlens, *case.initial_state)
-        leaves = [x.clone().requires_grad_() if x is not None and x.is_floating_point() else x for x in inputs]
-        arguments = ("native", *leaves, case.log_decay, case.beta, True, 0, 512)
-        torch.library.opcheck(torch.ops.cottention.gated.default, arguments)
+@pytest.mark.slow
+@pytest.mark.parametrize("lengths", [None, [9, 0, 11]])
+def test_operators_pass_opcheck(lengths: list[int] | None) -> None:
+    case = make_case(T=20, K=3, V=2, lengths=lengths, with_state=True, log_decay=-0.5, beta=True).to(torch.float32)
+    assert case.initial_state is not None
+    inputs = (case.q, case.k, case.v, case.norm_const, None, case.cu_seqlens, *case.initial_state)
+    leaves = [x.clone().requires_grad_() if x is not None and x.is_floating_point() else x for x in inputs]
+    arguments = ("native", *leaves, case.log_decay, case.beta, True, 0, 512)
+    torch.library.opcheck(torch.ops.cottention.gated.default, arguments)
 
 
 def test_auto_takes_it() -> None:
@@ -226,7 +246,7 @@ def _token(case: Case, t: int) -> dict[str, Any]:
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("rules", _RULES)
-@pytest.mark.parametrize(("K", "V"), [(8, 4), (33, 83), (64, 64)])
+@pytest.mark.parametrize(("K", "V"), [(8, 4), (33, 83)])
 def test_steps_are_the_recurrence(
     dtype: torch.dtype, rules: dict[str, Any], K: int, V: int, instruction_set: str
 ) -> None:
@@ -293,3 +313,23 @@ def test_a_first_step_has_no_state() -> None:
     o, found = cosine_attention_step(own.q, own.k, own.v, own.norm_const, None, **_token(own, 0))
     assert (o - truth).abs().max() <= TOLERANCE[torch.float32] * truth.abs().max()
     assert (found.kv - state.kv).abs().max() <= TOLERANCE[torch.float32] * state.kv.abs().max()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("log_decay", [None, -0.01])
+def test_no_drift_over_a_million_tokens(log_decay: float | None) -> None:
+    """Erased states lose what rounding did to them: the last tokens are as exact as the first."""
+    case = make_case(B=1, T=1_000_000, H=1, K=16, V=16, norm_const=False, log_decay=log_decay, beta=True)
+    results = []
+    for dtype, implementation in ((torch.float64, "chunk"), (torch.float32, "native")):
+        own = case.to(dtype)
+        q, k, v = (x.clone().requires_grad_() for x in (own.q, own.k, own.v))
+        options: dict[str, Any] = {"log_decay": own.log_decay, "beta": own.beta, "implementation": implementation}
+        o, _ = cosine_attention(q, k, v, None, causal=True, **options)
+        grad = torch.randn(o.shape, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
+        results.append([x.detach().double() for x in (o, *torch.autograd.grad(o, (q, k, v), grad.to(dtype)))])
+    for truth, found in zip(*results, strict=True):
+        error = (found - truth).abs()
+        assert error.max() <= TOLERANCE[torch.float32] * truth.abs().max()
+        assert error[:, 900_000:].mean() <= 2 * error[:, :100_000].mean()
+        assert error[:, :100_000].mean() <= 2 * error[:, 900_000:].mean()
