@@ -109,9 +109,8 @@ def _gated_delta_rule(
 ) -> tuple[Tensor, Tensor | None]:
     dtype = accumulation_dtype(query.dtype)
     T, H = value.shape[1:3]
-    q, q_length = _with_lengths(query.to(dtype), H, normalise)
-    k, k_length = _with_lengths(key.to(dtype), H, normalise)  # [B, T, H, K], [B, T, H, 1]
-    v = value.to(dtype).contiguous() / k_length
+    q, k, q_length, k_length = _with_lengths(query.to(dtype), key.to(dtype), H, normalise)
+    v = value.to(dtype) * k_length.reciprocal()
     gates: dict[str, Any] = {"log_decay": g.to(dtype), "beta": beta.to(dtype) * k_length.squeeze(-1).square()}
     state = None
     if initial_state is not None:
@@ -136,22 +135,22 @@ def _gated_delta_rule(
     return o, final.kv if output_final_state and final is not None else None
 
 
-def _with_lengths(x: Tensor, H: int, normalise: bool) -> tuple[Tensor, Tensor]:
-    """Queries or keys `[B, T, G, K]` for H heads, and the length that theirs have in the state, `[B, T, H, 1]`."""
-    x = x.contiguous()  # they come from a convolution along T
+def _with_lengths(query: Tensor, key: Tensor, H: int, normalise: bool) -> tuple[Tensor, ...]:
+    """Both `[B, T, G, K]` for H heads, and the lengths that theirs gives them, `[B, T, H, 1]`: q, k, of q, of k."""
+    x = torch.stack((query, key))  # [2, B, T, G, K]; they come from a convolution along T
     length = torch.linalg.vector_norm(x, dim=-1, keepdim=True)
-    is_short = length < _SHORT
-    if torch.compiler.is_compiling() or is_short.any():
+    if torch.compiler.is_compiling() or bool(length.detach().min() < _SHORT):
+        is_short = length < _SHORT
         first = torch.arange(x.shape[-1], device=x.device) == 0
         x = torch.where(is_short, _TIMES * (x + _LEAST_LENGTH * first), x)
         length = torch.linalg.vector_norm(x, dim=-1, keepdim=True)
         length = torch.where(is_short, length / _TIMES, length)
     if normalise:
-        length = length * torch.rsqrt(length.square() + _EPS)
-    repeats = H // x.shape[2]
-    if repeats == 1:
-        return x, length
-    return x.repeat_interleave(repeats, dim=2), length.repeat_interleave(repeats, dim=2)
+        length = length / torch.hypot(length, length.new_tensor(_EPS**0.5))
+    repeats = H // x.shape[3]
+    if repeats > 1:  # as repeat_interleave does, in fewer steps: one token is all overhead
+        x, length = (y.unsqueeze(4).expand(*y.shape[:4], repeats, -1).flatten(3, 4) for y in (x, length))
+    return *x.unbind(), *length.unbind()
 
 
 def boundaries_of(cu_seqlens: Tensor | None, seq_idx: Tensor | None) -> Tensor | None:
