@@ -270,3 +270,17 @@ def test_a_model_compiles_whole(kind: Any, make: Any, attention_type: str) -> No
     torch.testing.assert_close(compiled.loss, eager.loss)
     for name, gradient in gradients(model).items():
         torch.testing.assert_close(gradient, expected[name], rtol=1e-3, atol=1e-4)
+
+
+@pytest.mark.parametrize("attention_type", ATTENTION_TYPES)
+def test_without_rotary_dims_the_order_of_what_came_before_does_not_matter(attention_type: str) -> None:
+    model = CottentionGPTForCausalLM(
+        gpt_config(attention_type, n_layer=1, rotary_dim=0, norm_const_init=-20.0)  # an exponent of 0: no order either
+    ).eval()
+    ids = torch.arange(1, 9)[None]
+    mixed = torch.cat([ids[:, :7].flip(-1), ids[:, 7:]], dim=-1)
+    with torch.no_grad():
+        one, other = model(ids).logits[:, -1], model(mixed).logits[:, -1]
+        step = model(ids[:, 7:], past_key_values=cache_of(model(ids[:, :7], use_cache=True))).logits[:, -1]
+    torch.testing.assert_close(one, other)
+    torch.testing.assert_close(one, step)

@@ -42,6 +42,7 @@ def _parser() -> argparse.ArgumentParser:
         each.add_argument("--threads", type=int, default=1, help="one, unless the models are large")
     table = commands.add_parser("table", help="print Markdown of what is finished")
     table.add_argument("experiments", nargs="*", help="names; none: all")
+    table.add_argument("--page", type=Path, help="a page between whose marks it is written instead")
     plot = commands.add_parser("plot", help="draw curves of what is finished")
     plot.add_argument("--output", type=Path, default=Path("docs/quality"), help="where the pictures go (%(default)s)")
     return parser
@@ -111,9 +112,14 @@ def _repeat(given: argparse.Namespace) -> int:
 
 
 def _table(given: argparse.Namespace) -> int:
-    from cottention.benchmarks.quality.tables import as_markdown
+    from cottention.benchmarks.quality.tables import as_markdown, replace_tables
+    from cottention.files import write_text
 
-    print(as_markdown(_lines(given), given.experiments))
+    tables = as_markdown(_lines(given), given.experiments)
+    if given.page is None:
+        print(tables)
+    else:
+        write_text(given.page, replace_tables(given.page.read_text(encoding="utf-8"), tables))
     return 0
 
 

@@ -101,6 +101,10 @@ _RECALL = (
 )
 
 
+ASKED = {"mqar": "pairs", "stacked-mqar": "pairs", "copying": "symbols", "permutations": "tokens"}
+"""What the tests of a made task differ in."""
+
+
 @dataclass(frozen=True, kw_only=True)
 class Experiment:
     """Cells that share a task, a size and a schedule."""
@@ -123,6 +127,10 @@ class Experiment:
     """Steps of a cell of the sweep."""
     rates_of: tuple[str, ...] = ()
     """The experiments whose sweeps are meant; none: this one."""
+    rows_at_once: int | None = None
+    """Rows of one pass, where a step is more than the memory holds; their gradients are added up."""
+    precision: str = "float32"
+    """What is multiplied in while training: float32, or bfloat16 by autocast. Scores are of float32 always."""
     settings: Mapping[str, Any] = field(default_factory=dict)
     """What the task is told."""
     unattended: bool = True
@@ -130,8 +138,8 @@ class Experiment:
 
 
 _RATES = (2e-3, 4e-3, 8e-3)
-_SMALL_RATES = (1e-3, 3e-3, 1e-2)
-_TEXT = {"task": "text", "length": 256, "batch_size": 8, "steps": 500}
+_SMALL_RATES = (3e-3, 1e-2, 3e-2)
+_TEXT = {"task": "text", "length": 256, "batch_size": 8, "steps": 500, "precision": "bfloat16"}
 _MADE = {"batch_size": 64, "steps": 600, "rates_of": ("mqar",)}
 
 EXPERIMENTS = {
@@ -140,7 +148,7 @@ EXPERIMENTS = {
         size="1m",
         variants=(*_LADDER, HYBRID),
         rates=_RATES,
-        rate_steps=250,
+        rate_steps=150,
         **_TEXT,
     ),
     "lm-3m": Experiment(size="3m", variants=(*_LADDER, HYBRID), rates_of=("lm-1m",), **_TEXT),
@@ -149,11 +157,11 @@ EXPERIMENTS = {
         size="1m",
         variants=(*_BUT_ONE, *_ALONE, *_DIVISORS, PLUS.replace("gate", "silugate")),
         rates=_RATES,
-        rate_steps=250,
+        rate_steps=150,
         **_TEXT,
     ),
     # Rotary on a quarter and on none of each head, beside the whole in "lm-1m".
-    "rotary-1m": Experiment(size="1m", variants=_ROTARY, rates=_RATES, rate_steps=250, **_TEXT),
+    "rotary-1m": Experiment(size="1m", variants=_ROTARY, rates=_RATES, rate_steps=150, **_TEXT),
     "lm-10m": Experiment(
         **{**_TEXT, "steps": 2000},
         size="10m",
@@ -248,6 +256,8 @@ EXPERIMENTS = {
         length=1024,
         batch_size=256,
         steps=9537,
+        rows_at_once=32,
+        precision="bfloat16",
         seeds=(0,),
         rates_of=("lm-1m",),
         settings={"vocab_size": 32768},
@@ -264,7 +274,7 @@ EXPERIMENTS = {
         rates=(4e-3, 8e-3, 16e-3),
         rate_steps=30,
         seeds=(0, 1),
-        settings={"vocab_size": 1024, "num_scored": 4096},
+        settings={"vocab_size": 1024, "num_scored": 8192},
         unattended=False,
     ),
     "small-mqar": Experiment(
@@ -330,6 +340,7 @@ class Cell:
             "steps": self.steps,
             "batch_size": plan.batch_size,
             "length": plan.length,
+            "precision": plan.precision,
             "seed": self.seed,
             "rate": self.rate,
             **{name: list(value) if isinstance(value, tuple) else value for name, value in plan.settings.items()},

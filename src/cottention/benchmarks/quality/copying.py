@@ -12,7 +12,7 @@ import numpy as np
 import torch
 
 from cottention.benchmarks.quality.cells import Cell
-from cottention.benchmarks.quality.tasks import Batch, MadeTask, Task, TaskFiles
+from cottention.benchmarks.quality.tasks import Batch, MadeTask, RowMaker, Task, TaskFiles
 from cottention.errors import SettingsError
 from cottention.files import IGNORE_INDEX
 
@@ -24,7 +24,7 @@ def make(cell: Cell, files: TaskFiles) -> Task:
     vocab_size = cell.plan.settings.get("vocab_size", 32)
     symbols, length = cell.plan.settings["symbols"], cell.plan.length
 
-    def with_symbols(count: int) -> object:
+    def with_symbols(count: int) -> RowMaker:
         return lambda rng, rows: copying_rows(rng, rows, length, count, vocab_size)
 
     tests = {str(count): with_symbols(count) for count in (symbols // 2, symbols)}

@@ -27,6 +27,7 @@ from cottention.models import CottentionGPTForCausalLM
 from cottention.models.versions import CACHE_NAME, cache_of
 
 _CONTEXTS = (1, 2, 4, 8, 16)  # times the training window
+_LONG_TOKENS = 16384  # read at each of them
 _PASS_TOKENS = 8192  # scored at once
 _LOGIT_ROWS = 2048
 
@@ -54,7 +55,7 @@ class TextTask:
         batch_size: windows of a step.
         seed: of their order.
         carried: whether each row of a step goes on where it was at the step before.
-        num_scored: tokens of each kind of text that are scored; a multiple of 16 windows.
+        num_scored: tokens of each kind of text that are scored, in whole rows of 16 windows; a quarter chooses.
 
     Raises:
         DataError: there is less text than that.
@@ -102,8 +103,9 @@ class TextTask:
         nats, num_tokens, num_bytes, by_kind = 0.0, 0, 0, {}
         by_position = np.zeros(self._length)
         streams = self._text.held_out(split)
+        count = self._num_scored // 4 if split == "choose" else self._num_scored
         for kind, stream in streams.items():
-            scored = self._scored(stream)
+            scored = self._scored(stream, count)
             losses = window_losses(model, scored, self._length)
             by_kind[kind] = _summary(float(losses.sum()), losses.size, self._text.num_bytes(scored[1:]))
             by_position += losses.mean(axis=0) / len(streams)
@@ -112,17 +114,18 @@ class TextTask:
         result = {**_summary(nats, num_tokens, num_bytes), "num_tokens": num_tokens}
         if split == "choose":
             return result
+        longest = max(streams.values(), key=self._text.document_length)
         return {
             **result,
             "kinds": by_kind,
             "by_position": _buckets(by_position),
-            "by_context": self._by_context(model, self._scored(next(iter(streams.values())))),
+            "by_context": self._by_context(model, self._scored(longest, min(count, _LONG_TOKENS))),
         }
 
-    def _scored(self, stream: np.ndarray) -> np.ndarray:
+    def _scored(self, stream: np.ndarray, count: int) -> np.ndarray:
         """The beginning, in whole rows of the longest context."""
         longest = self._length * _CONTEXTS[-1]
-        count = min(self._num_scored, (len(stream) - 1) // longest * longest)
+        count = min(count, len(stream) - 1) // longest * longest
         if not count:
             raise DataError(f"text that is scored must have more than {longest} tokens of a kind; got {len(stream)}")
         return np.asarray(stream[: count + 1])
@@ -132,7 +135,6 @@ class TextTask:
         longest = self._length * _CONTEXTS[-1]
         read = {str(n * self._length): window_losses(model, scored, n * self._length) for n in _CONTEXTS}
         read["carried"] = window_losses(model, scored, longest, piece=self._length)
-        # Rows as long as the longest context, so that the mean is over the same tokens, each once.
         return {name: float(losses.mean()) for name, losses in read.items()}
 
 

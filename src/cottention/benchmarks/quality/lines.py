@@ -33,9 +33,12 @@ class Lines:
         self._read: dict[str, tuple[int, dict[str, dict[str, Any]]]] = {}
 
     def of(self, cell: Cell) -> dict[str, Any] | None:
-        """The line of a cell; None where there is none, or only that of a cell with other settings."""
+        """The line of a cell; None where there is none, or only one of other settings or of a rate chosen before."""
         line = self._lines(cell.experiment).get(cell.name)
-        return line if line is not None and line.get("settings") == cell.settings() else None
+        if line is None or line.get("settings") != cell.settings():
+            return None
+        rate = self.chosen_rate(cell)
+        return line if rate is None or rate == line["learning_rate"] else None
 
     def add(self, cell: Cell, found: dict[str, Any]) -> dict[str, Any]:
         """Append a cell's line; it is on disk when this returns."""
@@ -68,7 +71,7 @@ class Lines:
         losses = [(line["scores"]["loss"], each.rate) for each, line in zip(swept, lines, strict=True) if line]
         _, rate = min(losses)
         assert rate is not None
-        return rate * SIZES[swept[0].plan.size].n_embd / SIZES[cell.plan.size].n_embd
+        return scaled(rate, cell)
 
     def _path(self, experiment: str) -> Path:
         return self.directory / f"{experiment}.jsonl"
@@ -87,6 +90,12 @@ class Lines:
                     logger.warning("%s: line %d is damaged and left out", path, number)
             self._read[experiment] = (size, found)
         return self._read[experiment][1]
+
+
+def scaled(rate: float, cell: Cell) -> float:
+    """A rate of the sweep as the cell takes it: times the ratio of the widths, as hidden matrices want it."""
+    swept = sweep_of(cell)[0]
+    return rate * SIZES[swept.plan.size].n_embd / SIZES[cell.plan.size].n_embd
 
 
 def _parsed(text: str) -> dict[str, Any] | None:

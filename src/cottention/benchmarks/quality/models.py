@@ -10,6 +10,7 @@ back: `n_inner` is the one that brings the count nearest to that of cosine atten
 from __future__ import annotations
 
 import copy
+import json
 from functools import lru_cache
 from typing import Any
 
@@ -64,6 +65,8 @@ def _config(size: Size, options: dict[str, Any], vocab_size: int, length: int, n
     share, every = options.pop("rotary_share", 1.0), options.pop("softmax_every", None)
     if every is not None:
         options["layer_types"] = _layer_types(size.n_layer, every)
+    # A config of transformers takes any word in silence.
+    assert all(hasattr(CottentionGPTConfig, name) for name in options), options
     return CottentionGPTConfig(
         vocab_size=vocab_size,
         n_positions=length,
@@ -90,8 +93,6 @@ def num_parameters(config: CottentionGPTConfig) -> int:
 
 @lru_cache
 def _num_parameters(settings: str) -> int:
-    import json
-
     with torch.device("meta"):
         model = CottentionGPTForCausalLM(CottentionGPTConfig(**json.loads(settings)))
     return sum(parameter.numel() for parameter in model.parameters())

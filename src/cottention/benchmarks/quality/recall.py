@@ -19,7 +19,7 @@ import numpy as np
 import torch
 
 from cottention.benchmarks.quality.cells import Cell
-from cottention.benchmarks.quality.tasks import Batch, MadeTask, Task, TaskFiles
+from cottention.benchmarks.quality.tasks import Batch, MadeTask, RowMaker, Task, TaskFiles
 from cottention.errors import SettingsError
 from cottention.files import IGNORE_INDEX
 
@@ -36,7 +36,7 @@ def make(cell: Cell, files: TaskFiles) -> Task:
     vocab_size = settings.get("vocab_size", 512)
     stacked = cell.plan.task == "stacked-mqar"
 
-    def with_pairs(pairs: int) -> Any:
+    def with_pairs(pairs: int) -> RowMaker:
         return lambda rng, rows: recall_rows(rng, rows, cell.plan.length, pairs, vocab_size, stacked=stacked)
 
     return MadeTask(
@@ -45,6 +45,7 @@ def make(cell: Cell, files: TaskFiles) -> Task:
         tests={str(pairs): with_pairs(pairs) for pairs in settings["test_pairs"]},
         seed=cell.seed,
         batch_size=cell.plan.batch_size,
+        num_scored=settings.get("num_scored", 512),
     )
 
 

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Generator, Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -30,7 +30,7 @@ logger = get_logger(__name__)
 
 def run_cells(
     cells: Iterable[Cell], lines: Lines, files: TaskFiles, *, device: str = "cpu", seconds: float = math.inf
-) -> Iterator[dict[str, Any]]:
+) -> Generator[dict[str, Any], None, None]:
     """Yield the line of each cell that is finished here; those that have one already are left out.
 
     A cell whose learning rate is not chosen yet is put off until others have run, and left where that is of no help.
@@ -43,8 +43,9 @@ def run_cells(
         seconds: after which no further cell begins.
     """
     end = time.monotonic() + seconds
-    waiting = [cell for cell in cells if lines.of(cell) is None]
-    while waiting:
+    cells = list(cells)
+    # Looked at anew each time: others may have finished one, or a sweep may have chosen another rate.
+    while waiting := [cell for cell in cells if lines.of(cell) is None]:
         ready = next((cell for cell in waiting if lines.chosen_rate(cell) is not None), None)
         if ready is None:
             logger.warning("%d cells wait for a sweep, as %s for %s", len(waiting), waiting[0].name, _sweep(waiting[0]))
@@ -52,9 +53,7 @@ def run_cells(
         if time.monotonic() >= end:
             logger.info("%d cells are left", len(waiting))
             return
-        waiting.remove(ready)
-        if lines.of(ready) is None:  # nobody else has finished it meanwhile
-            yield lines.add(ready, run_cell(ready, lines, files, device=device))
+        yield lines.add(ready, run_cell(ready, lines, files, device=device))
 
 
 def run_cell(cell: Cell, lines: Lines, files: TaskFiles, *, device: str = "cpu") -> dict[str, Any]:

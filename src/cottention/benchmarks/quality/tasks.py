@@ -43,6 +43,12 @@ class Batch:
     labels: Int[Tensor, "B T"]
     goes_on: bool | None = None
 
+    def split(self, num_rows: int) -> list[tuple[float, Batch]]:
+        """Parts of so many rows at most, with each one's share of the labels."""
+        asked = int((self.labels != IGNORE_INDEX).sum())
+        pairs = zip(self.inputs.split(num_rows), self.labels.split(num_rows), strict=True)
+        return [(int((labels != IGNORE_INDEX).sum()) / asked, Batch(inputs, labels)) for inputs, labels in pairs]
+
 
 @dataclass(frozen=True, kw_only=True)
 class TaskFiles:
@@ -99,7 +105,7 @@ def labelled_loss(model: CottentionGPTForCausalLM, hidden: Tensor, labels: Tenso
     return head_cross_entropy(model.lm_head, hidden[asked], labels[asked])
 
 
-Generator = Callable[[np.random.Generator, int], Batch]
+RowMaker = Callable[[np.random.Generator, int], Batch]
 
 
 class MadeTask:
@@ -118,8 +124,8 @@ class MadeTask:
         self,
         *,
         vocab_size: int,
-        training: Generator,
-        tests: dict[str, Generator],
+        training: RowMaker,
+        tests: dict[str, RowMaker],
         seed: int,
         batch_size: int,
         num_scored: int = 512,

@@ -48,6 +48,7 @@ class Text:
         about = json.loads((folder / "text.json").read_text(encoding="utf-8"))
         self.digest: str = about["digest"]
         self.vocab_size: int = about["vocab_size"]
+        self._border: int = about["border"]
         self._bytes_of_token = np.array(about["bytes_of_token"])
 
     @property
@@ -63,6 +64,10 @@ class Text:
     def num_bytes(self, ids: np.ndarray) -> int:
         """UTF-8 bytes that these tokens stand for; end-of-text stands for none."""
         return int(self._bytes_of_token[ids].sum())
+
+    def document_length(self, stream: np.ndarray) -> float:
+        """Mean tokens of a stream's documents."""
+        return len(stream) / max(1, int((stream == self._border).sum()) - 1)
 
     def _stream(self, name: str) -> np.ndarray:
         return np.memmap(self._folder / f"{name}.bin", dtype=np.int32, mode="r")
@@ -120,7 +125,8 @@ def _write(folder: Path, source: Path, vocab_size: int, digest: str) -> None:
     # In byte-level BPE each character of a token stands for one byte.
     pieces = tokenizer.convert_ids_to_tokens(list(range(len(tokenizer))))
     lengths = [0 if i == tokenizer.eos_token_id else len(piece) for i, piece in enumerate(pieces)]
-    about = {"digest": digest, "vocab_size": len(tokenizer), "bytes_of_token": lengths}
+    border = tokenizer.eos_token_id
+    about = {"digest": digest, "vocab_size": len(tokenizer), "border": border, "bytes_of_token": lengths}
     write_text(folder / "text.json", json.dumps(about))
 
 

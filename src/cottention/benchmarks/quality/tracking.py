@@ -15,14 +15,14 @@ import numpy as np
 import torch
 
 from cottention.benchmarks.quality.cells import Cell
-from cottention.benchmarks.quality.tasks import Batch, MadeTask, Task, TaskFiles
+from cottention.benchmarks.quality.tasks import Batch, MadeTask, RowMaker, Task, TaskFiles
 
 
 def make(cell: Cell, files: TaskFiles) -> Task:
     """State tracking as a task of the study; no files are read."""
     table = product_table(cell.plan.settings["elements"])
 
-    def of_length(length: int) -> object:
+    def of_length(length: int) -> RowMaker:
         return lambda rng, rows: tracking_rows(rng, rows, length, table)
 
     return MadeTask(

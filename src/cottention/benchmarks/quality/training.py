@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import math
 import time
-from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -44,7 +43,7 @@ class Trained:
         curve: (step, mean nats since the point before, processor seconds, seconds), at most 20 points.
         seconds: of training.
         cpu_seconds: of the process, all its threads together: what a busy machine changes least.
-        step_bytes: what one step needs at its peak beyond weights and optimizer.
+        step_bytes: what one pass of a step needs at its peak beyond weights and optimizer.
     """
 
     model: CottentionGPTForCausalLM
@@ -62,17 +61,18 @@ def train(cell: Cell, task: Task, *, rate: float, checkpoint: Path | None = None
         task: what on.
         rate: highest learning rate.
         checkpoint: where an interrupted run goes on from; removed by the caller once the cell is finished.
-        device: cpu (float32), or cuda (bfloat16 by autocast).
+        device: cpu or cuda.
 
     Raises:
         CottentionError: the loss is not finite.
     """
-    model = new_model(cell, task.vocab_size).to(device).train()
+    model = new_model(cell, task.vocab_size).train()
+    model.to(torch.device(device))  # pyright: ignore[reportArgumentType]  transformers' decorator hides the signature
     optimizer = torch.optim.AdamW(parameter_groups(model, WEIGHT_DECAY), lr=rate, betas=BETAS)
     trained, start = Trained(model), 0
     if checkpoint is not None and checkpoint.exists():
         start = _load(checkpoint, trained, optimizer)
-    run = _Run(trained, optimizer, task, rate=rate, num_steps=cell.steps, device=device)
+    run = _Run(trained, optimizer, task, cell, rate=rate, device=device)
     run.go(start, checkpoint)
     trained.step_bytes = _step_bytes(run)
     model.eval()
@@ -87,13 +87,15 @@ class _Run:
         trained: Trained,
         optimizer: torch.optim.Optimizer,
         task: Task,
+        cell: Cell,
         *,
         rate: float,
-        num_steps: int,
         device: str,
     ) -> None:
         self.trained, self.optimizer, self.task = trained, optimizer, task
-        self.rate, self.num_steps, self.device = rate, num_steps, device
+        self.rate, self.num_steps, self.device = rate, cell.steps, device
+        self.rows_at_once = cell.plan.rows_at_once
+        self.is_short = cell.plan.precision == "bfloat16"
         self.cache: Any = None
 
     def go(self, start: int, checkpoint: Path | None) -> None:
@@ -104,7 +106,7 @@ class _Run:
         saved_at, losses = time.perf_counter(), []
         for step in range(start, self.num_steps):
             losses.append(self._step(step))
-            if (step + 1) % every:
+            if (step + 1) % every and step + 1 < self.num_steps:
                 continue
             mean = torch.stack(losses).mean().item()
             losses = []
@@ -121,17 +123,28 @@ class _Run:
         factor = schedule(step, self.num_steps)
         for group in self.optimizer.param_groups:
             group["lr"] = self.rate * factor
-        loss = self.loss(self.task.batch(step))
-        loss.backward()
+        loss = self._backward(self.task.batch(step))
         nn.utils.clip_grad_norm_(self.trained.model.parameters(), MAX_NORM)
         self.optimizer.step()
         self.optimizer.zero_grad()
-        return loss.detach()
+        return loss
+
+    def _backward(self, batch: Batch) -> Tensor:
+        if self.rows_at_once is None:
+            loss = self.loss(batch)
+            loss.backward()
+            return loss.detach()
+        losses = []
+        for share, part in batch.split(self.rows_at_once):
+            loss = share * self.loss(part)
+            loss.backward()
+            losses.append(loss.detach())
+        return torch.stack(losses).sum()
 
     def loss(self, batch: Batch) -> Tensor:
         """Of a batch; rows that go on start from the states that the batch before has left."""
         model, inputs, labels = self.trained.model, batch.inputs.to(self.device), batch.labels.to(self.device)
-        with _precision(self.device):
+        with torch.autocast(torch.device(self.device).type, torch.bfloat16, enabled=self.is_short):
             if batch.goes_on is None:
                 return labelled_loss(model, hidden_states(model, inputs, use_cache=False)[0], labels)
             past = {CACHE_NAME: self.cache} if batch.goes_on else {}
@@ -148,13 +161,11 @@ def schedule(step: int, num_steps: int) -> float:
     return 0.5 * (1 + math.cos(math.pi * (step - warmup) / max(1, num_steps - warmup)))
 
 
-def _precision(device: str) -> AbstractContextManager[Any]:
-    return nullcontext() if device == "cpu" else torch.autocast(device, dtype=torch.bfloat16)
-
-
 def _step_bytes(run: _Run) -> int:
     """Of the tensors of one more forward and backward pass, whose gradients are dropped."""
     batch = run.task.batch(0)  # begins afresh
+    if run.rows_at_once is not None:
+        batch = batch.split(run.rows_at_once)[0][1]
 
     def call() -> tuple[Tensor, ...]:
         loss = run.loss(batch)

@@ -32,7 +32,7 @@ class CottentionGPTConfig(CottentionConfig):
         n_layer: number of blocks.
         n_head: heads per block; divides n_embd.
         n_inner: width inside the feed-forward part; None: 4 * n_embd.
-        rotary_dim: dims of each head that get the rotary embedding, even; None: the whole head.
+        rotary_dim: dims of each head that get the rotary embedding, even; None: the whole head, 0: none.
         activation_function: of the feed-forward part.
         resid_pdrop: dropout after attention and after the feed-forward part.
         embd_pdrop: dropout after the embedding.

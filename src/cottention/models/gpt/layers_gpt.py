@@ -102,7 +102,7 @@ def _attention(config: CottentionGPTConfig, layer_type: str) -> CosineAttention 
     sizes: dict[str, Any] = {
         "causal": True,
         "bias": False,
-        "rotary_dim": head_dim if config.rotary_dim is None else config.rotary_dim,
+        "rotary_dim": (head_dim if config.rotary_dim is None else config.rotary_dim) or None,
         **config.attention_options,
     }
     if layer_type == "linear_attention":
