@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import sys
 
 import pytest
@@ -70,9 +71,39 @@ def test_the_dispatch_is_measured_when_asked_for_alone():
     assert "auto" not in {each.name for each in find_candidates(AttentionSettings(peers=()))[0]}
 
 
+def test_decay_and_erase_are_measured_when_asked_for_alone():
+    names = ("chunk", "chunk+decay", "chunk+erase", "auto+decay+erase")
+    candidates, _ = find_candidates(AttentionSettings(implementations=names, peers=()))
+    assert [each.name for each in candidates] == list(names)
+    generator = torch.Generator().manual_seed(0)
+    q, k, v = (torch.randn(2, 70, 3, 8, generator=generator, dtype=torch.float64) for _ in range(3))
+    m = torch.zeros(3, dtype=torch.float64)
+    outputs = [each.function(q, k, v, m, True) for each in candidates]
+    for candidate, o in zip(candidates, outputs, strict=True):
+        torch.testing.assert_close(o, candidate.reference(q, k, v, m, True))
+    for a, b in itertools.combinations(outputs, 2):
+        assert not torch.allclose(a, b)
+    assert [each.refuses(workload(direction="bidirectional")) for each in candidates] == [
+        None,
+        None,
+        *["causal only"] * 2,
+    ]
+
+
+def test_transformers_gated_delta_rule_is_measured_when_asked_for_alone():
+    assert "transformers-gated-delta" not in {each.name for each in find_candidates(AttentionSettings())[0]}
+    (candidate,) = find_candidates(AttentionSettings(implementations=(), peers=("transformers-gated-delta",)))[0]
+    assert candidate.refuses(workload(direction="bidirectional")) == "causal only"
+    generator = torch.Generator().manual_seed(0)
+    q, k, v = (torch.randn(2, 70, 3, 8, generator=generator) for _ in range(3))
+    m = torch.zeros(3)
+    torch.testing.assert_close(candidate.function(q, k, v, m, True), candidate.reference(q, k, v, m, True))
+
+
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
+        (AttentionSettings(implementations=("chunk+dcay",)), "implementation must be one of .*; got 'chunk.dcay'"),
         (
             AttentionSettings(implementations=("chnk",)),
             "implementation must be one of .*; got 'chnk'; did you mean 'chunk'",

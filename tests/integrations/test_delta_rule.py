@@ -30,7 +30,7 @@ def _inputs(T: int, *, B: int = 2, G: int = 2, H: int = 4, K: int = 8, V: int = 
 
 def _results(rule: Any, inputs: list[Tensor], **options: Any) -> list[Tensor]:
     """Output, final state, and the gradient of each input."""
-    leaves = [x.clone().requires_grad_() for x in inputs]
+    leaves = [x.detach().requires_grad_() for x in inputs]
     *tokens, kv = leaves
     o, final = rule(*tokens, initial_state=kv, output_final_state=True, **options)
     weights = torch.linspace(0.5, 1.5, o.shape[1], dtype=o.dtype)[:, None, None]
@@ -68,6 +68,28 @@ def test_short_queries_and_keys_keep_what_their_eps_leaves_of_them(T: int, scale
     _assert_same(found, expected, 1e-7, least)
     in_float32 = _results(chunk_gated_delta_rule, [x.float() for x in inputs], use_qk_l2norm_in_kernel=True)
     _assert_same(in_float32, [x.float() for x in expected], 1e-5, least)
+
+
+@pytest.mark.parametrize("K", [64, 128])
+def test_float32_at_the_head_dims_of_models(K: int) -> None:
+    inputs = _inputs(200, B=1, K=K, V=K)
+    found = _results(chunk_gated_delta_rule, [x.float() for x in inputs], use_qk_l2norm_in_kernel=True)
+    expected = _results(
+        their_rule("qwen3_next", "torch_chunk_gated_delta_rule", torch.float64), inputs, use_qk_l2norm_in_kernel=True
+    )
+    _assert_same(found, [x.float() for x in expected], 1e-5)
+
+
+@pytest.mark.parametrize("B", [1, 3])
+@pytest.mark.parametrize("T", [1, 70])
+def test_tensors_as_they_come_from_a_convolution(B: int, T: int) -> None:
+    inputs = _inputs(T, B=B)
+    *tokens, kv = inputs
+    turned = [x.flatten(2).mT.contiguous().mT.unflatten(2, x.shape[2:]) for x in tokens[:3]]
+    assert T == 1 or not turned[0].is_contiguous()
+    found = _results(chunk_gated_delta_rule, [*turned, *tokens[3:], kv], use_qk_l2norm_in_kernel=True)
+    expected = _results(chunk_gated_delta_rule, inputs, use_qk_l2norm_in_kernel=True)
+    _assert_same(found, expected, 1e-12)
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])

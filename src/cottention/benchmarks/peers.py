@@ -5,6 +5,8 @@ that is part of its time, as it is for its users. Each comes with the plain floa
 is checked before it is timed.
 
     candidates, unavailable = find_candidates(settings)     # unavailable: {"fla-chunk": "not installed ..."}
+
+An implementation's name may be followed by rules: native+decay, native+erase, native+decay+erase.
 """
 
 from __future__ import annotations
@@ -18,6 +20,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from cottention.benchmarks.gates import RULES, gates_of
 from cottention.benchmarks.settings import AttentionSettings, Workload
 from cottention.errors import SettingsError, did_you_mean
 from cottention.ops import IMPLEMENTATIONS, cosine_attention
@@ -90,7 +93,7 @@ def load_candidate(name: str, device: str) -> Candidate:
     Raises:
         PeerUnavailableError: it is not installed, or does not run there.
     """
-    if name in IMPLEMENTATIONS or name == _DISPATCH:
+    if _without_rules(name) in (*IMPLEMENTATIONS, _DISPATCH):
         return _implementation(name, device)
     return PEERS[name](device)
 
@@ -98,13 +101,19 @@ def load_candidate(name: str, device: str) -> Candidate:
 def _selected(kind: str, known: Iterable[str], given: tuple[str, ...] | None) -> list[str]:
     names = list(known)
     if given is None:
-        return names
+        return [name for name in names if name not in _ON_REQUEST]
     names += [_DISPATCH] if kind == "implementation" else []
     for name in given:
-        if name not in names:
+        if (_without_rules(name) if kind == "implementation" else name) not in names:
             expected = ", ".join(names)
             raise SettingsError(f"{kind} must be one of {expected}; got {name!r}{did_you_mean(name, names)}")
     return list(dict.fromkeys(given))
+
+
+def _without_rules(name: str) -> str:
+    """The implementation of a name such as native+decay; the name itself where no rules follow it."""
+    implementation, *rules = name.split("+")
+    return implementation if tuple(rules) in (RULES[:1], RULES[1:], RULES) else name
 
 
 def cosine_reference(q: Tensor, k: Tensor, v: Tensor, norm_const: Tensor, causal: bool) -> Tensor:
@@ -131,8 +140,15 @@ def _lower_triangle(scores: Tensor) -> Tensor:
 
 
 def _implementation(name: str, device: str) -> Candidate:
+    implementation, *rest = name.split("+")
+    rules = tuple(rest)
+
     def run(q: Tensor, k: Tensor, v: Tensor, norm_const: Tensor, causal: bool) -> Tensor:
-        return cosine_attention(q, k, v, norm_const, causal=causal, implementation=name)[0]
+        gates = gates_of(rules, q)
+        return cosine_attention(q, k, v, norm_const, causal=causal, implementation=implementation, **gates)[0]
+
+    def reference(q: Tensor, k: Tensor, v: Tensor, norm_const: Tensor, causal: bool) -> Tensor:
+        return naive_cosine_attention(q, k, v, norm_const, causal=causal, **gates_of(rules, q))[0]
 
     @cache
     def why_not(dtype: torch.dtype) -> str | None:
@@ -145,11 +161,13 @@ def _implementation(name: str, device: str) -> Candidate:
         return None
 
     def refuses(workload: Workload) -> str | None:
+        if "erase" in rules and not workload.causal:
+            return "causal only"
         return why_not(getattr(torch, workload.dtype))
 
     if (reason := why_not(torch.float32)) is not None:
         raise PeerUnavailableError(reason)
-    return Candidate(name=name, is_peer=False, function=run, reference=cosine_reference, refuses=refuses)
+    return Candidate(name=name, is_peer=False, function=run, reference=reference, refuses=refuses)
 
 
 def _sdpa(device: str) -> Candidate:
@@ -198,6 +216,28 @@ def _fast_transformers(device: str) -> Candidate:
     return Candidate(name="fast-transformers", is_peer=True, function=run, reference=linear_reference, refuses=refuses)
 
 
+def _transformers_gated_delta(device: str) -> Candidate:
+    """The form in PyTorch of Qwen3-Next's gated delta rule, which transformers runs on a CPU."""
+    try:
+        from transformers.models.qwen3_next.modeling_qwen3_next import torch_chunk_gated_delta_rule
+    except ImportError as error:
+        raise PeerUnavailableError(f"not in this transformers ({error})") from error
+
+    def run(q: Tensor, k: Tensor, v: Tensor, norm_const: Tensor, causal: bool) -> Tensor:
+        gates = gates_of(RULES, q)
+        return torch_chunk_gated_delta_rule(
+            q, k, v, g=gates["log_decay"], beta=gates["beta"].to(q.dtype), use_qk_l2norm_in_kernel=True
+        )[0]
+
+    def reference(q: Tensor, k: Tensor, v: Tensor, norm_const: Tensor, causal: bool) -> Tensor:
+        return naive_cosine_attention(q, k, v, None, causal=True, **gates_of(RULES, q))[0] * q.shape[-1] ** -0.5
+
+    def refuses(workload: Workload) -> str | None:
+        return None if workload.causal else "causal only"
+
+    return Candidate(name="transformers-gated-delta", is_peer=True, function=run, reference=reference, refuses=refuses)
+
+
 def _gpu_peer(name: str) -> Callable[[str], Candidate]:
     def load(device: str) -> Candidate:
         from cottention.benchmarks.peers_cuda import load_gpu_peer  # takes Candidate from here
@@ -213,6 +253,10 @@ PEERS: dict[str, Callable[[str], Candidate]] = {
     "sdpa": _sdpa,
     "fla-chunk": _fla_chunk,
     "fast-transformers": _fast_transformers,
+    "transformers-gated-delta": _transformers_gated_delta,
     **{name: _gpu_peer(name) for name in _GPU_PEERS},
 }
 """Name -> what loads it for a device, or raises PeerUnavailableError."""
+
+# Not what cosine attention without gates is measured beside.
+_ON_REQUEST = ("transformers-gated-delta",)

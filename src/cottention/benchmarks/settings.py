@@ -84,7 +84,7 @@ class AttentionSettings:
     passes: tuple[str, ...] = PASSES
     """forward, forward+backward."""
     implementations: tuple[str, ...] | None = None
-    """Names of cottention.ops.IMPLEMENTATIONS; None takes all that run here."""
+    """Names of cottention.ops.IMPLEMENTATIONS, +decay, +erase or +decay+erase behind them; None takes all that run."""
     peers: tuple[str, ...] | None = None
     """Names of cottention.benchmarks.peers.PEERS; None takes all that are installed."""
     repeats: int = 10

@@ -120,7 +120,11 @@ def _attention_parser() -> ArgumentParser:
     parser.add_argument("--bidirectional", action="store_true", help="bidirectional; with --causal both")
     parser.add_argument("--forward", action="store_true", help="forward alone (default: both)")
     parser.add_argument("--backward", action="store_true", help="forward and backward together alone (default: both)")
-    parser.add_argument("--implementations", metavar="N,N", help="of this package: names, or none (default: all)")
+    parser.add_argument(
+        "--implementations",
+        metavar="N,N",
+        help="of this package: names, or none (default: all); with gates: native+decay, +erase or +decay+erase",
+    )
     parser.add_argument("--peers", metavar="N,N", help="names, or none (default: all that are installed)")
     parser.add_argument("--repeats", type=int, help=f"samples; 0: memory alone (default: {_DEFAULTS.repeats}; full: 3)")
     parser.add_argument(

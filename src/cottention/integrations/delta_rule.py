@@ -109,9 +109,13 @@ def _gated_delta_rule(
 ) -> tuple[Tensor, Tensor | None]:
     dtype = accumulation_dtype(query.dtype)
     T, H = value.shape[1:3]
-    q, q_length = _with_lengths(query.to(dtype), H, normalise)
-    k, k_length = _with_lengths(key.to(dtype), H, normalise)  # [B, T, H, K], [B, T, H, 1]
-    v = value.to(dtype).contiguous() / k_length
+    q, k, v = (_contiguous(x.to(dtype)) for x in (query, key, value))
+    if T == 1:  # all overhead: both at once
+        (q, k), (q_length, k_length) = _with_lengths(torch.stack((q, k)), H, normalise)
+    else:
+        q, q_length = _with_lengths(q, H, normalise)
+        k, k_length = _with_lengths(k, H, normalise)
+    v = v * k_length.reciprocal()
     gates: dict[str, Any] = {"log_decay": g.to(dtype), "beta": beta.to(dtype) * k_length.squeeze(-1).square()}
     state = None
     if initial_state is not None:
@@ -136,22 +140,30 @@ def _gated_delta_rule(
     return o, final.kv if output_final_state and final is not None else None
 
 
+def _contiguous(x: Tensor) -> Tensor:
+    """`[B, T, H, D]`. It comes from a convolution along T: a matrix is turned three times as fast as four dims."""
+    if x.is_contiguous() or x.stride(1) != 1:
+        return x.contiguous()
+    given = x.unbind() if len(x) > 1 else [x.squeeze(0)]
+    rows = [row.permute(1, 2, 0).flatten(0, 1).t().contiguous().unflatten(1, x.shape[2:]) for row in given]
+    return torch.stack(rows) if len(rows) > 1 else rows[0].unsqueeze(0)
+
+
 def _with_lengths(x: Tensor, H: int, normalise: bool) -> tuple[Tensor, Tensor]:
-    """Queries or keys `[B, T, G, K]` for H heads, and the length that theirs have in the state, `[B, T, H, 1]`."""
-    x = x.contiguous()  # they come from a convolution along T
+    """Queries or keys `[..., G, K]` for H heads, and the lengths that theirs have in the state, `[..., H, 1]`."""
     length = torch.linalg.vector_norm(x, dim=-1, keepdim=True)
-    is_short = length < _SHORT
-    if torch.compiler.is_compiling() or is_short.any():
+    if torch.compiler.is_compiling() or bool(length.detach().min() < _SHORT):
+        is_short = length < _SHORT
         first = torch.arange(x.shape[-1], device=x.device) == 0
         x = torch.where(is_short, _TIMES * (x + _LEAST_LENGTH * first), x)
         length = torch.linalg.vector_norm(x, dim=-1, keepdim=True)
         length = torch.where(is_short, length / _TIMES, length)
     if normalise:
-        length = length * torch.rsqrt(length.square() + _EPS)
-    repeats = H // x.shape[2]
-    if repeats == 1:
-        return x, length
-    return x.repeat_interleave(repeats, dim=2), length.repeat_interleave(repeats, dim=2)
+        length = length / torch.hypot(length, length.new_tensor(_EPS**0.5))
+    repeats = H // x.shape[-2]
+    if repeats > 1:  # as repeat_interleave does, in fewer steps
+        x, length = (y.unsqueeze(-2).expand(*y.shape[:-1], repeats, -1).flatten(-3, -2) for y in (x, length))
+    return x, length
 
 
 def boundaries_of(cu_seqlens: Tensor | None, seq_idx: Tensor | None) -> Tensor | None:

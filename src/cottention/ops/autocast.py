@@ -29,9 +29,10 @@ def without_autocast(function: Callable[..., Any]) -> Callable[..., Any]:
 
     @wraps(function)
     def wrapper(first: Tensor, *args: Any, **kwargs: Any) -> Any:
-        if not torch.amp.is_autocast_available(first.device.type):
-            return function(first, *args, **kwargs)
-        with torch.autocast(first.device.type, enabled=False):
+        device_type = first.device.type
+        if not torch.amp.is_autocast_available(device_type) or not torch.is_autocast_enabled(device_type):
+            return function(first, *args, **kwargs)  # the region below takes longer to enter than a token to compute
+        with torch.autocast(device_type, enabled=False):
             return function(first, *args, **kwargs)
 
     return wrapper
