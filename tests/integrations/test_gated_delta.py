@@ -249,3 +249,13 @@ def test_packed_rows_with_a_past_are_refused() -> None:
     bounds = torch.tensor([0, 5, 9], dtype=torch.int32)
     with pytest.raises(ValueError, match=r"packed sequences must be one row of cu_seq_lens_q\[-1\] = 9 tokens"):
         model(_TOKENS[:2, :9], cu_seq_lens_q=bounds, use_cache=False)
+
+
+@pytest.mark.slow
+def test_a_compiled_model_is_one_graph() -> None:
+    model = make_model("olmo_hybrid")
+    accelerate_gated_delta(model)
+    with torch.no_grad():
+        expected = model(_TOKENS, use_cache=False).logits
+        found = torch.compile(model, fullgraph=True)(_TOKENS, use_cache=False).logits
+    assert relative(found, expected) < 1e-5
