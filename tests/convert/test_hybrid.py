@@ -30,7 +30,8 @@ def saved_gpt(directory: Path, **settings: Any) -> tuple[Path, Any]:
 
 @pytest.mark.parametrize(("name", "sizes"), [("GPTJForCausalLM", "n_layer"), ("BertForMaskedLM", "num_hidden_layers")])
 def test_every_nth_layer_keeps_the_attention_of_its_source(name: str, sizes: str, tmp_path: Path) -> None:
-    source = stock_checkpoint(tmp_path / "stock", name, **{sizes: 5})
+    settings: dict[str, Any] = {sizes: 5}
+    source = stock_checkpoint(tmp_path / "stock", name, **settings)
     report = convert_softmax(source, tmp_path / "new", keep_every=2)
     kind: Any = CottentionGPTForCausalLM if name.startswith("GPT") else CottentionBertForMaskedLM
     model = kind.from_pretrained(tmp_path / "new")
@@ -91,8 +92,8 @@ def test_kept_layers_are_not_taught(tmp_path: Path) -> None:
     text.write_text(" ".join(tiny.TEXTS) * 60, encoding="utf-8")
     settings = DistillationSettings(text=(str(text),), steps=3, window=16, batch_size=2)
     report = convert_softmax(source, tmp_path / "new", keep_every=2, distillation=settings, device="cpu")
-    assert report.distillation is not None
-    errors = report.distillation.after.attention_errors
+    taught: Any = report.distillation
+    errors = taught.after.attention_errors
     assert errors[1] == 0 < errors[0]
     before, after = (load_file(tmp_path / name / "model.safetensors") for name in ("source", "new"))
     changed = {key for key, value in before.items() if not torch.equal(after[key], value)}

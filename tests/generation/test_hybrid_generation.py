@@ -19,7 +19,7 @@ MIXES = [["linear_attention", "full_attention"], ["sliding_attention", "linear_a
 
 
 def hybrid(layer_types: list[str]) -> Any:
-    window = {"sliding_window": 5} if "sliding_attention" in layer_types else {}
+    window: dict[str, Any] = {"sliding_window": 5} if "sliding_attention" in layer_types else {}
     return tiny.gpt(layer_types=layer_types, **window)
 
 

@@ -92,11 +92,13 @@ def test_drawn_shapes_equal_the_formula(seed: int) -> None:
 
 @pytest.mark.parametrize("T", [40, 200])
 def test_the_band_is_the_one_of_transformers(T: int) -> None:
-    config = MistralConfig(sliding_window=17, attn_implementation="sdpa")
+    make: Any = MistralConfig
+    config = make(sliding_window=17, attn_implementation="sdpa")
     embeds = torch.zeros(1, T, config.hidden_size)
     position_ids = torch.arange(T)[None]
+    settings: dict[str, Any] = {CACHE_NAME: None}
     theirs = create_sliding_window_causal_mask(
-        config=config, inputs_embeds=embeds, attention_mask=None, position_ids=position_ids, **{CACHE_NAME: None}
+        config=config, inputs_embeds=embeds, attention_mask=None, position_ids=position_ids, **settings
     )
     assert theirs is not None
     q, k, v = qkv(1, T)
@@ -119,7 +121,7 @@ def test_packed_equals_separate(window: int) -> None:
         torch.testing.assert_close(got[:, part], alone)
 
 
-def layer_of(window: int | None, **settings: Any) -> Any:
+def layer_of(window: Any, **settings: Any) -> Any:
     layer = SoftmaxAttention(24, 3, causal=True, sliding_window=window, **settings).double()
     with torch.no_grad():
         for parameter in layer.parameters():
@@ -140,6 +142,7 @@ def test_a_state_holds_the_window_and_goes_on_from_any_split(window: int) -> Non
         assert isinstance(state, WindowState)
         assert state.k.shape[1] < window or (window == 1 and state.k.shape[1] == 0)
     torch.testing.assert_close(torch.cat(parts, dim=1)[mask], whole[mask])
+    assert isinstance(state, WindowState)
     assert torch.equal(state.seen, mask.sum(-1))
 
 
@@ -176,4 +179,4 @@ def test_impossible_windows_are_named() -> None:
     with pytest.raises(ValueError, match=r"^sliding_window must be .*got 3 and causal=False"):
         SoftmaxAttention(24, 3, causal=False, sliding_window=3)
     with pytest.raises(TypeError, match=r"^sliding_window must be an int or None; got '3'"):
-        SoftmaxAttention(24, 3, causal=True, sliding_window="3")
+        layer_of("3")

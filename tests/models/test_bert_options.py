@@ -42,7 +42,8 @@ EVERYTHING: dict[str, Any] = {
 def test_norm_first_is_the_stock_block_with_its_names() -> None:
     ours = randomised(CottentionBertModel(bert_config("softmax", norm_first=True)))
     shared = ("hidden_size", "num_hidden_layers", "num_attention_heads", "intermediate_size", "vocab_size")
-    settings = {name: getattr(ours.config, name) for name in shared}
+    settings: dict[str, Any] = {name: getattr(ours.config, name) for name in shared}
+    eager: dict[str, Any] = {"attn_implementation": "eager"}
     # RoBERTa counts positions from behind the padding token on.
     stock = RobertaPreLayerNormConfig(
         **settings,
@@ -50,7 +51,7 @@ def test_norm_first_is_the_stock_block_with_its_names() -> None:
         type_vocab_size=2,
         pad_token_id=0,
         layer_norm_eps=ours.config.layer_norm_eps,
-        attn_implementation="eager",
+        **eager,
     )
     theirs = RobertaPreLayerNormModel(stock).double().eval()
     weights = dict(ours.state_dict())

@@ -19,11 +19,11 @@ from transformers import AutoConfig, DynamicCache
 
 from cottention.errors import CheckpointError, SettingsError
 from cottention.layers import KeyValueState, WindowState
-from cottention.models import CosineCache, CottentionBertConfig, CottentionGPTConfig, CottentionGPTForCausalLM
+from cottention.models import CosineCache, CottentionGPTConfig, CottentionGPTForCausalLM
 from cottention.models.model_card import write_model_card
 from cottention.models.versions import CACHE_NAMES, cache_of
 from cottention.ops import CosineState
-from tests.models.helpers import checkpointed, gpt_config, gradients, randomised, some_tokens
+from tests.models.helpers import bert_config, checkpointed, gpt_config, gradients, randomised, some_tokens
 
 LINEAR, FULL, SLIDING = "linear_attention", "full_attention", "sliding_attention"
 STATES = {LINEAR: CosineState, FULL: KeyValueState, SLIDING: WindowState}
@@ -67,7 +67,8 @@ def check_all_ways(model: Any, draw: random.Random) -> None:
 
     # Cached, in any pieces.
     cuts = [0, *sorted(draw.sample(range(1, 21), 4)), 20, 21]
-    cache, parts = None, []
+    cache: Any = None
+    parts = []
     for a, b in pairwise(cuts):
         out = model(tokens[:, a:b], past_key_values=cache, use_cache=True)
         cache = cache_of(out)
@@ -247,7 +248,7 @@ def test_a_config_without_a_mix_is_written_as_before(tmp_path: Path) -> None:
 def test_layers_of_other_kinds_than_the_weights_are_one_line(layer_types: list[str], line: str, tmp_path: Path) -> None:
     hybrid([LINEAR, FULL, LINEAR]).save_pretrained(tmp_path)
     mine = [LINEAR, LINEAR, FULL] if line.startswith("holds") else [LINEAR, LINEAR, SLIDING]
-    window = {"sliding_window": 4} if SLIDING in mine else {}
+    window: dict[str, Any] = {"sliding_window": 4} if SLIDING in mine else {}
     with pytest.raises(CheckpointError, match=r"its cosine layers are others than those of layer_types$"):
         CottentionGPTForCausalLM.from_pretrained(tmp_path, layer_types=mine, **window)
 
@@ -294,7 +295,7 @@ def test_edited_settings_are_checked_where_a_model_is_built(tmp_path: Path) -> N
     own = {"attention_type": "softmax", "layer_types": [SLIDING, FULL, FULL]}
     assert AutoConfig.from_pretrained(tmp_path, **own).layer_types == [SLIDING, FULL, FULL]
     with pytest.raises(SettingsError, match="or one of linear_attention, full_attention for each; got 'sliding_atten"):
-        CottentionBertConfig(num_hidden_layers=2, layer_types=[LINEAR, SLIDING], sliding_window=4)
+        bert_config(layer_types=[LINEAR, SLIDING], sliding_window=4)
 
 
 def test_caches_of_other_models_are_one_line() -> None:

@@ -52,7 +52,8 @@ def banded_attention(
         return _band(q, k, v, sliding_window, dropout_p)[:, S - T :]
     # Real tokens first, in their order: those behind them are seen by none of them.
     order = (attention_mask == 0).to(torch.uint8).argsort(dim=-1, stable=True)
-    o = _band(*(take_tokens(x, order) for x in (q, k, v)), sliding_window, dropout_p)
+    q, k, v = (take_tokens(x, order) for x in (q, k, v))
+    o = _band(q, k, v, sliding_window, dropout_p)
     return take_tokens(o, order.argsort(dim=-1))[:, S - T :]
 
 

@@ -213,13 +213,13 @@ class SoftmaxAttention(ProjectedAttention):
     ) -> KeyValueState | WindowState:
         """The state with these tokens, of which a window has yet to forget the first."""
         real = k.new_ones(k.shape[:2], dtype=torch.bool) if attention_mask is None else attention_mask.to(torch.bool)
-        parts: tuple[Tensor, ...] = (k, v, real)
-        if state is not None:
-            parts = tuple(torch.cat(pair, dim=1) for pair in zip(state[:3], parts, strict=True))
-        if self.sliding_window is None:
-            return KeyValueState(*parts, inputs)
         seen = real.sum(-1)
-        return WindowState(*parts, seen if state is None else state.seen + seen, inputs)
+        if state is not None:
+            seen = state.seen + seen
+            k, v, real = (torch.cat(pair, dim=1) for pair in zip(state[:3], (k, v, real), strict=True))
+        if self.sliding_window is None:
+            return KeyValueState(k, v, real, inputs)
+        return WindowState(k, v, real, seen, inputs)
 
     def _kept(self, state: KeyValueState | WindowState) -> KeyValueState | WindowState:
         """What later tokens can see."""
@@ -229,7 +229,8 @@ class SoftmaxAttention(ProjectedAttention):
         kept = min(S, self.sliding_window - 1)
         # Padding first, real tokens behind it in their order.
         order = state.real.to(torch.uint8).argsort(dim=-1, stable=True)[:, S - kept :]
-        return WindowState(*(take_tokens(x, order) for x in state[:3]), state.seen, state.inputs)
+        k, v, real = (take_tokens(x, order) for x in state[:3])
+        return WindowState(k, v, real, state.seen, state.inputs)
 
     def extra_repr(self) -> str:
         """Sizes."""

@@ -53,7 +53,7 @@ class CottentionBertEmbeddings(nn.Module):
         words = self.word_embeddings(input_ids) if inputs_embeds is None else inputs_embeds
         types = self.token_type_embeddings(torch.zeros_like(position_ids) if token_type_ids is None else token_type_ids)
         x = words + types
-        if "position_embeddings" in self._modules:
+        if hasattr(self, "position_embeddings"):
             x = x + self.position_embeddings(position_ids)
         return self.dropout(self.LayerNorm(x))
 
@@ -188,7 +188,8 @@ class CottentionBertIntermediate(nn.Module):
 
 def _normed(module: Any, x: Tensor) -> Tensor:
     """Through the module's LayerNorm, if this is where the config has one."""
-    return module.LayerNorm(x) if "LayerNorm" in module._modules else x
+    norm = getattr(module, "LayerNorm", None)
+    return x if norm is None else norm(x)
 
 
 class CottentionBertLayer(GradientCheckpointingLayer):
