@@ -83,6 +83,8 @@ _FIXED: dict[Architecture, dict[str, Any]] = {
     },
     "gpt": {"rotary": True, "scale_attn_weights": True, "sliding_window": None},
 }
+# Options that do nothing in a softmax layer, so that a softmax source says nothing by them.
+_OF_COSINE_ALONE = {"decay", "erase", "divisor"}
 # What a config says about itself, and what the conversion decides anew.
 _SETTLED = {"model_type", "architectures", "attention_type", "norm_const_init", "original_init"}
 
@@ -138,7 +140,8 @@ def translate_config(directory: Path, classes: Mapping[str, tuple[str, ...]]) ->
     settled = set(_SETTLED)
     layer_types = published.get("layer_types")
     if model_type.startswith("cottention-"):
-        kept += (*_OUR_CONFIGS[architecture].later_options, *(() if is_uniform(layer_types) else ("layer_types",)))
+        kept += tuple(name for name in _OUR_CONFIGS[architecture].later_options if name not in _OF_COSINE_ALONE)
+        kept += () if is_uniform(layer_types) else ("layer_types",)
         settled.add("layer_types")
     else:
         _check_stock(path, published, architecture)

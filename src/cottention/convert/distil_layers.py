@@ -16,6 +16,7 @@ from typing import Any
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
+from cottention.layers import CosineAttention
 from cottention.models.bert.modeling_bert import CottentionBertModel
 
 
@@ -35,7 +36,7 @@ class Sublayer:
     @property
     def is_cosine(self) -> bool:
         """Whether it has another attention than its source."""
-        return "norm_const" in self.core._parameters
+        return isinstance(self.core, CosineAttention) or getattr(self.core, "is_cosine", False)
 
     def parameters(self) -> list[nn.Parameter]:
         """Projections and, of a cosine layer, norm_const."""
