@@ -59,10 +59,28 @@ struct Gates {
         for (int64_t i = 0; i < n; i++) since[i] = exp_of(float(sum[i]));
         for (int64_t i = 0; i < n; i++) to_end[i] = exp_of(float(all - sum[i]));
         whole = since[n - 1];
-        for (int64_t i = 0; i < n; i++) weigh_row(weight + i * ld, sum, sum[i], round_up(i + 1, kWidth));
+        if (all > kWeakSum) {
+            weigh_as_product(weight, ld, n, sum);
+        } else {
+            for (int64_t i = 0; i < n; i++) weigh_row(weight + i * ld, sum, sum[i], round_up(i + 1, kWidth));
+        }
     }
 
   private:
+    // Above it exp(G_i) and exp(-G_j) are both far from the ends of float, and their product has all its digits.
+    static constexpr double kWeakSum = -50;
+
+    static inline void weigh_as_product(float* weight, int64_t ld, int64_t n, const double* sum) {
+        float left[kMaxChunk], inverse[kMaxChunk];
+        for (int64_t i = 0; i < round_up(n, kWidth); i++) left[i] = float(exp2_of(1.4426950408889634 * sum[i]));
+        for (int64_t i = 0; i < round_up(n, kWidth); i++) inverse[i] = 1 / left[i];
+        for (int64_t i = 0; i < n; i++) {
+            const Vector::F at = Vector::set1(left[i]);
+            for (int64_t j = 0; j <= i; j += kWidth)
+                Vector::store(weight + i * ld + j, Vector::mul(at, Vector::load(inverse + j)));
+        }
+    }
+
     static inline void weigh_row(float* row, const double* sum, double at, int64_t width) {
         for (int64_t j = 0; j < width; j++) {
             const float between = float(at - sum[j]);
