@@ -46,7 +46,7 @@ def test_a_line_that_was_cut_off_costs_itself_alone(tmp_path: Path) -> None:
 def test_other_settings_are_another_cell(tmp_path: Path) -> None:
     Lines(tmp_path).add(_CELL, _line(1.5))
     path = tmp_path / "small.jsonl"
-    path.write_text(path.read_text().replace('"steps": 60', '"steps": 61'))
+    path.write_text(path.read_text().replace('"steps": 400', '"steps": 401'))
     assert Lines(tmp_path).of(_CELL) is None
 
 
