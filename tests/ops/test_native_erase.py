@@ -86,6 +86,7 @@ def test_every_dtype_and_head_size(
     norm_const=st.booleans(),
     chunk_size=st.sampled_from([None, 1, 16, 48, 64, 10**9]),
     threads=st.integers(1, 2),
+    dtype=st.sampled_from([torch.float32, torch.float32, torch.bfloat16]),
     seed=st.integers(0, 2**31 - 1),
     data=st.data(),
 )
@@ -100,6 +101,7 @@ def test_generated_calls(
     norm_const: bool,
     chunk_size: int | None,
     threads: int,
+    dtype: torch.dtype,
     seed: int,
     data: st.DataObject,
 ) -> None:
@@ -109,7 +111,7 @@ def test_generated_calls(
     sizes = {"T": T, "K": K, "V": V, "H": H, "seed": seed}
     options = {"log_decay": log_decay, "with_state": with_state, "norm_const": norm_const}
     case = make_case(**sizes, **where, **options, beta=True, output_final_state=True)
-    _check(case, chunk_size=chunk_size, threads=threads)
+    _check(case, dtype, chunk_size=chunk_size, threads=threads)
 
 
 @pytest.mark.parametrize("log_decay", [0.0, -1e-4, -50.0, -1e30, -torch.inf])

@@ -11,6 +11,9 @@ from torch import Tensor
 from cottention.ops.dispatch import num_saved
 from cottention.ops.native.binding import check_native, run, run_step
 
+# kEraseSegment of `src/erase_gates.h`, which the kernels have room for.
+_MOST_SEGMENT_TOKENS = 512
+
 
 def cut(
     q: Tensor,
@@ -89,6 +92,7 @@ def gated(q, k, v, norm_const, mask, cu_seqlens, kv, seen, log_decay, beta, caus
     if not causal:
         run("forward", q, k, v, norm_const, **options)
         return o, _states(q, v, N).zero_(), torch.zeros(N, dtype=torch.int64), saved
+    assert segment_tokens <= _MOST_SEGMENT_TOKENS, segment_tokens
     if segment_tokens > 0:
         saved = _states(q, v, num_saved(q, cu_seqlens, segment_tokens)).zero_()  # not all are reached
         options |= {"saved": saved, "saved_tokens": segment_tokens}
