@@ -97,6 +97,16 @@ def nats_by_hand(model: Any, text: str, start: Callable[[int], int]) -> list[tup
     return found
 
 
+def test_a_hybrid_carries_what_its_window_holds_and_no_more() -> None:
+    layers: dict[str, Any] = {"layer_types": ["linear_attention", "sliding_attention"], "sliding_window": 3}
+    hybrid = tiny.gpt(**layers)
+    whole = score(hybrid, context=1000).nats_per_token
+    assert score(hybrid, context=7, carry_state=True).nats_per_token == pytest.approx(whole, rel=1e-9)
+    hybrid = tiny.gpt(layer_types=["linear_attention", "full_attention"])
+    with pytest.raises(CottentionError, match=r"^carry_state needs layers whose state has one size; got a hybrid with"):
+        score(hybrid, context=7, carry_state=True)
+
+
 @pytest.mark.parametrize(
     ("settings", "start"),
     [

@@ -240,6 +240,8 @@ def configs() -> Iterator[tuple[str, Case]]:
         yield name, changed("gpt/config.json", fields, GENERATE)
     for name, fields in wrong(["model_type", "hidden_size", "type_vocab_size", "hidden_act", "classifier_dropout"]):
         yield f"bert {name}", changed("bert/config.json", fields, FILL)
+    for name, fields in wrong(["position_embedding_type", "rotary_dim", "norm_first"], 2):
+        yield f"bert {name}", changed("bert/config.json", fields, FILL)
     for name, fields in {
         "a kernel": {"_attn_implementation": "kernels-community/flash-attn"},
         "bitsandbytes": {"quantization_config": {"quant_method": "bitsandbytes", "load_in_4bit": True}},
@@ -250,6 +252,9 @@ def configs() -> Iterator[tuple[str, Case]]:
         "too wide": {"n_embd": 1 << 24, "n_head": 1},
         "too many tokens": {"vocab_size": 1 << 24},
         "too many labels": {"num_labels": 10**9, "id2label": None},
+        "too many kinds of layers": {"layer_types": ["linear_attention", "full_attention"] * 200_000},
+        "a window without end": {"layer_types": ["linear_attention", "sliding_attention"], "sliding_window": 10**18},
+        "layers of another model": {"layer_types": ["linear_attention", "full_attention"]},
     }.items():
         yield name, changed("gpt/config.json", fields, GENERATE)
 

@@ -64,6 +64,8 @@ def test_accelerate_does_not_cut_the_sequences_of_a_recurrent_model() -> None:
         pytest.skip("this accelerate does not ask for layer_types")
     with pytest.raises(ValueError, match="linear_attention"):
         attach(cosine)
+    with pytest.raises(ValueError, match="linear_attention"):
+        attach(CottentionGPTForCausalLM(gpt_config(layer_types=["full_attention", "linear_attention"])))
     attach(CottentionGPTForCausalLM(gpt_config("softmax")))
 
 

@@ -88,6 +88,7 @@ def load_model_and_tokenizer(
     tokenizer = _load_tokenizer(directory, source)
     check_ids(tokenizer, model.config.vocab_size, source)
     check_model(directory, tokenizer=True)
+    model.config.output_attentions = False  # nobody here looks at maps, and decoding from a state has none
     model.to(target)  # pyright: ignore[reportArgumentType]  # the stub of Module.to loses torch.device here
     return model.eval(), tokenizer
 

@@ -55,6 +55,8 @@ def own_fields(config: Mapping[str, Any], source: object) -> dict[str, Any]:
     for name, what in _REFUSED.items():
         if config.get(name) is not None:
             raise CheckpointError(f"config.json of {source} asks for {what} ({name}), which our models do not have")
+    if config.get("is_encoder_decoder"):
+        raise CheckpointError(f"config.json of {source} asks for an encoder beside it, which our models do not have")
     for name in _IGNORED:
         if config.get(name) not in (None, "eager", "sdpa", True, False):
             log_once(logger, "config.json of %s: %s is ignored; our models have no such choice", source, name)
