@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import itertools
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -11,13 +12,13 @@ import pytest
 import torch
 
 from cottention.benchmarks.quality import cells, training
-from cottention.benchmarks.quality.cells import Cell, cells_like
+from cottention.benchmarks.quality.cells import HYBRID, PLUS, Cell, cells_like
 from cottention.benchmarks.quality.language import TextTask, window_losses
 from cottention.benchmarks.quality.lines import Lines
 from cottention.benchmarks.quality.models import new_model
 from cottention.benchmarks.quality.running import differences, run_cell, run_cells
 from cottention.benchmarks.quality.tables import as_markdown
-from cottention.benchmarks.quality.tasks import TaskFiles, make_task
+from cottention.benchmarks.quality.tasks import Batch, TaskFiles, make_task
 from cottention.benchmarks.quality.texts import open_text
 from cottention.errors import DataError, SettingsError
 
@@ -158,7 +159,7 @@ def test_carried_rows_go_on_where_they_were(files: TaskFiles) -> None:
     assert torch.equal(first.labels[:, -1], second.inputs[:, 0])
 
 
-@pytest.mark.parametrize("variant", ["cosine", "softmax"])
+@pytest.mark.parametrize("variant", ["cosine", "softmax", PLUS, HYBRID, f"{PLUS}+nope"])
 def test_the_same_tokens_are_scored_at_every_context(files: TaskFiles, variant: str) -> None:
     cell = Cell(experiment="small", variant=variant, seed=0)
     model = new_model(cell, 300).eval()
@@ -208,3 +209,21 @@ def test_a_step_in_parts_is_the_step(files: TaskFiles, monkeypatch: pytest.Monke
     assert [point[1] for point in parts.curve] == pytest.approx([point[1] for point in whole.curve], rel=1e-5)
     for one, other in zip(parts.model.parameters(), whole.model.parameters(), strict=True):
         torch.testing.assert_close(one, other, atol=1e-4, rtol=1e-3)
+
+
+def test_carried_training_starts_from_what_the_batch_before_has_left(
+    files: TaskFiles, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    plan = dataclasses.replace(cells.EXPERIMENTS["small"], settings={"vocab_size": 300, "carried": True}, batch_size=4)
+    monkeypatch.setitem(cells.EXPERIMENTS, "small", plan)
+    cell = Cell(experiment="small", variant="cosine+conv+decay", seed=0)
+    task = make_task(cell, files)
+    carried = training.train(cell, task, rate=1e-2)
+
+    def forgetful(step: int, batch: Callable[[int], Batch] = task.batch) -> Batch:
+        return dataclasses.replace(batch(step), goes_on=False)
+
+    monkeypatch.setattr(task, "batch", forgetful)
+    fresh = training.train(cell, task, rate=1e-2)
+    assert carried.curve[0][1] == fresh.curve[0][1]
+    assert carried.curve[1][1] != fresh.curve[1][1]
