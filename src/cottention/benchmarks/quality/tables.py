@@ -93,7 +93,9 @@ def _text_columns(found: dict[str, BySeed]) -> Columns:
     }
     for control, label in _CONTROLS.items():
         if control in found:
-            columns[f"against {label}"] = lambda _, by_seed, control=control: _against(by_seed, found[control])
+            columns[f"against {label}, %"] = lambda name, by_seed, control=control: (
+                "" if name == control else _against(by_seed, found[control])
+            )
     return {**columns, **_common_columns()}
 
 
