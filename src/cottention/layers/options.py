@@ -164,7 +164,7 @@ class WithOptions(nn.Module):
             return None
         return like.new_zeros(B, self.q_conv.width - 1, 3 * self.q_conv.weight.shape[0])
 
-    def gates(self, x: Float[Tensor, "B T D"]) -> dict[str, Tensor]:
+    def gates(self, x: Float[Tensor, "B T D"]) -> dict[str, Any]:
         """log_decay and beta of these tokens, as `cosine_attention` takes them; those that the layer has."""
         gates: dict[str, Any] = {}
         if self.decay is not None:
