@@ -65,41 +65,99 @@ inline const auto keep_triangle = [](int64_t i0, int64_t i1, int p, Product& pro
     p < 2 ? narrow_upper(i0 / 2, 0, product) : keep_lower_pairs(i0, i1, 1, product);
 };
 
-void erase_backward(const Range& range, float* memory) {
-    if (!suits_pairs(range)) return kernels_avx512.erase_backward(range, memory);
-    const int64_t C = range.chunk, K = range.K, V = range.V;
-    Scratch scratch(memory);
-    Sum after(scratch, range, K, V);
-    State state(scratch, K, V);
-    const StatePairs state_pairs(scratch, K, V), after_pairs(scratch, K, V);
-    const Words state_rows = take_rows(scratch, K, V), after_transposed = take_transposed(scratch, K, V);
-    const Words q_rows = take_rows(scratch, C, K), q_pairs = take_interleaved(scratch, C, K);
-    const Words g_rows = take_rows(scratch, C, V), g_pairs = take_interleaved(scratch, C, V);
-    const Words w_rows = take_rows(scratch, C, V), w_pairs = take_interleaved(scratch, C, V);
-    const Words k_transposed = take_transposed(scratch, C, K), u_pairs = take_interleaved(scratch, C, V);
-    const Block dq = scratch.rows(C, K), dk = scratch.rows(C, K), other = scratch.rows(C, K);
-    const Block dv = scratch.rows(C, V), y = scratch.rows(C, V), w = scratch.rows(C, V), u = scratch.rows(C, V);
-    float *scores = scratch.take(C * C + 16), *dp = scratch.take(C * C + 16), *dm = scratch.take(C * C + 16);
-    const Words dp_rows = take_rows(scratch, C, C), dp_pairs = take_interleaved(scratch, C, C);
-    const Words dm_rows = take_rows(scratch, C, C), dm_pairs = take_interleaved(scratch, C, C);
-    const int64_t num = tiles_of(range.tokens, C);
-    KeptPairs* tiles = reinterpret_cast<KeptPairs*>(scratch.take(num * int64_t(sizeof(KeptPairs)) / 4));
-    for (int64_t i = 0; i < num; i++) new (tiles + i) KeptPairs(scratch, range, u);
+// One call, and the room that its tiles share.
+struct EraseBackward {
+    const Range& range;
+    const int64_t C, K, V;
+    Scratch scratch;
+    Sum after;    // D
+    State state;  // S on the way there
+    const StatePairs state_pairs, after_pairs;
+    const Words state_rows, after_transposed;
+    const Words q_rows, q_pairs, g_rows, g_pairs, w_rows, w_pairs, k_transposed, u_pairs;  // of w the negative
+    const Words dp_rows, dp_pairs, dm_rows, dm_pairs;
+    const Block dq, dk, other, dv, y, w, u;
+    float *scores, *dp, *dm;
+    KeptPairs* tiles;
+    UnitScale q_scale;
+    DecayGradient decay;
     Ahead ahead;
 
-    state.load(range.before);
-    int64_t count = range.divisor.count;
-    for (int64_t i = 0; i < num; i++) {
-        KeptPairs& tile = tiles[i];
-        const int64_t t = i * C, n = smaller(C, range.tokens - t);
+    EraseBackward(const Range& range, float* memory)
+        : range(range),
+          C(range.chunk),
+          K(range.K),
+          V(range.V),
+          scratch(memory),
+          after(scratch, range, K, V),
+          state(scratch, K, V),
+          state_pairs(scratch, K, V),
+          after_pairs(scratch, K, V),
+          state_rows(take_rows(scratch, K, V)),
+          after_transposed(take_transposed(scratch, K, V)),
+          q_rows(take_rows(scratch, C, K)),
+          q_pairs(take_interleaved(scratch, C, K)),
+          g_rows(take_rows(scratch, C, V)),
+          g_pairs(take_interleaved(scratch, C, V)),
+          w_rows(take_rows(scratch, C, V)),
+          w_pairs(take_interleaved(scratch, C, V)),
+          k_transposed(take_transposed(scratch, C, K)),
+          u_pairs(take_interleaved(scratch, C, V)),
+          dp_rows(take_rows(scratch, C, C)),
+          dp_pairs(take_interleaved(scratch, C, C)),
+          dm_rows(take_rows(scratch, C, C)),
+          dm_pairs(take_interleaved(scratch, C, C)),
+          dq(scratch.rows(C, K)),
+          dk(scratch.rows(C, K)),
+          other(scratch.rows(C, K)),
+          dv(scratch.rows(C, V)),
+          y(scratch.rows(C, V)),
+          w(scratch.rows(C, V)),
+          u(scratch.rows(C, V)),
+          scores(scratch.take(C * C + 16)),
+          dp(scratch.take(C * C + 16)),
+          dm(scratch.take(C * C + 16)),
+          tiles(take_tiles()) {}
+
+    KeptPairs* take_tiles() {
+        const int64_t num = tiles_of(range.tokens, C);
+        KeptPairs* first = reinterpret_cast<KeptPairs*>(scratch.take(num * int64_t(sizeof(KeptPairs)) / 4));
+        for (int64_t i = 0; i < num; i++) new (first + i) KeptPairs(scratch, range, u);
+        return first;
+    }
+
+    void run() {
+        const int64_t num = tiles_of(range.tokens, C);
+        int64_t count = range.divisor.count;
+        state.load(range.before);
+        for (int64_t i = 0; i < num; i++) {
+            const int64_t t = i * C, n = smaller(C, range.tokens - t);
+            keep(tiles[i], t, n, count, i + 1 == num);
+            count += count_real(range.key_mask, t, n);
+        }
+        after.load(range.state);
+        for (int64_t i = num - 1; i >= 0; i--) {
+            const int64_t t = i * C, n = smaller(C, range.tokens - t);
+            load(tiles[i], t, n);
+            find_scores(tiles[i], n);
+            find_written(tiles[i], t, n);
+            find_through_scores(tiles[i], n);
+            find_through_states(tiles[i], t, n);
+            add_scores(tiles[i], n);
+            if (t > 0 || range.state_out != nullptr) pass_on(tiles[i], n);
+            store(tiles[i], t, n);
+        }
+        after.store(range.state_out);
+    }
+
+    void keep(KeptPairs& tile, int64_t t, int64_t n, int64_t count, bool is_last) {
         ahead.clear();
         ask(ahead, range, range.k, t + C, K, false);
         ask(ahead, range, range.v, t + C, V, false);
         state_pairs.renew(state);
         tile.find(range, t, n, count, state, state_pairs, tile.x.data, k_transposed, y, ahead);
-        count += count_real(range.key_mask, t, n);
         tile.keep(n, state, state_rows);
-        if (i + 1 == num) break;
+        if (is_last) return;
         interleave(u_pairs, u.data, u.ld, n);
         const Product written = product(tile.k_pairs.left_transposed(pairs(n)), u_pairs);
         multiply_onto<DotPairs>(K, state.ld, &written, 1, {state.data, tile.gates.whole, state.data, state.ld}, ahead,
@@ -107,21 +165,16 @@ void erase_backward(const Range& range, float* memory) {
         state.is_zero = false;
     }
 
-    after.load(range.state);
-    UnitScale q_scale;
-    DecayGradient decay;
-    for (int64_t i = num - 1; i >= 0; i--) {
-        const KeptPairs& tile = tiles[i];
-        const Gates& gates = tile.gates;
-        const int64_t t = i * C, n = smaller(C, range.tokens - t);
-        const Tokens q = of_queries(range, range.q, t, n, K);
+    Tokens q(int64_t t, int64_t n) const { return of_queries(range, range.q, t, n, K); }
+
+    void load(const KeptPairs& tile, int64_t t, int64_t n) {
         ahead.clear();
         ask(ahead, range, range.dk, t, K, true);
         ask(ahead, range, range.dv, t, V, true);
         ask(ahead, range, range.dq, t, K, true);
         ask(ahead, range, range.q, t - C, K, false);
         ask(ahead, range, range.grad, t - C, V, false);
-        load_unit_words(q_rows, q, nullptr, q_scale);
+        load_unit_words(q_rows, q(t, n), nullptr, q_scale);
         copy_rows(g_rows, of_queries(range, range.grad, t, n, V));
         interleave(q_pairs, q_rows, n);
         interleave(g_pairs, g_rows, n);
@@ -131,76 +184,94 @@ void erase_backward(const Range& range, float* memory) {
             transpose_words(after_transposed, state_rows, K);
         }
         transpose_words(k_transposed, tile.k_rows, n);
+    }
+
+    // P and dP.
+    void find_scores(const KeptPairs& tile, int64_t n) {
         multiply_lower<DotPairs>(n, product(q_rows.left(pairs(K)), k_transposed), scores, C, ahead);
         weigh_lower(scores, tile.weight, nullptr, 1, C, n);
         multiply_lower<DotPairs>(n, product(g_rows.left(pairs(V)), tile.u_transposed), dp, C, ahead);
+    }
 
-        // y and w
+    // y, w in dv, and the gradient of beta.
+    void find_written(const KeptPairs& tile, int64_t t, int64_t n) {
         interleave_lower(dp_pairs, scores, C, n);
         const Product of_after = product(tile.k_rows.left(after.depth_of(pairs(K))), after_pairs.pairs);
         const Product of_scores = product(dp_pairs.left_transposed(pairs(n)), g_pairs);
         multiply<DotPairs>(n, y.ld, of_after, y.data, nullptr, y.ld, ahead);
-        if (gates.decays) scale_rows(y, y, gates.to_end, 1, n);
+        if (tile.gates.decays) scale_rows(y, y, tile.gates.to_end, 1, n);
         multiply_onto<DotPairs>(n, y.ld, &of_scores, 1, {y.data, 1, y.data, y.ld}, ahead, keep_triangle);
-        solve_transposed(n, y.ld, tile.minus, C, {y.data, gates.beta, y.data, dv.data, y.ld, 1}, ahead);
+        solve_transposed(n, y.ld, tile.minus, C, {y.data, tile.gates.beta, y.data, dv.data, y.ld, 1}, ahead);
         store_beta_gradient(range, t, n, tile.x, y);
+    }
 
-        // through the scores
+    // dM, both times their weights; g and -w as S meets them.
+    void find_through_scores(const KeptPairs& tile, int64_t n) {
         scale_rows(w, dv, nullptr, -1, n);
         clear_rows_after(w, n);
         round_rows(w_rows, w.data, w.ld, n);
         multiply_lower<DotPairs>(n, product(w_rows.left(pairs(V)), tile.u_transposed), dm, C, ahead);
-        if (gates.decays) {
+        if (tile.gates.decays) {
             weigh_gradients(dp, dm, scores, tile.weight, tile.minus, C, n, decay);
-            scale_word_rows(g_rows, gates.since, n);
+            scale_word_rows(g_rows, tile.gates.since, n);
             interleave(g_pairs, g_rows, n);
-            scale_rows(w, w, gates.since, 1, n);
+            scale_rows(w, w, tile.gates.since, 1, n);
             round_rows(w_rows, w.data, w.ld, n);
         }
         clear_diagonal(dm, C, n);
+    }
+
+    // What of dq and dk comes through S and D, and the gradient of log_decay.
+    void find_through_states(const KeptPairs& tile, int64_t t, int64_t n) {
+        const Product of_state = product(g_rows.left(tile.depth_of(pairs(V))), tile.before);
+        const Product of_both[] = {product(w_rows.left(tile.depth_of(pairs(V))), tile.before),
+                                   product(tile.u_rows.left(after.depth_of(pairs(V))), after_transposed)};
+        multiply<DotPairs>(n, dq.ld, of_state, dq.data, nullptr, dq.ld, ahead);
+        if (!tile.gates.decays)
+            return multiply<DotPairs>(n, dk.ld, of_both, 2, dk.data, nullptr, dk.ld, ahead, keep_all);
+        multiply<DotPairs>(n, dk.ld, of_both[0], dk.data, nullptr, dk.ld, ahead);
+        multiply<DotPairs>(n, other.ld, of_both[1], other.data, nullptr, other.ld, ahead);
+        decay.add_rows(n, [&](int64_t i, const float* row) { return dot(q_rows, i, row, K); },
+                       [&](int64_t i, const float* row) { return dot(tile.k_rows, i, row, K); }, dq, dk, other);
+        const bool meets = !after.is_zero && !tile.starts_from_zero;
+        decay.whole = meets ? double(tile.gates.whole) * dot_all(after_transposed, tile.before, V) : 0;
+        if (range.dlog_decay != nullptr) decay.store(range, t, n);
+    }
+
+    void add_scores(const KeptPairs& tile, int64_t n) {
         round_lower(dp_rows, dp, C, n);
         round_lower(dm_rows, dm, C, n);
         interleave_lower(dp_pairs, dp, C, n);
         interleave_lower(dm_pairs, dm, C, n);
-
-        // dq and dk
-        const Product of_state = product(g_rows.left(tile.depth_of(pairs(V))), tile.before);
-        const Product of_both[] = {product(w_rows.left(tile.depth_of(pairs(V))), tile.before),
-                                   product(tile.u_rows.left(after.depth_of(pairs(V))), after_transposed)};
-        const Product through_p = product(dp_rows.left(pairs(n)), tile.k_pairs);
-        const Product through_both[] = {product(dp_pairs.left_transposed(pairs(n)), q_pairs),
-                                        product(dm_pairs.left_transposed(pairs(n)), tile.k_pairs),
-                                        product(dm_rows.left(pairs(n)), tile.k_pairs)};
-        multiply<DotPairs>(n, dq.ld, of_state, dq.data, nullptr, dq.ld, ahead);
-        if (gates.decays) {
-            multiply<DotPairs>(n, dk.ld, of_both[0], dk.data, nullptr, dk.ld, ahead);
-            multiply<DotPairs>(n, other.ld, of_both[1], other.data, nullptr, other.ld, ahead);
-            decay.add_rows(n, [&](int64_t j, const float* row) { return dot(q_rows, j, row, K); },
-                           [&](int64_t j, const float* row) { return dot(tile.k_rows, j, row, K); }, dq, dk, other);
-            const bool meets = !after.is_zero && !tile.starts_from_zero;
-            decay.whole = meets ? double(gates.whole) * dot_all(after_transposed, tile.before, V) : 0;
-            if (range.dlog_decay != nullptr) decay.store(range, t, n);
-        } else {
-            multiply<DotPairs>(n, dk.ld, of_both, 2, dk.data, nullptr, dk.ld, ahead, keep_all);
-        }
-        multiply_onto<DotPairs>(n, dq.ld, &through_p, 1, {dq.data, 1, dq.data, dq.ld}, ahead,
+        const Product for_q = product(dp_rows.left(pairs(n)), tile.k_pairs);
+        const Product for_k[] = {product(dp_pairs.left_transposed(pairs(n)), q_pairs),
+                                 product(dm_pairs.left_transposed(pairs(n)), tile.k_pairs),
+                                 product(dm_rows.left(pairs(n)), tile.k_pairs)};
+        multiply_onto<DotPairs>(n, dq.ld, &for_q, 1, {dq.data, 1, dq.data, dq.ld}, ahead,
                                 [](int64_t i0, int64_t i1, int, Product& product) { keep_triangle(i0, i1, 2, product); });
-        multiply_onto<DotPairs>(n, dk.ld, through_both, 3, {dk.data, 1, dk.data, dk.ld}, ahead, keep_triangle);
+        multiply_onto<DotPairs>(n, dk.ld, for_k, 3, {dk.data, 1, dk.data, dk.ld}, ahead, keep_triangle);
+    }
 
-        // D, and what the caller gets
-        if (t > 0 || range.state_out != nullptr) {
-            interleave(w_pairs, w.data, w.ld, n);
-            const Product added[] = {product(q_pairs.left_transposed(pairs(n)), g_pairs),
-                                     product(tile.k_pairs.left_transposed(pairs(n)), w_pairs)};
-            decay_sum(after, gates.whole);
-            multiply<DotPairs>(K, after.ld, added, 2, after.data, after.lost, after.ld, ahead, keep_all);
-            after.is_zero = false;
-        }
-        store_unit_gradient(of_queries(range, range.dq, t, n, K), q, dq, q_scale);
+    // D before the tile.
+    void pass_on(const KeptPairs& tile, int64_t n) {
+        interleave(w_pairs, w.data, w.ld, n);
+        const Product added[] = {product(q_pairs.left_transposed(pairs(n)), g_pairs),
+                                 product(tile.k_pairs.left_transposed(pairs(n)), w_pairs)};
+        decay_sum(after, tile.gates.whole);
+        multiply<DotPairs>(K, after.ld, added, 2, after.data, after.lost, after.ld, ahead, keep_all);
+        after.is_zero = false;
+    }
+
+    void store(const KeptPairs& tile, int64_t t, int64_t n) {
+        store_unit_gradient(of_queries(range, range.dq, t, n, K), q(t, n), dq, q_scale);
         if (tile.divisor.divides) scale_rows(dv, dv, tile.divisor.weight, 1, n);
         store_key_gradients(range, t, n, dk, dv, tile.scale, tile.divisor);
     }
-    after.store(range.state_out);
+};
+
+void erase_backward(const Range& range, float* memory) {
+    if (!suits_pairs(range)) return kernels_avx512.erase_backward(range, memory);
+    EraseBackward(range, memory).run();
 }
 
 // Bound for both passes.
