@@ -56,7 +56,7 @@ class CottentionPreTrainedModel(PreTrainedModel):
         if config.attention_type == "cosine":
             # sigmoid(m) is an exponent of the length: bfloat16's 8 bits of it would move the divisor by a percent. What
             # the decay of a token is a percent off, that of a hundred is by a factor.
-            self._keep_in_fp32_modules_strict = {"norm_const", "decay"}
+            self._keep_in_fp32_modules_strict = {"norm_const", *(() if config.decay == "none" else ("decay",))}
         super().__init__(config, *inputs, **kwargs)
 
     @classmethod
