@@ -38,6 +38,7 @@ COMMANDS: dict[str, tuple[str, str]] = {
     "evaluate": ("cottention.cli.evaluate", "score a model: perplexity, GLUE, lm-evaluation-harness"),
     "convert": ("cottention.cli.convert", "turn a published or a stock softmax checkpoint into a model directory"),
     "bench": ("cottention.cli.bench", "measure time and memory against softmax attention"),
+    "completion": ("cottention.cli.completion", "print tab completion for bash, zsh or tcsh"),
     "doctor": ("cottention.cli.doctor", "say what this machine can run and what is missing"),
 }
 """Command -> (module, one line for the overview). A module has build_parser() and run(args) -> exit code or None."""
