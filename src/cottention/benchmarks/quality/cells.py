@@ -85,6 +85,7 @@ _LADDER = (
     "cosine+conv+decay+erase+nodiv",
 )
 _BUT_ONE = tuple(PLUS.replace(f"+{part}", "") for part in ("conv", "decay", "erase", "norm", "gate"))
+_SILU = tuple(each.replace("gate", "silugate") for each in (PLUS, SOFTMAX_PLUS))
 _DIVISORS = tuple(PLUS.replace("+nodiv", part) for part in ("", "+perquery"))
 _ROTARY = (f"{PLUS}+quarter", f"{PLUS}+nope", "cosine+conv+erase+nodiv+nope", "softmax+conv+nope")
 _RECALL = (
@@ -127,6 +128,8 @@ class Experiment:
     """Steps of a cell of the sweep."""
     rates_of: tuple[str, ...] = ()
     """The experiments whose sweeps are meant; none: this one."""
+    beside: str | None = None
+    """The experiment of the same schedule that has the controls; None: this one."""
     rows_at_once: int | None = None
     """Rows of one pass, where a step is more than the memory holds; their gradients are added up."""
     precision: str = "float32"
@@ -155,13 +158,14 @@ EXPERIMENTS = {
     # Each option by itself, and the block without each; the places of the divisor.
     "options-1m": Experiment(
         size="1m",
-        variants=(*_BUT_ONE, *_ALONE, *_DIVISORS, PLUS.replace("gate", "silugate")),
+        beside="lm-1m",
+        variants=(*_BUT_ONE, *_ALONE, *_DIVISORS, *_SILU),
         rates=_RATES,
         rate_steps=150,
         **_TEXT,
     ),
     # Rotary on a quarter and on none of each head, beside the whole in "lm-1m".
-    "rotary-1m": Experiment(size="1m", variants=_ROTARY, rates=_RATES, rate_steps=150, **_TEXT),
+    "rotary-1m": Experiment(size="1m", beside="lm-1m", variants=_ROTARY, rates=_RATES, rate_steps=150, **_TEXT),
     "lm-10m": Experiment(
         **{**_TEXT, "steps": 2000},
         size="10m",
@@ -172,6 +176,7 @@ EXPERIMENTS = {
     # The same text read on and on, the state handed from window to window.
     "carried-1m": Experiment(
         size="1m",
+        beside="lm-1m",
         variants=("cosine", "cosine+conv+decay", "cosine+conv+erase+nodiv+nope", PLUS, f"{PLUS}+nope"),
         rates_of=("lm-1m", "rotary-1m"),
         settings={"carried": True},

@@ -12,7 +12,7 @@ import statistics
 from collections.abc import Callable, Sequence
 from typing import Any
 
-from cottention.benchmarks.quality.cells import ASKED, EXPERIMENTS, SOFTMAX_PLUS, Cell, sweep_of
+from cottention.benchmarks.quality.cells import ASKED, EXPERIMENTS, PLUS, SOFTMAX_PLUS, Cell, sweep_of
 from cottention.benchmarks.quality.lines import Lines, scaled
 from cottention.errors import SettingsError, did_you_mean
 
@@ -21,7 +21,12 @@ BySeed = dict[int, Line]
 
 BEGIN, END = "<!-- tables: made by the command `table --page` -->", "<!-- end of tables -->"
 
-_CONTROLS = {"softmax": "softmax", SOFTMAX_PLUS: "softmax, same additions"}
+_CONTROLS = {
+    "cosine": "cosine as published",
+    "softmax": "softmax",
+    SOFTMAX_PLUS: "softmax, same additions",
+    PLUS: "cosine, all additions",
+}
 
 
 def as_markdown(lines: Lines, experiments: Sequence[str] = ()) -> str:
@@ -59,7 +64,7 @@ def _section(name: str, lines: Lines) -> str:
     some = next(iter(next(iter(found.values())).values()))
     parts = [f"### {name}", _about(name, some)]
     if plan.task == "text":
-        parts += [_table(_text_columns(found), found), _by_position(found), _by_context(found)]
+        parts += [_table(_text_columns(plan.beside or name, lines), found), _by_position(found), _by_context(found)]
     else:
         parts += [_table(_made_columns(ASKED[plan.task], some), found)]
     return "\n\n".join(part for part in parts if part)
@@ -86,15 +91,16 @@ def _plain(value: object) -> str:
 Columns = dict[str, Callable[[str, BySeed], str]]
 
 
-def _text_columns(found: dict[str, BySeed]) -> Columns:
+def _text_columns(beside: str, lines: Lines) -> Columns:
     columns: Columns = {
         "perplexity": lambda _, by_seed: _spread([each["scores"]["perplexity"] for each in by_seed.values()], 1),
         "nats a byte": lambda _, by_seed: _spread([each["scores"]["nats_per_byte"] for each in by_seed.values()], 4),
     }
     for control, label in _CONTROLS.items():
-        if control in found:
-            columns[f"against {label}, %"] = lambda name, by_seed, control=control: (
-                "" if name == control else _against(by_seed, found[control])
+        controls = _by_seed(beside, control, lines)
+        if controls:
+            columns[f"against {label}, %"] = lambda name, by_seed, control=control, controls=controls: (
+                "" if name == control else _against(by_seed, controls)
             )
     return {**columns, **_common_columns()}
 
