@@ -13,6 +13,7 @@ from safetensors.torch import save_file
 
 from cottention.errors import CheckpointError, CottentionError
 from cottention.generation import generate_text, load_state, read_text, save_state
+from cottention.ops import CosineState
 from tests import tiny
 from tests.damage import HARMS
 
@@ -75,8 +76,8 @@ def test_a_state_goes_on_reading(model: Any, saved: Path) -> None:
     assert (state.num_tokens, state.tail) == (whole.num_tokens, whole.tail)
     assert torch.equal(state.occurred, whole.occurred)
     for mine, theirs in zip(state.cache.states, whole.cache.states, strict=True):
-        assert mine is not None
-        assert theirs is not None
+        assert isinstance(mine, CosineState)
+        assert isinstance(theirs, CosineState)
         torch.testing.assert_close(mine.kv, theirs.kv)
         assert torch.equal(mine.seen, theirs.seen)
 

@@ -45,6 +45,7 @@ def test_parameters_are_named_ordered_and_shaped_as_published() -> None:
         "q_proj.weight",
         "out_proj.weight",
     ]
+    assert layer.norm_const is not None
     assert layer.norm_const.shape == (1, 3, 1, 1)
     assert (layer.norm_const == 0.25).all()
     twin = dict(SoftmaxAttention(24, 3, causal=True, bias=False).named_parameters())

@@ -155,7 +155,7 @@ def _converted(
         directory, translated.architecture, vocab_size=translated.fields["vocab_size"]
     )
     model, new, taught = built.model, built.new, None
-    if attention_type == "cosine":
+    if mixed is not None:
         model, norm_consts = _cosine_copy(built.model, translated, mixed, norm_const)
         new = (*new, *norm_consts)
     if distillation is not None:

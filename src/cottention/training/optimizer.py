@@ -10,6 +10,7 @@ out of the decay. Pretraining and the test against the original's loss curves bu
 from __future__ import annotations
 
 from collections.abc import Iterator
+from typing import Any
 
 import torch
 from torch import nn
@@ -33,7 +34,7 @@ def build_optimizer(model: nn.Module, settings: OptimizerSettings) -> torch.opti
     # third of the time. It covers the floating types that it is asked for only.
     fused = all(parameter.device.type in ("cpu", "cuda") and parameter.is_floating_point() for parameter in parameters)
     exempt = {id(parameter) for parameter in _without_weight_decay(model)}
-    groups = [{"params": [parameter for parameter in parameters if id(parameter) not in exempt]}]
+    groups: list[dict[str, Any]] = [{"params": [parameter for parameter in parameters if id(parameter) not in exempt]}]
     if exempt:
         kept = [parameter for parameter in parameters if id(parameter) in exempt]
         groups.append({"params": kept, "weight_decay": 0.0})
