@@ -275,7 +275,9 @@ def test_a_model_compiles_whole(kind: Any, make: Any, attention_type: str) -> No
 @pytest.mark.parametrize("attention_type", ATTENTION_TYPES)
 def test_without_rotary_dims_the_order_of_what_came_before_does_not_matter(attention_type: str) -> None:
     model = CottentionGPTForCausalLM(
-        gpt_config(attention_type, n_layer=1, rotary_dim=0, norm_const_init=-20.0)  # an exponent of 0: no order either
+        gpt_config(
+            attention_type, n_layer=1, rotary_dim=None, position_embedding_type="none", norm_const_init=-20.0
+        )  # an exponent of 0: no order either
     ).eval()
     ids = torch.arange(1, 9)[None]
     mixed = torch.cat([ids[:, :7].flip(-1), ids[:, 7:]], dim=-1)

@@ -209,8 +209,8 @@ def test_weights_of_another_block_are_refused(tmp_path: Path) -> None:
         ),
         ({"position_embedding_type": "relative_key"}, "position_embedding_type must be one of absolute, rotary"),
         ({"rotary_dim": 8}, "rotary_dim needs position_embedding_type='rotary'; got 8 and 'absolute'"),
-        ({"position_embedding_type": "rotary", "rotary_dim": 3}, "rotary_dim must be even, from 0 to the head dim 16"),
-        ({"position_embedding_type": "rotary", "rotary_dim": 18}, "rotary_dim must be even, from 0 to the head dim 16"),
+        ({"position_embedding_type": "rotary", "rotary_dim": 3}, "rotary_dim must be even, from 2 to the head dim 16"),
+        ({"position_embedding_type": "rotary", "rotary_dim": 18}, "rotary_dim must be even, from 2 to the head dim 16"),
         ({"norm_first": 1}, "norm_first must be True or False; got 1"),
     ],
 )

@@ -25,8 +25,8 @@ from tests.models.helpers import bert_config, gpt_config
         ({"vocab_size": "many"}, TypeError, "vocab_size must be an int; got 'many'"),
         ({"n_positions": True}, TypeError, "n_positions must be an int; got True"),
         ({"n_inner": 0}, SettingsError, "n_inner must be at least 1; got 0"),
-        ({"rotary_dim": 7}, SettingsError, "rotary_dim must be even, from 0 to the head dim 16; got 7"),
-        ({"rotary_dim": 18}, SettingsError, "rotary_dim must be even, from 0 to the head dim 16; got 18"),
+        ({"rotary_dim": 7}, SettingsError, "rotary_dim must be even, from 2 to the head dim 16; got 7"),
+        ({"rotary_dim": 18}, SettingsError, "rotary_dim must be even, from 2 to the head dim 16; got 18"),
         ({"rotary_dim": 8.0}, TypeError, "rotary_dim must be an int or None; got 8.0"),
         (
             {"attention_type": "cosin"},

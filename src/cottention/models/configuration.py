@@ -307,12 +307,12 @@ def check_number(name: str, value: Any, *, minimum: float = float("-inf"), maxim
 
 
 def check_rotary(rotary_dim: Any, head_dim: int) -> None:
-    """Refuse a number of dims that no head can turn; None is the whole head, 0 none of it."""
+    """Refuse a number of dims that no head can turn; None is the whole head."""
     rotary_dim = head_dim if rotary_dim is None else rotary_dim
     if not isinstance(rotary_dim, int) or isinstance(rotary_dim, bool):
         raise TypeError(f"rotary_dim must be an int or None; got {rotary_dim!r}")
-    if not 0 <= rotary_dim <= head_dim or rotary_dim % 2:
-        raise SettingsError(f"rotary_dim must be even, from 0 to the head dim {head_dim}; got {rotary_dim}")
+    if rotary_dim < 2 or rotary_dim % 2 or rotary_dim > head_dim:
+        raise SettingsError(f"rotary_dim must be even, from 2 to the head dim {head_dim}; got {rotary_dim}")
 
 
 def check_choice(name: str, value: Any, known: Iterable[str]) -> None:

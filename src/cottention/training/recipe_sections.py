@@ -38,6 +38,8 @@ class GPTModelSettings:
     """Width inside the feed-forward part."""
     rotary_dim: int | None = 64
     """Leading dimensions of each head that are rotated by position; null rotates the whole head."""
+    position_embedding_type: Literal["rotary", "none"] = "rotary"
+    """Rotary positions, or none, whatever model.rotary_dim says."""
     dropout: float = 0.0
     """Dropout on embeddings and on each block's output."""
     original_init: bool = False
@@ -65,7 +67,7 @@ class GPTModelSettings:
         if self.n_embd % self.n_head:
             raise SettingsError(f"model.n_head must divide model.n_embd; got {self.n_head} and {self.n_embd}")
         head_dim = self.n_embd // self.n_head
-        if self.rotary_dim is not None and (self.rotary_dim % 2 or not 0 <= self.rotary_dim <= head_dim):
+        if self.rotary_dim is not None and (self.rotary_dim % 2 or not 0 < self.rotary_dim <= head_dim):
             raise SettingsError(
                 f"model.rotary_dim must be even and at most n_embd / n_head = {head_dim}; got {self.rotary_dim}"
             )

@@ -74,7 +74,8 @@ def _config(size: Size, options: dict[str, Any], vocab_size: int, length: int, n
         n_layer=size.n_layer,
         n_head=size.n_head,
         n_inner=n_inner,
-        rotary_dim=2 * round(share * head_dim / 2),
+        rotary_dim=2 * round(share * head_dim / 2) or None,
+        position_embedding_type="rotary" if share else "none",
         tie_word_embeddings=size.tied,
         **options,
     )

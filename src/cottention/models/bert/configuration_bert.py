@@ -40,7 +40,7 @@ class CottentionBertConfig(CottentionConfig):
             bound to.
         position_embedding_type: "absolute", learned positions added to the words; or "rotary", which turns queries and
             keys of every layer and has no longest text.
-        rotary_dim: dims of each head that get the rotary embedding, even; None: the whole head, 0: none.
+        rotary_dim: dims of each head that get the rotary embedding, even; None: the whole head.
         norm_first: whether LayerNorm stands before each sublayer, which then adds to a stream that a last LayerNorm
             normalises, rather than behind each sum.
         type_vocab_size: number of token types.

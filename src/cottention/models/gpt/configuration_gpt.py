@@ -32,7 +32,8 @@ class CottentionGPTConfig(CottentionConfig):
         n_layer: number of blocks.
         n_head: heads per block; divides n_embd.
         n_inner: width inside the feed-forward part; None: 4 * n_embd.
-        rotary_dim: dims of each head that get the rotary embedding, even; None: the whole head, 0: none.
+        rotary_dim: dims of each head that get the rotary embedding, even; None: the whole head.
+        position_embedding_type: "rotary", or "none": a block knows the order by what it forgets and convolves alone.
         activation_function: of the feed-forward part.
         resid_pdrop: dropout after attention and after the feed-forward part.
         embd_pdrop: dropout after the embedding.
@@ -58,7 +59,11 @@ class CottentionGPTConfig(CottentionConfig):
     }
 
     known_layer_types: ClassVar[tuple[str, ...]] = GPT_LAYER_TYPES
-    later_options: ClassVar[tuple[str, ...]] = (*CottentionConfig.later_options, "sliding_window")
+    later_options: ClassVar[tuple[str, ...]] = (
+        *CottentionConfig.later_options,
+        "sliding_window",
+        "position_embedding_type",
+    )
 
     vocab_size: int = 50400
     n_positions: int = 1024
@@ -67,6 +72,7 @@ class CottentionGPTConfig(CottentionConfig):
     n_head: int = 16
     n_inner: int | None = None
     rotary_dim: int | None = None
+    position_embedding_type: str = "rotary"
     activation_function: str = "gelu_new"
     resid_pdrop: float = 0.0
     embd_pdrop: float = 0.0
@@ -96,6 +102,11 @@ class CottentionGPTConfig(CottentionConfig):
         if self.n_inner is not None:
             check_size("n_inner", self.n_inner)
         check_rotary(self.rotary_dim, self.n_embd // self.n_head)
+        check_choice("position_embedding_type", self.position_embedding_type, ("rotary", "none"))
+        if self.rotary_dim is not None and self.position_embedding_type == "none":
+            raise SettingsError(
+                f"rotary_dim needs position_embedding_type='rotary'; got {self.rotary_dim!r} and 'none'"
+            )
         check_choice("activation_function", self.activation_function, ACTIVATIONS)
         for name in ("resid_pdrop", "embd_pdrop", "attn_pdrop"):
             check_number(name, getattr(self, name), minimum=0, maximum=1)
@@ -103,3 +114,10 @@ class CottentionGPTConfig(CottentionConfig):
         check_number("initializer_range", self.initializer_range, minimum=0)
         for name in ("pad_token_id", "bos_token_id", "eos_token_id"):
             check_token_id(name, getattr(self, name), self.vocab_size)
+
+    @property
+    def turned_dims(self) -> int | None:
+        """Dims of each head that get the rotary embedding; None: none."""
+        if self.position_embedding_type == "none":
+            return None
+        return self.n_embd // self.n_head if self.rotary_dim is None else self.rotary_dim

@@ -52,7 +52,7 @@ class CottentionGPTBlock(GradientCheckpointingLayer):
         x: Float[Tensor, "B T D"],
         attention_mask: Int[Tensor, "B S"] | None,
         cu_seqlens: Int[Tensor, " N_plus_1"] | None,
-        rotary: RotaryTable,
+        rotary: RotaryTable | None,
         cache: Cache | None,
         output_attentions: bool = False,
     ) -> Float[Tensor, "B T D"] | tuple[Float[Tensor, "B T D"], Float[Tensor, "B H T S"]]:
@@ -69,7 +69,7 @@ class CottentionGPTBlock(GradientCheckpointingLayer):
         x: Tensor,
         attention_mask: Tensor | None,
         cu_seqlens: Tensor | None,
-        rotary: RotaryTable,
+        rotary: RotaryTable | None,
         cache: Cache | None,
         maps: list[Tensor] | None,
     ) -> Tensor:
@@ -98,11 +98,10 @@ class CottentionGPTBlock(GradientCheckpointingLayer):
 
 
 def _attention(config: CottentionGPTConfig, layer_type: str) -> CosineAttention | SoftmaxAttention:
-    head_dim = config.n_embd // config.n_head
     sizes: dict[str, Any] = {
         "causal": True,
         "bias": False,
-        "rotary_dim": (head_dim if config.rotary_dim is None else config.rotary_dim) or None,
+        "rotary_dim": config.turned_dims,
         **config.attention_options,
     }
     if layer_type == "linear_attention":

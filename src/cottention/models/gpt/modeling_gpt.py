@@ -95,7 +95,6 @@ class CottentionGPTModel(CottentionGPTPreTrainedModel):
         self.drop = nn.Dropout(config.embd_pdrop)
         self.h = nn.ModuleList([CottentionGPTBlock(config, i) for i in range(config.n_layer)])
         self.ln_f = nn.LayerNorm(config.n_embd, eps=config.layer_norm_epsilon)
-        self.rotary_dim = config.n_embd // config.n_head if config.rotary_dim is None else config.rotary_dim
         self.gradient_checkpointing = False
         self.post_init()
 
@@ -249,14 +248,16 @@ class CottentionGPTModel(CottentionGPTPreTrainedModel):
         cache: Cache | None,
         cu_seqlens: Tensor | None,
         past_length: int,
-    ) -> RotaryTable:
+    ) -> RotaryTable | None:
+        if self.config.turned_dims is None:
+            return None
         T = x.shape[1]
         if position_ids is None:
             if isinstance(cache, CosineCache):
                 position_ids = cache.positions(T, x.device, cu_seqlens)
             else:
                 position_ids = default_positions(T, cu_seqlens, x.device) + past_length
-        return rotary_table(position_ids, self.rotary_dim)
+        return rotary_table(position_ids, self.config.turned_dims)
 
 
 class CottentionGPTForCausalLM(CottentionGPTPreTrainedModel, GenerationMixin):
