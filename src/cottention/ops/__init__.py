@@ -38,8 +38,6 @@ IMPLEMENTATIONS = {
     "triton": partial(attend, "triton", triton.cut),
 }
 
-_GATED = ("naive", "chunk", "native")  # those that take log_decay and beta
-
 _logger = get_logger(__name__)
 
 
@@ -164,12 +162,12 @@ def choose_implementation(
     """The name of the implementation that runs for such tensors; one that was asked for by name is never replaced.
 
     Raises:
-        ValueError: there is no implementation of that name, or it has no decay (is_gated) or erase (erases as well).
+        ValueError: there is no implementation of that name, or it cannot erase here.
     """
     if implementation == "auto":
         if erases and q.is_cuda:
             name = "triton" if why_not_erase(q.device, q.dtype, q.shape[3]) is None else "chunk"
-        elif is_gated and q.is_cuda:
+        elif is_gated and q.is_cuda and torch.compiler.is_exporting():
             name = "chunk"
         elif q.is_cuda:
             name = "triton" if triton.why_not(q.device, q.dtype, q.shape[3], v.shape[3]) is None else "chunk"
@@ -187,8 +185,4 @@ def choose_implementation(
         reason = why_not_erase(q.device, q.dtype, q.shape[3])
         if reason is not None:
             raise ValueError(f'implementation="triton" cannot run here: {reason}')
-    elif is_gated and implementation not in _GATED:
-        raise ValueError(
-            f"implementation must be one of auto, {', '.join(_GATED)} with log_decay or beta; got {implementation!r}"
-        )
     return implementation

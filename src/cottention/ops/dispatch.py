@@ -72,12 +72,14 @@ def attend(
     beta: Tensor | None = None,  # [B, T, H]
 ) -> tuple[Tensor, CosineState | None]:
     """A call of an implementation: the numbers of `naive`. For the arguments see `cosine_attention`."""
-    has_states = initial_state is not None or output_final_state
+    is_gated = log_decay is not None or beta is not None
+    has_states = initial_state is not None or output_final_state or is_gated
     cuts = cut(q, k, v, causal=causal, cu_seqlens=cu_seqlens, has_states=has_states, chunk_size=chunk_size)
-    if log_decay is not None or beta is not None:
+    if is_gated:
         inputs = (q, k, v, norm_const, attention_mask, cu_seqlens, *(initial_state or (None, None)), log_decay, beta)
         keeps = implementation == "native" and beta is not None and wants_gradient(*inputs)
-        cuts = (chunk_size or 0, _ERASE_SEGMENT if keeps else 0)
+        if implementation != "triton":
+            cuts = (chunk_size or 0, _ERASE_SEGMENT if keeps else 0)
         o, kv, seen, _ = torch.ops.cottention.gated.default(implementation, *inputs, causal, *cuts)
         return o, CosineState(kv, seen) if output_final_state else None
     inputs = (q, k, v, norm_const, attention_mask, cu_seqlens)

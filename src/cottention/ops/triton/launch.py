@@ -87,7 +87,9 @@ class Call:
         segment_tokens: int,
         *,
         causal: bool,
+        log_decay: Tensor | None = None,
     ) -> None:
+        self.log_decay = log_decay
         self.q, self.k, self.v, self.norm_const, self.seen = q, k, v, norm_const, seen
         self.B, self.T, self.H, self.K = q.shape
         self.S, self.V = v.shape[1], v.shape[3]
@@ -152,8 +154,24 @@ class Call:
             **compiler_options(self.q.device),
         }
 
-    def sum_states(self, states: Tensor, segments: Segments, do: Tensor | None) -> None:
-        """Write the state of each segment: of k_hat and v', or of q_hat and do."""
+    def decay_strides(self) -> tuple[int | None, ...]:
+        """Strides of log_decay."""
+        return (None,) * 3 if self.log_decay is None else self.log_decay.stride()
+
+    def sum_states(
+        self,
+        states: Tensor,
+        segments: Segments,
+        do: Tensor | None,
+        *,
+        decays: Tensor | None = None,
+        reverse: bool = False,
+    ) -> None:
+        """Write the state of each segment: of k_hat and v', or of q_hat and do.
+
+        decays: `[segments, H]`, overwritten by what each segment leaves of a state; None without log_decay.
+        reverse: the states as they are left at the start of their segments, not at the end.
+        """
         shapes = self.shapes(self.config.forward)
         of_keys = do is None
         y, z = (self.k, self.v) if do is None else (self.q, do)
@@ -168,24 +186,35 @@ class Call:
             self.total if of_keys else None,
             self.seen if of_keys and self.count is None else None,
             segments.table,
+            self.log_decay,
+            decays,
             *y.stride(),
             *z.stride(),
+            *self.decay_strides(),
             segments.num_tokens,
             segments.length,
             segments.each,
             OF_GRADIENT=not of_keys,
+            REVERSE=reverse,
             **shapes,
         )
 
     def scan(
-        self, states: Tensor, segments: Segments, initial: Tensor | None, total: Tensor | None, *, reverse: bool = False
+        self,
+        states: Tensor,
+        segments: Segments,
+        initial: Tensor | None,
+        total: Tensor | None,
+        *,
+        decays: Tensor | None = None,
+        reverse: bool = False,
     ) -> None:
         """States of segments become the states before (reverse: after) each; `total` takes the whole sums."""
         size = self.K * self.V
         grid = self.num_sequences * self.H * -(-size // _SCAN_BLOCK)
         scan_kernel[(grid,)](
-            states, initial, total, segments.first, segments.each, self.H, size,
-            BLOCK=_SCAN_BLOCK, REVERSE=reverse, EXCLUSIVE=self.causal,
+            states, decays, initial, total, segments.first, segments.each, self.H, size,
+            BLOCK=_SCAN_BLOCK, REVERSE=reverse, EXCLUSIVE=self.causal or decays is not None,
         )  # fmt: skip
 
     def linear(
@@ -199,8 +228,10 @@ class Call:
         dstates: Tensor | None = None,
         reached: Tensor | None = None,
         norms: tuple[Tensor | None, Tensor | None] = (None, None),
+        flow: Tensor | None = None,
+        opposite: bool = False,
     ) -> None:
-        """One pass over segments."""
+        """One pass over segments; `opposite` the second walk of a bidirectional one with log_decay."""
         first, count = roles
         shapes = self.shapes(self.config.forward if first == _O else self.config.backward, backward=first != _O)
         longest = self.V if first == _O else self.K if count == 1 else max(self.K, self.V)
@@ -209,10 +240,11 @@ class Call:
         linear_kernel[(grid,)](
             self.q, self.k, self.v, do, *outputs, states, dstates, reached, self.norm_const,
             self.real_q if of_queries else self.real_k, self.count, self.total,
-            self.seen if self.count is None else None, segments.table, *norms,
+            self.seen if self.count is None else None, segments.table, *norms, self.log_decay, flow,
             *self.q.stride(), *self.k.stride(), *self.v.stride(), *(do.stride() if do is not None else (None,) * 4),
+            *self.decay_strides(), None if flow is None else flow.stride(0),
             segments.num_tokens, segments.length, segments.each,
-            BV=pad(self.V), FIRST_ROLE=first, NUM_ROLES=count, **shapes,
+            BV=pad(self.V), OPPOSITE=opposite, FIRST_ROLE=first, NUM_ROLES=count, **shapes,
         )  # fmt: skip
 
     def quadratic(

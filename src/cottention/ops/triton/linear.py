@@ -8,6 +8,10 @@ and W_0, the state at the rim of a segment of many chunks, is a prefix sum over 
 head and a tile of BZ of z's dimensions. The programs of a backward segment that differ in role are neighbours in the
 grid: they read the same rows at about the same time, from the cache. Bidirectional attention is the first term alone,
 with W the sum over the whole sequence.
+
+With log_decay each term has a weight exp(-|G_t - G_j|), G its running sum: inside a chunk as it is, else in what a chunk
+leaves of W, of what it writes there and of what it reads, and segments give a pair (decay, state) to the scan.
+Bidirectional attention is then two walks, the second one OPPOSITE, without the diagonal, which adds to what is written.
 """
 
 # pyright: reportGeneralTypeIssues=false, reportAssignmentType=false
@@ -17,8 +21,11 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from cottention.ops.triton.roles import DK, DQ, DV, O, finish, left_rows, right_rows
+from cottention.ops.triton.roles import DK, DQ, DV, O, finish, left_rows, right_rows, stored_or_own
 from cottention.ops.triton.tiles import (
+    decay_between,
+    decay_factors,
+    decay_sums,
     exponent,
     inverse,
     load_rows,
@@ -43,6 +50,8 @@ def state_kernel(
     total_ptr,
     seen_ptr,
     table,
+    log_decay,  # [B, T, H] or None
+    decays,  # [segments, H] float32 or None: what each segment leaves of a state
     y_b,
     y_t,
     y_h,
@@ -51,6 +60,9 @@ def state_kernel(
     z_t,
     z_h,
     z_d,
+    decay_b,
+    decay_t,
+    decay_h,
     num_tokens,
     segment_tokens,
     segments_each,
@@ -62,10 +74,15 @@ def state_kernel(
     BT: tl.constexpr,
     CAUSAL: tl.constexpr,
     OF_GRADIENT: tl.constexpr,
+    REVERSE: tl.constexpr,
     DOT: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
-    """The state of one segment and head: sum of k_hat^T v', or of q_hat^T do for the gradient of the states."""
+    """The state of one segment and head: sum of k_hat^T v', or of q_hat^T do for the gradient of the states.
+
+    With log_decay as it is left at the segment's end, or REVERSE at its start.
+    """
+    HAS_DECAY: tl.constexpr = log_decay is not None
     num_tiles: tl.constexpr = (V + BZ - 1) // BZ
     pid = tl.program_id(0)
     z0 = (pid % num_tiles) * BZ
@@ -80,17 +97,31 @@ def state_kernel(
     if count_ptr is not None:
         count_ptr += row * num_tokens
     p = exponent(norm_const, i_h)
+    if HAS_DECAY:
+        decay = (log_decay + row * decay_b + i_h.to(tl.int64) * decay_h, decay_t)
+        left = 1.0
     state = tl.zeros([BK, BZ], tl.float32)
-    for i in range(tl.cdiv(end - start, BT)):
-        t, inside, real = tokens(start + i * BT, end, real_ptr, BT)
+    num_chunks = tl.cdiv(end - start, BT)
+    for i in range(num_chunks):
+        t0 = start + i * BT
+        if REVERSE:
+            t0 = start + (num_chunks - 1 - i) * BT
+        t, inside, real = tokens(t0, end, real_ptr, BT)
         y = load_rows(y_rows, t, real, 0, K, BK, DOT)
         z = load_rows(z_rows, t, real, z0, V, BZ, DOT)
         factor = inverse(row_norms(y))
         if not OF_GRADIENT and norm_const is not None:
             log_count = log2_count(t, inside, where, (count_ptr, total_ptr, seen_ptr), CAUSAL)
             factor = factor * tl.exp2(-p * log_count)
+        if HAS_DECAY:
+            _, written, whole = decay_factors(decay_sums(decay, t, real), REVERSE)
+            factor = factor * written
+            state = state * whole
+            left = left * whole
         state = tl.dot(tl.trans(y), (z * factor[:, None]).to(DOT), state, input_precision=PRECISION)
     at_k, at_z = tl.arange(0, BK), z0 + tl.arange(0, BZ)
+    if HAS_DECAY:
+        tl.store(decays + i_segment.to(tl.int64) * H + i_h, left)
     states += (i_segment.to(tl.int64) * H + i_h) * (K * V)
     tl.store(states + at_k[:, None] * V + at_z[None, :], state, mask=(at_k < K)[:, None] & (at_z < V)[None, :])
 
@@ -98,6 +129,7 @@ def state_kernel(
 @triton.jit
 def scan_kernel(
     states,  # [segments, H, size] float32
+    decays,  # [segments, H] float32 or None: nothing is forgotten
     initial,  # [N, H, size] float32 or None
     total,  # [N, H, size] float32 or None
     first_segment,  # [N+1] int32 or None
@@ -108,7 +140,10 @@ def scan_kernel(
     REVERSE: tl.constexpr,
     EXCLUSIVE: tl.constexpr,
 ):
-    """Replace the states of a sequence's segments by the sum before each (REVERSE: after), and give the whole sum."""
+    """Replace the states of a sequence's segments by the sum before each (REVERSE: after), and give the whole sum.
+
+    With decays, what came before a segment is left in that part in the sum after it.
+    """
     pid = tl.program_id(0)
     num_blocks = tl.cdiv(size, BLOCK)
     i_h = pid // num_blocks % H
@@ -130,9 +165,23 @@ def scan_kernel(
         state = tl.load(p, mask=at < size, other=0.0)
         if EXCLUSIVE:
             tl.store(p, running, mask=at < size)
+        if decays is not None:
+            running *= tl.load(decays + i_segment.to(tl.int64) * H + i_h)
         running += state
     if total is not None:
         tl.store(total + own + at, running, mask=at < size)
+
+
+@triton.jit
+def _flow_of_queries(acc, weights, z, q, q_norm, t, real, H, z0, K, BZ: tl.constexpr, PRECISION: tl.constexpr):
+    """q_hat . dq_hat of each token, less the same products as they fall to the keys of the chunk.
+
+    weights: [BT, BT] those of the keys z in acc, as they were multiplied: rounded alike, they cancel.
+    """
+    x = load_rows(q, t, real, z0, K, BZ, z.dtype)
+    unit = inverse(stored_or_own(q_norm, t, real, H, x))
+    pairs = weights.to(tl.float32) * product(x, tl.trans(z), PRECISION) * unit[:, None]
+    return tl.sum(acc * x, 1) * unit - tl.sum(pairs, 0)
 
 
 @triton.jit
@@ -143,9 +192,11 @@ def _attend(
     do,
     out_ptr,
     dp_ptr,
+    flow_ptr,
     states,
     reached,
     p,
+    decay,  # operand of log_decay
     counts,
     real_ptr,
     q_norm,
@@ -163,12 +214,16 @@ def _attend(
     BT: tl.constexpr,
     CAUSAL: tl.constexpr,
     HAS_M: tl.constexpr,
+    HAS_DECAY: tl.constexpr,
+    OPPOSITE: tl.constexpr,
     ROLE: tl.constexpr,
     DOT: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
     OF_VALUES: tl.constexpr = ROLE == O or ROLE == DV
-    REVERSE: tl.constexpr = ROLE == DK or ROLE == DV
+    OF_KEYS: tl.constexpr = ROLE == DK or ROLE == DV
+    REVERSE: tl.constexpr = OF_KEYS != OPPOSITE
+    WALKS: tl.constexpr = CAUSAL or HAS_DECAY
     Z: tl.constexpr = V if OF_VALUES else K
     X: tl.constexpr = K if OF_VALUES else V
     BX: tl.constexpr = BK if OF_VALUES else BV
@@ -181,7 +236,7 @@ def _attend(
     else:
         at_state = at_z[None, :] * V + at_x[:, None]
     if states is not None:
-        i_state = i_segment if CAUSAL else where[1]
+        i_state = i_segment if WALKS else where[1]
         states += (i_state.to(tl.int64) * H + i_h) * (K * V)
         w = tl.load(states + at_state, mask=in_state, other=0.0)
     else:
@@ -191,6 +246,8 @@ def _attend(
         in_half = at_t[:, None] <= at_t[None, :]
     else:
         in_half = at_t[:, None] >= at_t[None, :]
+    if OPPOSITE:
+        in_half = in_half & (at_t[:, None] != at_t[None, :])
     dp = 0.0
     num_chunks = tl.cdiv(end - start, BT)
     for i in range(num_chunks):
@@ -199,22 +256,40 @@ def _attend(
             t0 = start + (num_chunks - 1 - i) * BT
         t, inside, real = tokens(t0, end, real_ptr, BT)
         log_count = tl.zeros([BT], tl.float32)
-        if HAS_M and (CAUSAL or REVERSE):
+        if HAS_M and (WALKS or OF_KEYS):
             log_count = log2_count(t, inside, where, counts, CAUSAL)
         weight = tl.exp2(-p * log_count)
         x, left = left_rows(q, k, v, do, t, real, weight, K, V, BK, BV, ROLE, DOT)
-        if not CAUSAL:
+        if not WALKS:
             acc = product(x, w.to(DOT), PRECISION)
         else:
             y, z, right = right_rows(q, k, v, do, t, real, weight, q_norm, k_norm, H, z0, K, V, BK, BV, BZ, ROLE, DOT)
             scores = product(x, tl.trans(y), PRECISION) * right[None, :]
+            if HAS_DECAY:
+                sums = decay_sums(decay, t, real)
+                scores = scores * decay_between(sums, in_half, REVERSE)
             scores = tl.where(in_half, scores, 0.0)
             acc = tl.dot(scores.to(DOT), z, input_precision=PRECISION)
-            acc += product(x, w.to(DOT), PRECISION)
+            if HAS_DECAY:
+                met, written, whole = decay_factors(sums, REVERSE)
+                right = right * written
+                from_state = product(x, w.to(DOT), PRECISION) * met[:, None]
+                acc += from_state
+                if ROLE == DQ:
+                    flow = _flow_of_queries(acc, scores.to(DOT), z, q, q_norm, t, real, H, z0, K, BZ, PRECISION)
+                if ROLE == DV:
+                    flow = tl.sum(from_state * load_rows(v, t, real, z0, V, BZ, tl.float32), 1) * left * weight
+                if ROLE == DQ or ROLE == DV:
+                    tl.store(flow_ptr + t.to(tl.int64) * H, flow, mask=inside)
+                w = w * whole
+            else:
+                acc += product(x, w.to(DOT), PRECISION)
             w = tl.dot(tl.trans(y), (z * right[:, None]).to(DOT), w, input_precision=PRECISION)
         acc = acc * left[:, None]
         acc, dp_here = finish(acc, q, k, v, t, real, weight, log_count, q_norm, z0, K, V, BZ, HAS_M, ROLE)
         dp += dp_here
+        if OPPOSITE:
+            acc += load_rows((out_ptr, H * Z, 1), t, inside, z0, Z, BZ, tl.float32)
         store_rows(out_ptr, acc, t, inside, H * Z, z0, Z, BZ)
     if CAUSAL and reached is not None:
         reached += (where[1].to(tl.int64) * H + i_h) * (K * V)
@@ -245,6 +320,8 @@ def linear_kernel(
     table,
     q_norm,  # [B, T, H] float32, or None where a program has all of K
     k_norm,
+    log_decay,  # [B, T, H] or None
+    flow_ptr,  # [tiles of DQ, then of DV, B, T, H] float32, or None: see `launch.Call.log_decay_gradient`
     q_b,
     q_t,
     q_h,
@@ -261,6 +338,10 @@ def linear_kernel(
     do_t,
     do_h,
     do_d,
+    decay_b,
+    decay_t,
+    decay_h,
+    flow_tile,
     num_tokens,  # of queries for O and DQ, of keys for DK and DV; causal: the same
     segment_tokens,
     segments_each,
@@ -272,6 +353,7 @@ def linear_kernel(
     BZ: tl.constexpr,
     BT: tl.constexpr,
     CAUSAL: tl.constexpr,
+    OPPOSITE: tl.constexpr,
     FIRST_ROLE: tl.constexpr,
     NUM_ROLES: tl.constexpr,
     DOT: tl.constexpr,
@@ -279,8 +361,10 @@ def linear_kernel(
 ):
     """One segment, head and tile of the output (roles from O) or of gradients (from DQ, from DK)."""
     HAS_M: tl.constexpr = norm_const is not None
+    HAS_DECAY: tl.constexpr = log_decay is not None
     LONGEST: tl.constexpr = V if FIRST_ROLE == O else (K if NUM_ROLES == 1 else (K if K > V else V))
     num_tiles: tl.constexpr = (LONGEST + BZ - 1) // BZ
+    k_tiles: tl.constexpr = (K + BZ - 1) // BZ
     v_tiles: tl.constexpr = (V + BZ - 1) // BZ
     pid = tl.program_id(0)
     role = FIRST_ROLE + pid % NUM_ROLES
@@ -306,30 +390,37 @@ def linear_kernel(
     if q_norm is not None:
         q_norm += row
         k_norm += row
+    decay = (0, 0)
+    if HAS_DECAY:
+        decay = (log_decay + i_b * decay_b + head * decay_h, decay_t)
+    flow_q, flow_v = flow_ptr, flow_ptr
+    if flow_ptr is not None:
+        flow_q += i_tile.to(tl.int64) * flow_tile + row
+        flow_v += (k_tiles + i_tile).to(tl.int64) * flow_tile + row
     # One call for each role, so that each is compiled knowing its own.
     if FIRST_ROLE == O:
         _attend(
-            q, k, v, do, o_ptr + row * V, dp_ptr, states, reached, p, counts, real_ptr, q_norm, k_norm, where,
-            i_segment, i_h, i_tile, H, K, V, BK, BV, BZ, BT, CAUSAL, HAS_M, O, DOT, PRECISION,
+            q, k, v, do, o_ptr + row * V, dp_ptr, None, states, reached, p, decay, counts, real_ptr, q_norm, k_norm, where,
+            i_segment, i_h, i_tile, H, K, V, BK, BV, BZ, BT, CAUSAL, HAS_M, HAS_DECAY, OPPOSITE, O, DOT, PRECISION,
         )  # fmt: skip
     if FIRST_ROLE == DQ:
         if (role == DQ) & (i_tile * BZ < K):
             _attend(
-                q, k, v, do, dq_ptr + row * K, dp_ptr, states, None, p, counts, real_ptr, q_norm, k_norm, where,
-                i_segment, i_h, i_tile, H, K, V, BK, BV, BZ, BT, CAUSAL, HAS_M, DQ, DOT, PRECISION,
+                q, k, v, do, dq_ptr + row * K, dp_ptr, flow_q, states, None, p, decay, counts, real_ptr, q_norm, k_norm, where,
+                i_segment, i_h, i_tile, H, K, V, BK, BV, BZ, BT, CAUSAL, HAS_M, HAS_DECAY, OPPOSITE, DQ, DOT, PRECISION,
             )  # fmt: skip
     if FIRST_ROLE + NUM_ROLES > DV:
         if (role == DK) & (i_tile * BZ < K):
             _attend(
-                q, k, v, do, dk_ptr + row * K, dp_ptr, dstates, None, p, counts, real_ptr, q_norm, k_norm, where,
-                i_segment, i_h, i_tile, H, K, V, BK, BV, BZ, BT, CAUSAL, HAS_M, DK, DOT, PRECISION,
+                q, k, v, do, dk_ptr + row * K, dp_ptr, None, dstates, None, p, decay, counts, real_ptr, q_norm, k_norm, where,
+                i_segment, i_h, i_tile, H, K, V, BK, BV, BZ, BT, CAUSAL, HAS_M, HAS_DECAY, OPPOSITE, DK, DOT, PRECISION,
             )  # fmt: skip
         if (role == DV) & (i_tile * BZ < V):
             if dp_ptr is not None:
                 dp_ptr += (i_segment.to(tl.int64) * v_tiles + i_tile) * H + i_h
             _attend(
-                q, k, v, do, dv_ptr + row * V, dp_ptr, dstates, reached, p, counts, real_ptr, q_norm, k_norm, where,
-                i_segment, i_h, i_tile, H, K, V, BK, BV, BZ, BT, CAUSAL, HAS_M, DV, DOT, PRECISION,
+                q, k, v, do, dv_ptr + row * V, dp_ptr, flow_v, dstates, reached, p, decay, counts, real_ptr, q_norm, k_norm, where,
+                i_segment, i_h, i_tile, H, K, V, BK, BV, BZ, BT, CAUSAL, HAS_M, HAS_DECAY, OPPOSITE, DV, DOT, PRECISION,
             )  # fmt: skip
 
 

@@ -9,56 +9,23 @@ import torch
 from torch import Tensor
 
 from cottention.ops.dispatch import num_saved
-from cottention.ops.triton.config import Tiles, on_device, pad
+from cottention.ops.triton.config import on_device
+from cottention.ops.triton.decayed import run_gated, run_gated_backward
+from cottention.ops.triton.gradients import Gradients
 from cottention.ops.triton.launch import Call, Segments
 from cottention.ops.triton.step import run_step, run_step_in_place
 
 # `dispatch` looks for all kernels here.
 step, step_ = run_step, run_step_in_place
+gated, gated_backward = run_gated, run_gated_backward
 
 _OUTPUT, _GRADIENTS, _OF_QUERIES, _OF_KEYS = (0, 1), (1, 3), (1, 1), (2, 2)  # roles: the first, and how many
 
 
-class _Gradients:
-    """What a backward pass writes, and what is left to do after it.
-
-    Where K is wider than a tile, the gradients of the unit vectors come first, in float32, and norms are needed for
-    parts of a vector.
-    """
-
-    def __init__(self, call: Call, num_partial: int, tiles: Tiles) -> None:
-        self._call = call
-        q, k, v = call.q, call.k, call.v
-        self._dq, self._dk, self._dv = (torch.empty(x.shape, dtype=x.dtype, device=x.device) for x in (q, k, v))
-        self._is_split = pad(call.K) > tiles.tile
-        num_tiles = -(-call.V // call.shapes(tiles, backward=True)["BZ"])
-        self._dp = None
-        if call.norm_const is not None:
-            self._dp = q.new_empty((num_partial, num_tiles, call.H), dtype=torch.float32)
-        dq, dk = self._dq, self._dk
-        self.norms: tuple[Tensor | None, Tensor | None] = (None, None)
-        if self._is_split:
-            dq, dk = dq.new_empty(dq.shape, dtype=torch.float32), dk.new_empty(dk.shape, dtype=torch.float32)
-            self.norms = _norms(q), _norms(k)
-        self.outputs = (None, dq, dk, self._dv, self._dp)
-
-    def finished(self) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        """dq, dk, dv and dm (empty without norm_const)."""
-        call = self._call
-        if self._is_split:
-            call.project(call.q, self.outputs[1], self._dq, call.real_q)
-            call.project(call.k, self.outputs[2], self._dk, call.real_k)
-        return self._dq, self._dk, self._dv, call.norm_const_gradient(self._dp)
-
-
-def _norms(x: Tensor) -> Tensor:
-    return torch.linalg.vector_norm(x, dim=-1, dtype=torch.float32)  # [B, T, H]
-
-
 def _quadratic_backward(call: Call, do: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     tiles = call.config.short_backward
-    gradients = _Gradients(call, call.blocks(call.shapes(tiles)["BT"], backward=True).count, tiles)
-    call.quadratic(_GRADIENTS, do=do, outputs=gradients.outputs, norms=gradients.norms)
+    gradients = Gradients(call, call.blocks(call.shapes(tiles)["BT"], backward=True).count, tiles)
+    call.quadratic(_GRADIENTS, do=do, outputs=gradients.outputs(), norms=gradients.norms)
     return gradients.finished()
 
 
@@ -145,7 +112,7 @@ def causal_backward(
     if segment_tokens == 0:
         return *_quadratic_backward(call, do), dkv
     segments = call.cut(call.T)
-    gradients = _Gradients(call, segments.count, call.config.backward)
+    gradients = Gradients(call, segments.count, call.config.backward)
     dfinal = None if dfinal is None else dfinal.contiguous()
     before, after, reached = kv, dfinal, None if kv is None else dkv
     if segments.is_single:
@@ -156,7 +123,7 @@ def causal_backward(
         call.scan(after, segments, dfinal, reached, reverse=True)
         reached = None
     call.linear(
-        _GRADIENTS, segments, do=do, outputs=gradients.outputs, states=before, dstates=after, reached=reached,
+        _GRADIENTS, segments, do=do, outputs=gradients.outputs(), states=before, dstates=after, reached=reached,
         norms=gradients.norms,
     )  # fmt: skip
     return *gradients.finished(), dkv
@@ -208,8 +175,8 @@ def bidirectional_backward(
     if segment_tokens == 0:
         return _quadratic_backward(call, do)
     queries, keys = call.cut(call.T), call.cut(call.S)
-    gradients = _Gradients(call, keys.count, call.config.backward)
+    gradients = Gradients(call, keys.count, call.config.backward)
     dkv = _sum_over_sequences(call, queries, do)
-    call.linear(_OF_QUERIES, queries, do=do, outputs=gradients.outputs, states=kv, norms=gradients.norms)
-    call.linear(_OF_KEYS, keys, do=do, outputs=gradients.outputs, dstates=dkv, norms=gradients.norms)
+    call.linear(_OF_QUERIES, queries, do=do, outputs=gradients.outputs(), states=kv, norms=gradients.norms)
+    call.linear(_OF_KEYS, keys, do=do, outputs=gradients.outputs(), dstates=dkv, norms=gradients.norms)
     return gradients.finished()

@@ -81,11 +81,11 @@ def right_rows(
     elif ROLE == DQ:
         y = load_rows(v, t, real, 0, V, BV, DOT)
         z = load_rows(k, t, real, z0, K, BZ, DOT)
-        norm = _stored_or_own(k_norm, t, real, norm_stride, z)
+        norm = stored_or_own(k_norm, t, real, norm_stride, z)
     else:
         y = load_rows(do, t, real, 0, V, BV, DOT)
         z = load_rows(q, t, real, z0, K, BZ, DOT)
-        norm = _stored_or_own(q_norm, t, real, norm_stride, z)
+        norm = stored_or_own(q_norm, t, real, norm_stride, z)
     factor = inverse(norm)
     if ROLE == O or ROLE == DQ:
         factor = factor * weight
@@ -93,7 +93,8 @@ def right_rows(
 
 
 @triton.jit
-def _stored_or_own(norm_ptr, t, real, stride, x):
+def stored_or_own(norm_ptr, t, real, stride, x):
+    """Norms of rows whose dimensions are all in x, else from memory."""
     if norm_ptr is None:
         norm = row_norms(x)
     else:

@@ -18,6 +18,8 @@ import triton.language as tl
 _MIN_NORM = tl.constexpr(1e-12)  # cottention.ops.state.MIN_NORM: kernels see constants of their own module alone
 _SLICE = tl.constexpr(16)  # the longest that left no register spilled at 256 dims
 _LN_2 = tl.constexpr(0.6931471805599453)
+_LEAST_LOG_DECAY = tl.constexpr(-128.0)  # exp of it is 0 in float32; -inf is taken as any other strong decay
+_COARSE = tl.constexpr(1024.0)
 
 
 @triton.jit
@@ -125,6 +127,38 @@ def log2_count(t, inside, where, counts, CAUSAL: tl.constexpr):
         else:
             count = where[3] - where[2] + t * 0
     return tl.log2(tl.maximum(count, 1).to(tl.float32))
+
+
+@triton.jit
+def decay_sums(operand, t, real):
+    """Sums of log_decay up to each of a tile's tokens, a coarse part and the fine rest of it; and the two of all.
+
+    Coarse parts are multiples of 2^-10 above -128, so that sums and differences of 128 of them are exact in float32. Of
+    whole sums, differences behind a strong decay would be what is left of two large numbers.
+    """
+    log_decay = tl.load(operand[0] + t.to(tl.int64) * operand[1], mask=real, other=0.0).to(tl.float32)
+    log_decay = tl.where(log_decay < _LEAST_LOG_DECAY, _LEAST_LOG_DECAY, log_decay)
+    coarse = tl.floor(log_decay * _COARSE + 0.5) / _COARSE
+    fine = log_decay - coarse
+    return tl.cumsum(coarse, 0), tl.cumsum(fine, 0), tl.sum(coarse, 0), tl.sum(fine, 0)
+
+
+@triton.jit
+def decay_factors(sums, REVERSE: tl.constexpr):
+    """What is left at each token of the state that the walk brings, of each token's part in the next, of it in all."""
+    met, written = tl.exp(sums[0] + sums[1]), tl.exp((sums[2] - sums[0]) + (sums[3] - sums[1]))
+    if REVERSE:
+        met, written = written, met
+    return met, written, tl.exp(sums[2] + sums[3])
+
+
+@triton.jit
+def decay_between(sums, in_half, REVERSE: tl.constexpr):
+    """exp(-|G_i - G_j|) for each two tokens of a tile, in the half where one comes before the other; else 0."""
+    between = (sums[0][:, None] - sums[0][None, :]) + (sums[1][:, None] - sums[1][None, :])
+    if REVERSE:
+        between = -between
+    return tl.exp(tl.where(in_half, between, float("-inf")))  # masked before exp: no overflow, no NaN
 
 
 @triton.jit
