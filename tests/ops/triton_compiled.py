@@ -147,10 +147,10 @@ def _number(pattern: str, text: str) -> int:
 
 
 def calls_of(kind: str, K: int, V: int, *, form: str, causal: bool = True) -> Callable[[], None]:
-    """Forward and backward, short or in segments, with what costs registers: a mask, a divisor, states."""
+    """Forward and backward, short, in segments or with log_decay, with what costs registers: a mask, divisor, states."""
     dtype = {"bf16": torch.bfloat16, "tf32": torch.float16, "ieee": torch.float32}[kind]
     B, T, H = 2, 8192, 16
-    segment = {"short": 0, "segments": 2048}[form]
+    segment = {"short": 0, "segments": 2048, "decay": 2048}[form]
 
     def empty(*shape: int, dtype: torch.dtype = dtype) -> Tensor:
         return torch.empty(shape, dtype=dtype, device="meta")
@@ -159,6 +159,12 @@ def calls_of(kind: str, K: int, V: int, *, form: str, causal: bool = True) -> Ca
         q, k, v, do = empty(B, T, H, K), empty(B, T, H, K), empty(B, T, H, V), empty(B, T, H, V)
         m, mask = empty(H, dtype=torch.float32), empty(B, T, dtype=torch.bool)
         inputs = (q, k, v, m, mask, None)
+        if form == "decay":
+            state = (empty(B, H, K, V, dtype=torch.float32), empty(B, dtype=torch.int64)) if causal else (None, None)
+            inputs = (*inputs, *state, empty(B, T, H, dtype=torch.float32), None)
+            states = passes.gated(*inputs, causal, 0, segment)[3]
+            passes.gated_backward(do, state[0], *inputs, states, causal, 0, segment)
+            return
         if not causal:
             _, kv = passes.bidirectional(*inputs, 0, segment)
             passes.bidirectional_backward(do, *inputs, kv, 0, segment)
@@ -170,15 +176,16 @@ def calls_of(kind: str, K: int, V: int, *, form: str, causal: bool = True) -> Ca
     return call
 
 
-def step_of(kind: str, K: int, V: int) -> Callable[[], None]:
-    """The one-token step."""
+def step_of(kind: str, K: int, V: int, *, is_gated: bool = False) -> Callable[[], None]:
+    """The one-token step; gated: with log_decay, beta and rows of a pool."""
     dtype = {"bf16": torch.bfloat16, "tf32": torch.float16, "ieee": torch.float32}[kind]
     B, H = 8, 16
 
     def call() -> None:
         q, k, v = (torch.empty(B, H, D, dtype=dtype, device="meta") for D in (K, K, V))
         kv, seen = torch.empty(B, H, K, V, device="meta"), torch.empty(B, dtype=torch.int64, device="meta")
-        step._launch(q, k, v, torch.empty(H, device="meta"), None, kv, seen, kv)
+        gates = (torch.empty(B, H, device="meta"), torch.empty(B, H, device="meta"), seen) if is_gated else (None,) * 3
+        step._launch(q, k, v, torch.empty(H, device="meta"), None, kv, seen, kv, *gates)
 
     return call
 

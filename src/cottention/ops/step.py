@@ -74,10 +74,16 @@ def cosine_attention_step(
         name = "in_place" if in_place else "state_indices"
         found = "state=None" if state is None else "inputs that require a gradient, have a tangent or are transformed"
         raise ValueError(f"{name} needs a state to write over and no gradient; got {found}")
-    is_gated = log_decay is not None or beta is not None
-    implementation = None if is_differentiated else _fused_implementation(q, v, is_gated=is_gated)
+    implementation = None if is_differentiated else _fused_implementation(q, v)
+    erases_elsewhere = (
+        beta is not None
+        and not is_differentiated
+        and q.is_cuda
+        and why_not_erase(q.device, q.dtype, q.shape[-1]) is None
+    )
     can_write = state is not None and state.kv.is_contiguous() and state.seen.is_contiguous()
-    if state_indices is not None and state is not None and not (can_write and implementation == "native"):
+    is_fused = implementation is not None and not erases_elsewhere
+    if state_indices is not None and state is not None and not (can_write and is_fused):
         rows = state.index_select(state_indices)
         o, new = cosine_attention_step(
             q, k, v, norm_const, rows, attention_mask=attention_mask, in_place=True, log_decay=log_decay, beta=beta
@@ -85,12 +91,7 @@ def cosine_attention_step(
         state.kv.index_copy_(0, state_indices.to(torch.int64), new.kv)
         state.seen.index_copy_(0, state_indices.to(torch.int64), new.seen)
         return o, state
-    if (
-        beta is not None
-        and not is_differentiated
-        and q.is_cuda
-        and why_not_erase(q.device, q.dtype, q.shape[-1]) is None
-    ):
+    if beta is not None and erases_elsewhere:
         o, new = step_erasing(q, k, v, norm_const, state, attention_mask, log_decay, beta)
     elif implementation is None:
         o, new = plain_step(q, k, v, norm_const, state, attention_mask, log_decay, beta)
@@ -110,13 +111,12 @@ def cosine_attention_step(
     return o, new
 
 
-def _fused_implementation(q: Tensor, v: Tensor, *, is_gated: bool) -> str | None:
+def _fused_implementation(q: Tensor, v: Tensor) -> str | None:
     """Whose kernel makes the step; None where there is none, and in a program that is exported."""
     if torch.compiler.is_exporting():
         return None
     if q.is_cuda:
-        has_none = is_gated or why_not_triton(q.device, q.dtype, q.shape[-1], v.shape[-1]) is not None
-        return None if has_none else "triton"
+        return "triton" if why_not_triton(q.device, q.dtype, q.shape[-1], v.shape[-1]) is None else None
     return "native" if suits_native(q) and not torch.compiler.is_compiling() else None
 
 
