@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 import torch
 from torch._subclasses import FakeTensorMode
@@ -62,6 +64,7 @@ def test_auto_takes_it_on_a_gpu_where_it_can_run() -> None:
         ):
             x = torch.empty(2, 8, 3, K, device=device, dtype=dtype)
             assert choose_implementation("auto", x, x) == name
+            assert choose_implementation("auto", x, x, is_gated=True) == name
             assert choose_implementation("triton", x, x) == "triton"
     assert choose_implementation("auto", torch.empty(2, 8, 3, 64), torch.empty(2, 8, 3, 64)) != "triton"
 
@@ -80,9 +83,20 @@ def test_shapes_and_dtypes_are_known_without_running_on_a_gpu(T: int, dtype: tor
         )
         keys, values = (torch.empty(2, 7, 3, K, device="cuda", dtype=dtype) for K in (64, 32))
         both, _ = cosine_attention(q, keys, values, m, causal=False, implementation="triton")
+        decay = torch.empty(3, device="cuda").expand(2, T, 3)
+        decayed, last = cosine_attention(q, k, v, m, causal=True, log_decay=decay, output_final_state=True)
+        pool = CosineState.zeros(9, 3, 64, 32, device="cuda")
+        rows, strengths = torch.empty(2, dtype=torch.int64, device="cuda"), torch.empty(2, 3, device="cuda")
         q1, k1, v1 = (torch.empty(2, 3, K, device="cuda", dtype=dtype) for K in (64, 64, 32))
         step, after = cosine_attention_step(q1, k1, v1, m, state)
+        gates: dict[str, Any] = {"log_decay": strengths, "beta": strengths, "state_indices": rows}
+        _, written = cosine_attention_step(q1, k1, v1, m, pool, **gates)
     assert final is not None
+    assert last is not None
+    assert written is pool
+    assert decayed.shape == (2, T, 3, 32)
+    assert decayed.dtype == dtype
+    assert last.kv.shape == (2, 3, 64, 32)
     assert o.shape == both.shape == (2, T, 3, 32)
     assert o.dtype == both.dtype == step.dtype == dtype
     assert final.kv.shape == after.kv.shape == (2, 3, 64, 32)

@@ -61,7 +61,7 @@ def test_a_whole_call_compiles_without_spills() -> None:
 
 @pytest.mark.parametrize("arch", _ARCHITECTURES)
 def test_the_step_compiles_without_spills(arch: str) -> None:
-    assert _check(step_of("bf16", 128, 128), arch) == ["step"]
+    assert _check(step_of("bf16", 128, 128, is_gated=True), arch) == ["step"]
 
 
 @pytest.mark.slow
@@ -71,7 +71,8 @@ def test_the_step_compiles_without_spills(arch: str) -> None:
 def test_the_whole_table_compiles_without_spills(arch: str, kind: str, width: int) -> None:
     for form in ("segments", "short"):
         _check(calls_of(kind, width, width, form=form), arch)
-    _check(step_of(kind, width, width), arch)
+    for is_gated in (False, True):
+        _check(step_of(kind, width, width, is_gated=is_gated), arch)
 
 
 @pytest.mark.slow

@@ -1,4 +1,4 @@
-"""The Triton kernels that forget (log_decay) and their step, against naive, in the interpreter: values and gradients."""
+"""The Triton kernels that forget (log_decay), and the step, against naive in the interpreter: values and gradients."""
 
 from __future__ import annotations
 
@@ -185,14 +185,17 @@ def test_compiles_and_has_second_derivatives() -> None:
         torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-4 * expected.abs().max().item())
 
 
-def _token(dtype: torch.dtype, K: int = 16, V: int = 16) -> tuple[list[Tensor], CosineState, dict[str, Tensor]]:
+_Token = tuple[Tensor, Tensor, Tensor, Tensor]  # q, k, v, norm_const
+
+
+def _token(dtype: torch.dtype, K: int = 16, V: int = 16) -> tuple[_Token, CosineState, dict[str, Tensor]]:
     case = make_case(B=3, T=1, H=2, K=K, V=V, with_state=True, log_decay=-2.0, beta=True).to(dtype)
     assert case.initial_state is not None
     assert case.norm_const is not None
     assert case.log_decay is not None
     assert case.beta is not None
     gates = {"log_decay": case.log_decay[:, 0], "beta": case.beta}  # [B, H] and [B, 1, H]
-    return [case.q[:, 0], case.k[:, 0], case.v[:, 0], case.norm_const], case.initial_state, gates
+    return (case.q[:, 0], case.k[:, 0], case.v[:, 0], case.norm_const), case.initial_state, gates
 
 
 @pytest.mark.parametrize("given", [("log_decay",), ("beta",), ("log_decay", "beta")], ids="-".join)

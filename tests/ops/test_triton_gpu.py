@@ -26,7 +26,8 @@ _NUM_FUZZED = 60
 
 def _on_gpu(case: Case) -> Case:
     state = case.initial_state
-    tensors = {name: getattr(case, name) for name in ("q", "k", "v", "norm_const", "attention_mask", "cu_seqlens")}
+    names = ("q", "k", "v", "norm_const", "attention_mask", "cu_seqlens", "log_decay")
+    tensors = {name: getattr(case, name) for name in names}
     moved: dict[str, Any] = {name: None if x is None else x.cuda() for name, x in tensors.items()}
     return replace(case, **moved, initial_state=None if state is None else CosineState(*(x.cuda() for x in state)))
 
@@ -56,6 +57,8 @@ def _random_case(choose: random.Random) -> Case:
         sizes["lengths"] = [choose.choice([0, 1, 5, 64, 65, 200]) for _ in range(choose.randint(1, 6))]
     elif shape == "cross" and not causal:
         sizes["S"] = choose.choice([1, 40, 333])
+    if "S" not in sizes:
+        sizes["log_decay"] = choose.choice([None, -0.02, -1.0, -50.0])
     if causal and choose.random() < 0.5:
         sizes |= {"with_state": choose.random() < 0.5, "output_final_state": choose.random() < 0.5}
     return make_case(**sizes)

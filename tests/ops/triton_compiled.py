@@ -147,7 +147,7 @@ def _number(pattern: str, text: str) -> int:
 
 
 def calls_of(kind: str, K: int, V: int, *, form: str, causal: bool = True) -> Callable[[], None]:
-    """Forward and backward, short, in segments or with log_decay, with what costs registers: a mask, divisor, states."""
+    """Forward and backward, short, in segments or with decay; with what costs registers: a mask, a divisor, states."""
     dtype = {"bf16": torch.bfloat16, "tf32": torch.float16, "ieee": torch.float32}[kind]
     B, T, H = 2, 8192, 16
     segment = {"short": 0, "segments": 2048, "decay": 2048}[form]

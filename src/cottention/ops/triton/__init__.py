@@ -1,8 +1,9 @@
 """Cosine attention in Triton kernels for NVIDIA and AMD GPUs: forward, backward and the one-token step.
 
 Everything is fused into the loads: unit vectors, padding, count ** sigmoid(m). Between segments of a sequence goes a
-plain prefix sum of K x V states, so that all segments run at once whatever B and H are; inside a segment the state
-stays in registers. docs/kernels-gpu.md describes the kernels and what they compile to.
+plain prefix sum of K x V states (with log_decay of pairs, a decay and a state), so that all segments run at once
+whatever B and H are; inside a segment the state stays in registers. docs/kernels-gpu.md describes the kernels and what
+they compile to.
 
     o, state = cosine_attention(q, k, v, norm_const, causal=True, implementation="triton")        # q on a GPU
 """

@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 
 from cottention.ops.autocast import without_autocast
-from cottention.ops.triton.table import FOUR_WARPS, TABLE, WIDTHS
+from cottention.ops.triton.table import DECAY, DECAY_FOUR_WARPS, FOUR_WARPS, TABLE, WIDTHS
 
 # Programs of one wave, two a multiprocessor: below that, more segments pay for their states.
 _MULTIPROCESSORS = {"sm_80": 108, "sm_90": 132, "sm_100": 148, "gfx942": 304}
@@ -116,7 +116,7 @@ def override(**fields: Any) -> Iterator[None]:
 
 
 @torch.compiler.assume_constant_result
-def choose(device: torch.device, dtype: torch.dtype, width: int) -> Config:
+def choose(device: torch.device, dtype: torch.dtype, width: int, *, forgets: bool = False) -> Config:
     """The configuration of a call whose larger padded head dim is `width`, with what `override` says.
 
     torch.compile takes it as it is when tracing: the device and the settings of a process are not to be looked up.
@@ -125,8 +125,13 @@ def choose(device: torch.device, dtype: torch.dtype, width: int) -> Config:
     # tf32x3 stands between the two, and is given the smaller tiles
     kind = {"tf32x3": "ieee"}.get(arithmetic(dtype), arithmetic(dtype))
     entries = TABLE[arch][kind, width]
-    if arch == "sm_100" and has_race_of_warps():
+    has_race = arch == "sm_100" and has_race_of_warps()
+    if has_race:
         entries = FOUR_WARPS.get((kind, width), entries)
+    if forgets:
+        own = DECAY[arch].get((kind, width), entries[:2])
+        own = DECAY_FOUR_WARPS.get((kind, width), own) if has_race else own
+        entries = (*own, *entries[2:])
     forward, backward, short_forward, short_backward = (Tiles(*entry) for entry in entries)
     config = Config(
         forward=forward,

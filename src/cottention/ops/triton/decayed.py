@@ -1,15 +1,15 @@
 """Forward and backward with log_decay, as sequences of launches: the linear form, whose states forget.
 
-Causal attention is one walk over each segment. Bidirectional attention is two, forwards and then backwards without the
-diagonal, which add up in float32. What erases (beta) is in `erase`.
+Causal attention is one walk over each segment. Bidirectional attention is two, forwards and then backwards without
+the diagonal, which add up in float32. What erases (beta) is in `erase`.
 
-With A_t the sum of all W_ij (q_hat_i . k_hat_j) (do_i . v'_j) over i >= t > j, which is the gradient of log_decay_t, and
-S_0 the state before the first token, whose gradient is dS_0:
+A_t, the sum of W_ij (q_hat_i . k_hat_j) (do_i . v'_j) over all i >= t > j, is the gradient of log_decay_t. With S_0 the
+state before the first token, and dS_0 its gradient:
 
     A_1 = <dS_0, S_0>        A_{t+1} = A_t - (q_hat_t . dq_hat_t - v'_t . dv'_t)
 
-The two products are those of DQ and DV; what they share, the pairs inside a chunk, DQ alone computes, in both senses, so
-that its rounding cancels and a chunk behind a strong decay takes nothing of what came before.
+The two products are those of DQ and DV. What they share, the pairs inside a chunk, DQ alone computes, in both senses,
+so that its rounding cancels, and none of it stays in the sum behind a strong decay.
 
     o, kv, seen, states = run_gated(q, k, v, m, mask, cu_seqlens, kv0, seen0, log_decay, None, True, 0, 512)
 """
@@ -47,9 +47,7 @@ def run_gated(
     """o `[B, T, H, V]`, final kv and seen (of no meaning unless causal), and the states before segments."""
     given = (q, k, v, norm_const, mask, cu_seqlens, seen, chunk_size, segment_tokens)
     call = Call(*given, causal=causal, log_decay=log_decay)
-    final, saved = call.new_states(call.num_sequences), q.new_empty(0, dtype=torch.float32)
-    if segment_tokens > 0:
-        saved = call.new_states(num_saved(q, cu_seqlens, segment_tokens))
+    final, saved = call.new_states(call.num_sequences), None
     o = torch.empty((*q.shape[:3], call.V), dtype=q.dtype if causal else torch.float32, device=q.device)
     if not causal or o.numel() == 0:
         final.zero_() if kv is None else final.copy_(kv)
@@ -57,12 +55,16 @@ def run_gated(
         segments, reached = call.cut(call.T), final if causal else None
         for opposite in _walks(call):
             before = _states_met(call, segments, None, kv, reached, reverse=opposite)
-            if not (opposite or segments.is_single or before is None):
+            if not (opposite or segments.is_single):
                 saved = before
             call.linear(
                 _OUTPUT, segments, outputs=(o, None, None, None, None), states=before,
                 reached=reached if segments.is_single else None, opposite=opposite,
             )  # fmt: skip
+    if saved is None:  # of the shape that tracing takes it to have
+        saved = q.new_empty(0, dtype=torch.float32)
+        if segment_tokens > 0:
+            saved = call.new_states(num_saved(q, cu_seqlens, segment_tokens))
     return o.to(q.dtype), final, call.reached_seen(), saved
 
 
@@ -85,7 +87,7 @@ def run_gated_backward(
     chunk_size: int,
     segment_tokens: int,
 ) -> tuple[Tensor, ...]:
-    """Gradients of q, k, v, norm_const, kv, log_decay, beta: empty where there is no such input, as there is no beta."""
+    """Gradients of q, k, v, norm_const, kv, log_decay and beta; empty where there is no such input."""
     given = (q, k, v, norm_const, mask, cu_seqlens, seen, chunk_size, segment_tokens)
     call = Call(*given, causal=causal, log_decay=log_decay)
     nothing = q.new_empty(0, dtype=torch.float32)
@@ -124,9 +126,8 @@ def _states_met(
 ) -> Tensor | None:
     """The states that a walk meets at its segments (with do: gradients of states); None: zero.
 
-    Args:
-        rim: what it meets at the rim of each sequence `[N, H, K, V]`; None: zero.
-        reached: is given those at the other rim, except where segments are sequences, and the walk itself gives them.
+    `rim` are those at the first rim of each sequence, `[N, H, K, V]`. `reached` is given those at the other rim, except
+    where segments are sequences, and the walk itself gives them.
     """
     rim = None if rim is None else rim.contiguous()
     if segments.is_single:

@@ -99,7 +99,7 @@ class Call:
             cu_seqlens,
             segment_tokens,
         )
-        self.config: Config = choose(q.device, q.dtype, max(pad(self.K), pad(self.V)))
+        self.config: Config = choose(q.device, q.dtype, max(pad(self.K), pad(self.V)), forgets=log_decay is not None)
         self.num_sequences = self.B if cu_seqlens is None else cu_seqlens.shape[0] - 1
         self.real_k = None if mask is None else mask.contiguous().view(torch.uint8)
         self.real_q = self.real_k if self.T == self.S else None

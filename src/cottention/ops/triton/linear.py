@@ -9,8 +9,8 @@ head and a tile of BZ of z's dimensions. The programs of a backward segment that
 grid: they read the same rows at about the same time, from the cache. Bidirectional attention is the first term alone,
 with W the sum over the whole sequence.
 
-With log_decay each term has a weight exp(-|G_t - G_j|), G its running sum: inside a chunk as it is, else in what a chunk
-leaves of W, of what it writes there and of what it reads, and segments give a pair (decay, state) to the scan.
+With log_decay each term has a weight exp(-|G_t - G_j|), G its running sum: inside a chunk as it is, else as factors of
+what a chunk reads of W, of what it leaves there and of what it writes; segments give pairs (decay, state) to the scan.
 Bidirectional attention is then two walks, the second one OPPOSITE, without the diagonal, which adds to what is written.
 """
 
@@ -321,7 +321,7 @@ def linear_kernel(
     q_norm,  # [B, T, H] float32, or None where a program has all of K
     k_norm,
     log_decay,  # [B, T, H] or None
-    flow_ptr,  # [tiles of DQ, then of DV, B, T, H] float32, or None: see `launch.Call.log_decay_gradient`
+    flow_ptr,  # [tiles of DQ, then of DV, B, T, H] float32, or None: see `decayed`
     q_b,
     q_t,
     q_h,
@@ -400,27 +400,31 @@ def linear_kernel(
     # One call for each role, so that each is compiled knowing its own.
     if FIRST_ROLE == O:
         _attend(
-            q, k, v, do, o_ptr + row * V, dp_ptr, None, states, reached, p, decay, counts, real_ptr, q_norm, k_norm, where,
-            i_segment, i_h, i_tile, H, K, V, BK, BV, BZ, BT, CAUSAL, HAS_M, HAS_DECAY, OPPOSITE, O, DOT, PRECISION,
+            q, k, v, do, o_ptr + row * V, dp_ptr, None, states, reached, p, decay, counts, real_ptr, q_norm, k_norm,
+            where, i_segment, i_h, i_tile, H, K, V, BK, BV, BZ, BT, CAUSAL, HAS_M, HAS_DECAY, OPPOSITE, O,
+            DOT, PRECISION,
         )  # fmt: skip
     if FIRST_ROLE == DQ:
         if (role == DQ) & (i_tile * BZ < K):
             _attend(
-                q, k, v, do, dq_ptr + row * K, dp_ptr, flow_q, states, None, p, decay, counts, real_ptr, q_norm, k_norm, where,
-                i_segment, i_h, i_tile, H, K, V, BK, BV, BZ, BT, CAUSAL, HAS_M, HAS_DECAY, OPPOSITE, DQ, DOT, PRECISION,
+                q, k, v, do, dq_ptr + row * K, dp_ptr, flow_q, states, None, p, decay, counts, real_ptr, q_norm, k_norm,
+                where, i_segment, i_h, i_tile, H, K, V, BK, BV, BZ, BT, CAUSAL, HAS_M, HAS_DECAY, OPPOSITE, DQ,
+                DOT, PRECISION,
             )  # fmt: skip
     if FIRST_ROLE + NUM_ROLES > DV:
         if (role == DK) & (i_tile * BZ < K):
             _attend(
-                q, k, v, do, dk_ptr + row * K, dp_ptr, None, dstates, None, p, decay, counts, real_ptr, q_norm, k_norm, where,
-                i_segment, i_h, i_tile, H, K, V, BK, BV, BZ, BT, CAUSAL, HAS_M, HAS_DECAY, OPPOSITE, DK, DOT, PRECISION,
+                q, k, v, do, dk_ptr + row * K, dp_ptr, None, dstates, None, p, decay, counts, real_ptr, q_norm, k_norm,
+                where, i_segment, i_h, i_tile, H, K, V, BK, BV, BZ, BT, CAUSAL, HAS_M, HAS_DECAY, OPPOSITE, DK,
+                DOT, PRECISION,
             )  # fmt: skip
         if (role == DV) & (i_tile * BZ < V):
             if dp_ptr is not None:
                 dp_ptr += (i_segment.to(tl.int64) * v_tiles + i_tile) * H + i_h
             _attend(
-                q, k, v, do, dv_ptr + row * V, dp_ptr, flow_v, dstates, reached, p, decay, counts, real_ptr, q_norm, k_norm, where,
-                i_segment, i_h, i_tile, H, K, V, BK, BV, BZ, BT, CAUSAL, HAS_M, HAS_DECAY, OPPOSITE, DV, DOT, PRECISION,
+                q, k, v, do, dv_ptr + row * V, dp_ptr, flow_v, dstates, reached, p, decay, counts, real_ptr, q_norm,
+                k_norm, where, i_segment, i_h, i_tile, H, K, V, BK, BV, BZ, BT, CAUSAL, HAS_M, HAS_DECAY, OPPOSITE, DV,
+                DOT, PRECISION,
             )  # fmt: skip
 
 

@@ -95,3 +95,6 @@ FOUR_WARPS: dict[tuple[str, int], tuple[_Tiles, _Tiles, _Tiles, _Tiles]] = {
     ("ieee", 128): ((16, 16, 4, 1), (16, 16, 4, 1), (16, 32, 4, 1), (16, 32, 4, 1)),
     ("ieee", 256): ((16, 16, 4, 1), (16, 16, 4, 1), (16, 16, 4, 1), (16, 16, 4, 1)),  # the smallest; backward spills 32
 }
+
+DECAY: dict = {arch: {} for arch in TABLE}
+DECAY_FOUR_WARPS: dict = {}
