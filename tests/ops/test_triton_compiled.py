@@ -10,7 +10,7 @@ import pytest
 pytest.importorskip("triton")
 
 from cottention.ops.triton import config
-from cottention.ops.triton.table import FOUR_WARPS, KINDS, TABLE, WIDTHS
+from cottention.ops.triton.table import DECAY, DECAY_FOUR_WARPS, FOUR_WARPS, KINDS, TABLE, WIDTHS
 from tests.ops.triton_compiled import (
     SHARED_LIMIT,
     calls_of,
@@ -44,7 +44,8 @@ def _check(call: Callable[[], None], arch: str, *, only: str = "", may_spill: in
 
 
 def test_the_table_has_every_entry() -> None:
-    assert TABLE.keys() == set(_ARCHITECTURES)
+    assert TABLE.keys() == DECAY.keys() == set(_ARCHITECTURES)
+    assert FOUR_WARPS.keys() == DECAY_FOUR_WARPS.keys()
     for entries in TABLE.values():
         assert entries.keys() == {(kind, width) for kind in KINDS for width in WIDTHS}
 
@@ -57,6 +58,10 @@ def test_forward_at_the_commonest_head_dim_compiles_without_spills(arch: str) ->
 def test_a_whole_call_compiles_without_spills() -> None:
     names = _check(calls_of("bf16", 32, 32, form="segments"), "sm_90")
     assert names == ["state", "scan", "linear forward", "state", "scan", "linear dq, dk, dv"]
+
+
+def test_forward_with_decay_compiles_without_spills() -> None:
+    assert _check(calls_of("bf16", 64, 64, form="decay"), "sm_90", only="linear forward") == ["linear forward"]
 
 
 @pytest.mark.parametrize("arch", _ARCHITECTURES)
@@ -85,9 +90,21 @@ def test_bidirectional_and_uneven_head_dims_compile_without_spills(form: str, ar
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("causal", [True, False], ids=["causal", "bidirectional"])
+@pytest.mark.parametrize("width", WIDTHS)
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("arch", _ARCHITECTURES)
+def test_the_whole_table_compiles_without_spills_with_decay(arch: str, kind: str, width: int, causal: bool) -> None:
+    _check(calls_of(kind, width, width, form="decay", causal=causal), arch)
+
+
+@pytest.mark.slow
 @pytest.mark.parametrize(("kind", "width"), FOUR_WARPS)
 def test_four_warps_compile_without_spills(kind: str, width: int, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(config, "has_race_of_warps", lambda: True)
     may_spill = 32 if (kind, width) == ("ieee", 256) else 0  # in the smallest tiles that there are
     for form in ("segments", "short"):
         _check(calls_of(kind, width, width, form=form), "sm_100", may_spill=may_spill)
+    may_spill = 16 if (kind, width) == ("bf16", 256) else 0
+    for causal in (True, False):
+        _check(calls_of(kind, width, width, form="decay", causal=causal), "sm_100", may_spill=may_spill)
