@@ -56,6 +56,22 @@ def _check(
     assert_same(results, truth, dtype)
 
 
+@pytest.mark.usefixtures("instruction_set")
+@pytest.mark.parametrize("log_decay", [-0.01, -3.0])
+@pytest.mark.parametrize("name", ["q", "k", "v", "log_decay", "beta"])
+def test_a_nan_is_never_hidden(name: str, log_decay: float) -> None:
+    case = make_case(T=70, K=20, V=20, log_decay=log_decay, beta=True).to(torch.float32)
+    given: dict[str, Any] = {n: getattr(case, n).clone() for n in ("q", "k", "v", "log_decay", "beta")}
+    for at in (5, 40):
+        spoilt = given | {name: given[name].index_fill(1, torch.tensor([at]), torch.nan)}
+        for T in (20, 70):
+            if at < T:
+                inputs = {n: x[:, :T] for n, x in spoilt.items()}
+                o, _ = cosine_attention(**inputs, norm_const=case.norm_const, causal=True, implementation="native")
+                assert o[:, at].isnan().all(), f"{at} of {T}"
+                assert not o[:, : at // 32 * 32].isnan().any(), f"{at} of {T}: a NaN went back in time beyond its tile"
+
+
 @pytest.mark.parametrize("log_decay", _DECAYS)
 @pytest.mark.parametrize("T", [0, 1, 33, 95])
 def test_every_instruction_set_matches_naive(T: int, log_decay: float | None, instruction_set: str) -> None:

@@ -119,7 +119,8 @@ def test_on_sm_100_eight_warps_wait_for_triton_3_8(version: str, most: int, monk
                 tiles.num_warps
                 for dtype in (torch.bfloat16, torch.float16, torch.float32)
                 for width in WIDTHS
-                for chosen in [config.choose(torch.device("cpu"), dtype, width)]
+                for forgets in (False, True)
+                for chosen in [config.choose(torch.device("cpu"), dtype, width, forgets=forgets)]
                 for tiles in (chosen.forward, chosen.backward, chosen.short_forward, chosen.short_backward)
             }
             assert max(warps) == expected

@@ -152,7 +152,7 @@ def _contiguous(x: Tensor) -> Tensor:
 def _with_lengths(x: Tensor, H: int, normalise: bool) -> tuple[Tensor, Tensor]:
     """Queries or keys `[..., G, K]` for H heads, and the lengths that theirs have in the state, `[..., H, 1]`."""
     length = torch.linalg.vector_norm(x, dim=-1, keepdim=True)
-    if torch.compiler.is_compiling() or bool(length.detach().min() < _SHORT):
+    if torch.compiler.is_compiling() or bool((length.detach() < _SHORT).any()):
         is_short = length < _SHORT
         first = torch.arange(x.shape[-1], device=x.device) == 0
         x = torch.where(is_short, _TIMES * (x + _LEAST_LENGTH * first), x)

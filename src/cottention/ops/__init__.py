@@ -92,8 +92,8 @@ def cosine_attention(
         output_final_state: also return the state after the last token; causal only.
         log_decay: `[B, T, H]` float32 (any strides; an expanded `[H]` does), at most 0: the logarithm of what each head
             keeps of its state at each token. Padded tokens neither forget nor write. None: everything is kept.
-        beta: `[B, T, H]`, from 0 to 1: how far the state is overwritten in the direction of k_hat; causal only. None:
-            nothing is erased.
+        beta: `[B, T, H]`, how far the state is overwritten in the direction of k_hat: from 0, not at all, over 1,
+            wholly, to 2, beyond which states grow; not checked. Causal only. None: nothing is erased.
         chunk_size: tokens per tile of the chunked form, any; None chooses. It changes speed and memory, not results.
         implementation: "auto", or a name of `cottention.ops.IMPLEMENTATIONS`, which runs or raises, never falls back.
             torch.export and torch.onnx.export write plain operators in its place ("naive" as it is; with log_decay or

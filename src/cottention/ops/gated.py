@@ -211,7 +211,7 @@ class _Walk:
     def backward(self, grad: Tensor, grad_reached: Tensor) -> tuple[Tokens, Tensor]:
         """The gradients of the tokens and of kv, from those of o and of the states that are reached."""
         if not self._num_chunks:
-            return self._tokens.each(torch.zeros_like), grad_reached
+            return self._tokens.each(torch.zeros_like), grad_reached.clone()
         state, before = self._start(self._kv), []
         for m in range(self._num_chunks):
             chunk = self._chunk(m)

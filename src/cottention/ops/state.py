@@ -1,6 +1,6 @@
 """The recurrent state of causal cosine attention.
 
-Without decay the whole past of a sequence is one K x V matrix per head and a count of real tokens, so decoding costs
+The whole past of a sequence is one K x V matrix per head and a count of real tokens, so decoding costs
 the same at every position, and carrying the state across any split gives the result of one pass.
 
     state = CosineState.zeros(num_sequences=2, num_heads=8, key_dim=64, value_dim=64)
@@ -36,8 +36,8 @@ class CosineState(NamedTuple):
     """What causal cosine attention remembers of each sequence: constant in the number of tokens.
 
     Attributes:
-        kv: `[N, H, K, V]`, the sum over past real tokens of k_hat_j (v_j / max(c_j ** p, 1))^T; float32 (float64 for
-            float64 inputs).
+        kv: `[N, H, K, V]`, the sum over past real tokens of k_hat_j (v_j / max(c_j ** p, 1))^T; of what log_decay
+            and beta have left; float32 (float64 for float64 inputs).
         seen: `[N]` int64, number of real tokens so far (the count c that the next token continues from).
     """
 

@@ -56,7 +56,7 @@ def cosine_attention_step(
         in_place: write the new state over `state`, which is returned; for decoding loops that own it. Not where a
             derivative is wanted.
         log_decay: `[B, H]` or `[B, 1, H]` float32, at most 0.
-        beta: like log_decay, from 0 to 1, in any float dtype.
+        beta: like log_decay, from 0 to 2, in any float dtype.
         state_indices: `[B]` int64, all different. `state` is then a pool of any number of states: those rows of it are
             read and written over, as by `in_place`, and the pool is returned.
     Returns:

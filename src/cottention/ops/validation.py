@@ -91,11 +91,14 @@ def check_step_arguments(
         raise ValueError(f"q, k and v must hold exactly one token; got T={q.shape[1]} and T={k.shape[1]}")
     B, (H, K), V = q.shape[0], q.shape[-2:], v.shape[-1]
     if attention_mask is not None:
+        if not isinstance(attention_mask, Tensor):
+            raise TypeError(f"attention_mask must be a tensor; got {type(attention_mask).__name__}")
         if tuple(attention_mask.shape) not in ((B,), (B, 1)):
             raise ValueError(
                 f"attention_mask must have shape [B] or [B, 1] = [{B}, 1]; got {list(attention_mask.shape)}"
             )
         _check_mask(attention_mask.reshape(B, -1), (B, 1), "[B, 1]")
+        _check_device(attention_mask, "attention_mask", q)
     num_rows = B
     if state_indices is not None:
         num_rows = _check_state_indices(state_indices, state, B, q)
@@ -187,9 +190,13 @@ def check_boundaries(boundaries: list[int], T: int) -> None:
         raise ValueError(f"cu_seqlens must end at the number of tokens, T={T}; got {boundaries[-1]}")
 
 
-def _check_state(state: CosineState, shape: tuple[int, int, int, int], q: Tensor, name: str) -> None:
+def _check_is_state(state: CosineState, name: str) -> None:
     if not (isinstance(state, tuple) and len(state) == 2 and all(isinstance(x, Tensor) for x in state)):
         raise TypeError(f"{name} must be a CosineState(kv, seen); got {type(state).__name__}")
+
+
+def _check_state(state: CosineState, shape: tuple[int, int, int, int], q: Tensor, name: str) -> None:
+    _check_is_state(state, name)
     kv, seen = state
     if tuple(kv.shape) != shape:
         raise ValueError(f"{name}.kv must have shape [N, H, K, V] = {list(shape)}; got {list(kv.shape)}")
@@ -241,6 +248,7 @@ def _check_state_indices(indices: Tensor, state: CosineState | None, B: int, q: 
         raise TypeError(f"state_indices must be a tensor or None; got {type(indices).__name__}")
     if state is None:
         raise ValueError("state_indices needs the state that it names rows of; got state=None")
+    _check_is_state(state, "state")
     if tuple(indices.shape) != (B,):
         raise ValueError(f"state_indices must have shape [B] = [{B}]; got {list(indices.shape)}")
     if indices.dtype not in (torch.int32, torch.int64):

@@ -40,19 +40,23 @@ def _states(q: Tensor, v: Tensor, num: int) -> Tensor:
     return torch.empty((num, *q.shape[-2:], v.shape[-1]), dtype=torch.float32, device=q.device)
 
 
+def _nothing(q: Tensor, dtype: torch.dtype = torch.float32) -> Tensor:
+    return torch.empty(0, dtype=dtype, device=q.device)
+
+
 def _num_sequences(q: Tensor, cu_seqlens: Tensor | None) -> int:
     return q.shape[0] if cu_seqlens is None else cu_seqlens.shape[0] - 1
 
 
 def causal(q, k, v, norm_const, mask, cu_seqlens, kv, seen, output_final_state, chunk_size, segment_tokens):
     """o `[B, T, H, V]`, the final kv and seen (empty unless asked for); nothing is kept for backward."""
-    o, saved = q.new_empty((*q.shape[:3], v.shape[3])), torch.empty(0)
+    o, saved = q.new_empty((*q.shape[:3], v.shape[3])), _nothing(q)
     options = {"causal": True, "chunk_size": chunk_size, "mask": mask, "cu_seqlens": cu_seqlens, "kv": kv, "seen": seen}
     if not output_final_state:
         run("forward", q, k, v, norm_const, **options, o=o)
-        return o, torch.empty(0), torch.empty(0, dtype=torch.int64), saved
+        return o, _nothing(q), _nothing(q, torch.int64), saved
     N = _num_sequences(q, cu_seqlens)
-    final_kv, final_seen = _states(q, v, N), torch.empty(N, dtype=torch.int64)
+    final_kv, final_seen = _states(q, v, N), torch.empty(N, dtype=torch.int64, device=q.device)
     run("forward", q, k, v, norm_const, **options, o=o, final_kv=final_kv, final_seen=final_seen)
     return o, final_kv, final_seen, saved
 
@@ -60,7 +64,7 @@ def causal(q, k, v, norm_const, mask, cu_seqlens, kv, seen, output_final_state, 
 def causal_backward(grad, grad_kv, q, k, v, norm_const, mask, cu_seqlens, kv, seen, saved, chunk_size, segment_tokens):
     """dq, dk, dv, dm and the gradient of the initial kv (the last two empty where there is none)."""
     gradients = _Gradients(q, k, v, norm_const)
-    dkv = torch.empty(0 if kv is None else kv.shape, dtype=torch.float32)
+    dkv = torch.empty(0 if kv is None else kv.shape, dtype=torch.float32, device=q.device)
     options = {"causal": True, "chunk_size": chunk_size, "mask": mask, "cu_seqlens": cu_seqlens, "kv": kv, "seen": seen}
     options |= {"grad": grad, "grad_final": grad_kv, "dkv": None if kv is None else dkv}
     run("backward", q, k, v, norm_const, **options, **gradients.buffers)
@@ -88,15 +92,15 @@ def gated(q, k, v, norm_const, mask, cu_seqlens, kv, seen, log_decay, beta, caus
     o, N = q.new_empty((*q.shape[:3], v.shape[3])), _num_sequences(q, cu_seqlens)
     options = {"causal": causal, "chunk_size": chunk_size, "mask": mask, "cu_seqlens": cu_seqlens}
     options |= {"kv": kv, "seen": seen, "log_decay": _float(log_decay), "beta": _float(beta), "o": o}
-    saved = torch.empty(0)
+    saved = _nothing(q)
     if not causal:
         run("forward", q, k, v, norm_const, **options)
-        return o, _states(q, v, N).zero_(), torch.zeros(N, dtype=torch.int64), saved
+        return o, _states(q, v, N).zero_(), torch.zeros(N, dtype=torch.int64, device=q.device), saved
     assert segment_tokens <= _MOST_SEGMENT_TOKENS, segment_tokens
     if segment_tokens > 0:
         saved = _states(q, v, num_saved(q, cu_seqlens, segment_tokens)).zero_()  # not all are reached
         options |= {"saved": saved, "saved_tokens": segment_tokens}
-    final_kv, final_seen = _states(q, v, N), torch.empty(N, dtype=torch.int64)
+    final_kv, final_seen = _states(q, v, N), torch.empty(N, dtype=torch.int64, device=q.device)
     run("forward", q, k, v, norm_const, **options, final_kv=final_kv, final_seen=final_seen)
     return o, final_kv, final_seen, saved
 
@@ -122,7 +126,7 @@ def gated_backward(
     """Gradients of q, k, v, norm_const, kv, log_decay and beta; empty where there is no such input."""
     gradients = _Gradients(q, k, v, norm_const)
     dkv, dlog_decay, dbeta = (
-        torch.empty(0 if x is None else x.shape, dtype=torch.float32) for x in (kv, log_decay, beta)
+        torch.empty(0 if x is None else x.shape, dtype=torch.float32, device=q.device) for x in (kv, log_decay, beta)
     )
     options = {"causal": causal, "chunk_size": chunk_size, "mask": mask, "cu_seqlens": cu_seqlens}
     options |= {
@@ -152,13 +156,13 @@ class _Gradients:
     def __init__(self, q: Tensor, k: Tensor, v: Tensor, norm_const: Tensor | None) -> None:
         self._norm_const = norm_const
         dq, dk, dv = (x.new_empty(x.shape) for x in (q, k, v))
-        dm = None if norm_const is None else torch.empty(norm_const.shape, dtype=torch.float32)
+        dm = None if norm_const is None else torch.empty(norm_const.shape, dtype=torch.float32, device=q.device)
         self.buffers = {"dq": dq, "dk": dk, "dv": dv, "dm": dm}
 
     def finished(self) -> tuple[Tensor, ...]:
         dq, dk, dv, dm = self.buffers.values()
         if self._norm_const is None:
-            return dq, dk, dv, torch.empty(0, dtype=torch.float32)
+            return dq, dk, dv, _nothing(dq)
         return dq, dk, dv, dm.to(self._norm_const.dtype)
 
 
@@ -166,7 +170,7 @@ def step(q, k, v, norm_const, real, kv, seen, log_decay=None, beta=None):
     """o, kv and seen after one token, `[B, H, K or V]` or `[B, 1, H, K or V]`."""
     o = torch.empty_like(v, memory_format=torch.contiguous_format)
     if kv is None:
-        final_kv, final_seen = _states(q, v, q.shape[0]), torch.empty(q.shape[0], dtype=torch.int64)
+        final_kv, final_seen = _states(q, v, q.shape[0]), torch.empty(q.shape[0], dtype=torch.int64, device=q.device)
     else:
         final_kv, final_seen = (torch.empty_like(x, memory_format=torch.contiguous_format) for x in (kv, seen))
     run_step(q, k, v, norm_const, real, kv, seen, final_kv, final_seen, o, _float(log_decay), _float(beta))

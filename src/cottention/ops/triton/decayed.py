@@ -45,6 +45,7 @@ def run_gated(
     segment_tokens: int,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """o `[B, T, H, V]`, final kv and seen (of no meaning unless causal), and the states before segments."""
+    assert beta is None, "the kernels that erase are others"
     given = (q, k, v, norm_const, mask, cu_seqlens, seen, chunk_size, segment_tokens)
     call = Call(*given, causal=causal, log_decay=log_decay)
     final, saved = call.new_states(call.num_sequences), None
@@ -88,6 +89,7 @@ def run_gated_backward(
     segment_tokens: int,
 ) -> tuple[Tensor, ...]:
     """Gradients of q, k, v, norm_const, kv, log_decay and beta; empty where there is no such input."""
+    assert beta is None, "the kernels that erase are others"
     given = (q, k, v, norm_const, mask, cu_seqlens, seen, chunk_size, segment_tokens)
     call = Call(*given, causal=causal, log_decay=log_decay)
     nothing = q.new_empty(0, dtype=torch.float32)

@@ -84,7 +84,7 @@ struct Gates {
     static inline void weigh_row(float* row, const double* sum, double at, int64_t width) {
         for (int64_t j = 0; j < width; j++) {
             const float between = float(at - sum[j]);
-            row[j] = exp_of(between < 0 ? between : 0.0f);
+            row[j] = exp_of(between > 0 ? 0.0f : between);  // NaN stays NaN
         }
     }
 };

@@ -1,7 +1,7 @@
 // The passes of sweeps.h for bfloat16 tokens with AVX512-BF16, whose dot product adds two products at once.
 //
 // Every operand of a product is rounded to bfloat16 (v and g are so already; q_hat, k', scores and the state once), all
-// sums and the state itself stay in float. Rows of o are divided by the norms of q at the end, so that q goes into the
+// sums of a walk and the state itself stay in float. Rows of o are divided by the norms of q at the end, so that q goes into the
 // products of forward as it is. Other dtypes, and a handful of tokens, go to the kernels of AVX-512.
 #pragma once
 
