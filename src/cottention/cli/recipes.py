@@ -11,7 +11,7 @@ import re
 import jsonargparse
 
 from cottention.cli.main import new_parser
-from cottention.errors import SettingsError
+from cottention.errors import SettingsError, did_you_mean
 from cottention.training.recipe_files import find_recipe, packaged_recipes
 
 
@@ -28,6 +28,9 @@ def run(args: jsonargparse.Namespace) -> None:
     if args.action == "show":
         if args.name is None:
             raise SettingsError(f"recipes show needs a name, one of {', '.join(packaged_recipes())}")
+        if args.name not in packaged_recipes():
+            known = did_you_mean(args.name, packaged_recipes())
+            raise SettingsError(f"no recipe is named {args.name!r}{known}")
         print(find_recipe(args.name).read_text(encoding="utf-8"), end="")
         return
     if args.name is not None:

@@ -143,6 +143,12 @@ class BertModelSettings:
             raise SettingsError(
                 f"model.rotary_dim needs model.position_embedding_type: rotary; got {self.position_embedding_type}"
             )
+        head_dim = self.hidden_size // self.num_attention_heads
+        if self.rotary_dim is not None and (self.rotary_dim % 2 or not 0 < self.rotary_dim <= head_dim):
+            raise SettingsError(
+                "model.rotary_dim must be even and at most hidden_size / num_attention_heads = "
+                f"{head_dim}; got {self.rotary_dim}"
+            )
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import itertools
+import threading
 from collections.abc import Callable
 from pathlib import Path
 
@@ -11,7 +12,7 @@ import numpy as np
 import pytest
 import torch
 
-from cottention.benchmarks.quality import cells, training
+from cottention.benchmarks.quality import cells, running, training
 from cottention.benchmarks.quality.cells import HYBRID, PLUS, Cell, cells_like
 from cottention.benchmarks.quality.language import TextTask, window_losses
 from cottention.benchmarks.quality.lines import Lines
@@ -25,6 +26,7 @@ from cottention.errors import DataError, SettingsError
 _WORDS = ["the", "a", "of", "in", "sea", "ship", "sails", "whale", "man", "old", "said", "went", "home", "night"]
 
 
+_SMALL = {"vocab_size": 300}
 _STEP_BYTES = training._step_bytes
 
 
@@ -86,6 +88,46 @@ def test_a_cell_repeats_to_the_last_digit(tmp_path: Path, files: TaskFiles) -> N
     other = lines.of(cells_like(["small-mqar/cosine/seed-0"])[0])
     assert other is not None
     assert differences(found, other)
+
+
+def test_a_rate_that_breaks_training_is_not_chosen_and_a_broken_seed_stops_no_other(
+    tmp_path: Path, files: TaskFiles, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    broken = dataclasses.replace(cells.EXPERIMENTS["small-mqar"], rates=(1e-2, 1e30), variants=("cosine",))
+    monkeypatch.setitem(cells.EXPERIMENTS, "small-mqar", broken)
+    lines, run = Lines(tmp_path), training._Run._step
+    for _ in run_cells(cells_like(["small-mqar/cosine/rate-*"]), lines, files):
+        pass
+    cell = cells_like(["small-mqar/cosine/seed-1"])[0]
+    assert Lines(tmp_path).chosen_rate(cell) == 1e-2
+
+    def breaking(self: training._Run, number: int) -> torch.Tensor:
+        return run(self, number) * (torch.nan if self.task is first else 1)
+
+    first, make = make_task(cells_like(["small-mqar/cosine/seed-0"])[0], files), make_task
+    monkeypatch.setattr(running, "make_task", lambda each, files: first if each.seed == 0 else make(each, files))
+    monkeypatch.setattr(training._Run, "_step", breaking)
+    seeds = cells_like(["small-mqar/cosine/seed-*"])
+    assert [line["cell"] for line in run_cells(seeds, lines, files)] == [each.name for each in seeds[1:]]
+
+
+def test_cells_of_other_text_do_not_stand_beside_these(tmp_path: Path, files: TaskFiles) -> None:
+    lines, (one, other) = Lines(tmp_path), cells_like(["small-mqar/cosine/rate-*"])
+    lines.add(one, {"learning_rate": one.rate, "scores": {"loss": 1.0}, "data": "another text"})
+    with pytest.raises(
+        SettingsError, match=r"^the lines of small-mqar are of other text than this: give another --lines"
+    ):
+        run_cell(other, lines, files)
+
+
+def test_two_processes_that_begin_together_make_one_text(tmp_path: Path, files: TaskFiles) -> None:
+    begin = [threading.Thread(target=open_text, args=(files.texts,), kwargs=_SMALL | {"work": tmp_path}) for _ in "ab"]
+    for each in begin:
+        each.start()
+    for each in begin:
+        each.join()
+    text, known = open_text(files.texts, **_SMALL, work=tmp_path), open_text(files.texts, **_SMALL, work=files.work)
+    assert np.array_equal(text.train, known.train)
 
 
 @pytest.mark.parametrize("experiment", ["small", "small-mqar"])

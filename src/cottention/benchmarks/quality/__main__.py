@@ -53,11 +53,17 @@ def main(arguments: list[str] | None = None) -> int:
     given = _parser().parse_args(arguments)
     try:
         return {"list": _list, "run": _run, "repeat": _repeat, "table": _table, "plot": _plot}[given.command](given)
-    except CottentionError as error:
+    except (CottentionError, UnicodeDecodeError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
     except BrokenPipeError:
         return 0
+    except OSError as error:
+        print(f"error: {error.filename}: {error.strerror}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        print("interrupted: the same command goes on", file=sys.stderr)
+        return 130
 
 
 def _lines(given: argparse.Namespace) -> Lines:
@@ -78,12 +84,24 @@ def _list(given: argparse.Namespace) -> int:
     return 0
 
 
+def _check_machine(given: argparse.Namespace) -> None:
+    if given.threads < 1:
+        raise SettingsError(f"--threads must be at least 1; got {given.threads}")
+    import torch
+
+    if given.device == "cuda" and not torch.cuda.is_available():
+        raise SettingsError("--device cuda needs a CUDA device; there is none here")
+    torch.set_num_threads(given.threads)  # sums that are split among others differ in the last digits
+
+
 def _run(given: argparse.Namespace) -> int:
     from cottention.benchmarks.quality.cells import cells_like
-    from cottention.benchmarks.quality.running import run_cells, use_threads
+    from cottention.benchmarks.quality.running import run_cells
 
     cells = _share_of(cells_like(given.cells), given.share)
-    use_threads(given.threads)
+    if not given.minutes > 0:
+        raise SettingsError(f"--minutes must be more than 0; got {given.minutes}")
+    _check_machine(given)
     finished = run_cells(cells, _lines(given), _files(given), device=given.device, seconds=60 * given.minutes)
     for line in finished:
         scores = line["scores"]
@@ -94,7 +112,7 @@ def _run(given: argparse.Namespace) -> int:
 
 def _repeat(given: argparse.Namespace) -> int:
     from cottention.benchmarks.quality.cells import cells_like
-    from cottention.benchmarks.quality.running import differences, run_cell, use_threads
+    from cottention.benchmarks.quality.running import differences, run_cell
 
     cells = cells_like([given.cell])
     lines = _lines(given)
@@ -103,7 +121,7 @@ def _repeat(given: argparse.Namespace) -> int:
     line = lines.of(cells[0])
     if line is None:
         raise SettingsError(f"{given.cell} has no line in {given.lines} to compare with: run it first")
-    use_threads(given.threads)
+    _check_machine(given)
     found = run_cell(cells[0], lines, _files(given), device=given.device)
     print(json.dumps(found["scores"]))
     apart = differences(found, line)

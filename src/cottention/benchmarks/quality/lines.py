@@ -73,6 +73,10 @@ class Lines:
         assert rate is not None
         return scaled(rate, cell)
 
+    def data_of(self, experiment: str) -> str | None:
+        """What the finished cells of an experiment were read from; None before the first."""
+        return next((line["data"] for line in self._lines(experiment).values() if "data" in line), None)
+
     def _path(self, experiment: str) -> Path:
         return self.directory / f"{experiment}.jsonl"
 
@@ -103,5 +107,8 @@ def _parsed(text: str) -> dict[str, Any] | None:
         line = json.loads(text)
     except (ValueError, RecursionError):
         return None
-    is_whole = isinstance(line, dict) and isinstance(line.get("cell"), str) and "scores" in line
+    if not isinstance(line, dict) or not isinstance(line.get("cell"), str):
+        return None
+    scores = line.get("scores")
+    is_whole = isinstance(scores, dict) and isinstance(scores.get("loss"), float) and "learning_rate" in line
     return line if is_whole else None

@@ -5,22 +5,23 @@ run_cells(cells_like(["mqar/*"]), Lines(Path("docs/quality")), files)
 
 from __future__ import annotations
 
+import hashlib
+import json
 import math
 import time
 from collections.abc import Generator, Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
-import torch
-
 from cottention.benchmarks.environment import describe_environment
-from cottention.benchmarks.quality.cells import Cell, sweep_of
+from cottention.benchmarks.quality.cells import Cell, options_of, sweep_of
 from cottention.benchmarks.quality.lines import Lines
 from cottention.benchmarks.quality.models import num_parameters, state_bytes
 from cottention.benchmarks.quality.tasks import TaskFiles, make_task
 from cottention.benchmarks.quality.training import train
-from cottention.errors import CottentionError
+from cottention.errors import CottentionError, SettingsError
 from cottention.logging import get_logger
+from cottention.training.checkpointing_trainer import NonFiniteLossError
 
 CLOSE = 1e-9
 """Relative: what the same cell may differ by on the same machine, which is nothing but the last digit of a mean."""
@@ -53,24 +54,40 @@ def run_cells(
         if time.monotonic() >= end:
             logger.info("%d cells are left", len(waiting))
             return
-        yield lines.add(ready, run_cell(ready, lines, files, device=device))
+        try:
+            found = run_cell(ready, lines, files, device=device)
+        except NonFiniteLossError as error:
+            logger.warning("%s has no line: %s", ready.name, error)
+            cells.remove(ready)  # the same would come of it again
+            continue
+        line = lines.add(ready, found)
+        _checkpoint(ready, files, found["learning_rate"], found["data"]).unlink(missing_ok=True)
+        yield line
 
 
 def run_cell(cell: Cell, lines: Lines, files: TaskFiles, *, device: str = "cpu") -> dict[str, Any]:
     """Train, score and measure one cell; what its line says beside its name and settings.
 
     Raises:
-        CottentionError: its learning rate is not chosen yet, or training broke down.
+        CottentionError: its learning rate is not chosen yet.
+        NonFiniteLossError: training broke down, at a rate that a sweep did not ask for.
+        SettingsError: the finished cells beside it are of other text.
     """
     rate = lines.chosen_rate(cell)
     if rate is None:
         raise CottentionError(f"{cell.name} needs the learning rate of a sweep: run {_sweep(cell)!r} first")
     environment = describe_environment(device)
     task = make_task(cell, files)
-    checkpoint = _checkpoint(cell, files, rate)
-    trained = train(cell, task, rate=rate, checkpoint=checkpoint, device=device)
+    data = task.data()
+    if lines.data_of(cell.experiment) not in (None, data):
+        raise SettingsError(f"the lines of {cell.experiment} are of other text than this: give another --lines folder")
+    try:
+        trained = train(cell, task, rate=rate, checkpoint=_checkpoint(cell, files, rate, data), device=device)
+    except NonFiniteLossError:
+        if not cell.chooses:
+            raise
+        return {"learning_rate": rate, "scores": {"loss": math.inf}, "data": data, "environment": environment}
     scores = task.scores(trained.model, "choose" if cell.chooses else "score")
-    checkpoint.unlink(missing_ok=True)
     num_tokens = cell.steps * cell.plan.batch_size * cell.plan.length
     return {
         "learning_rate": rate,
@@ -83,7 +100,7 @@ def run_cell(cell: Cell, lines: Lines, files: TaskFiles, *, device: str = "cpu")
         "tokens_per_second": num_tokens / trained.seconds,
         "tokens_per_cpu_second": num_tokens / trained.cpu_seconds,
         "curve": trained.curve,
-        "data": task.data(),
+        "data": data,
         "environment": environment,
     }
 
@@ -112,10 +129,8 @@ def _sweep(cell: Cell) -> str:
     return f"{swept[0].experiment}/{cell.variant}/rate-*" if swept else f"one of {cell.variant}, of which there is none"
 
 
-def _checkpoint(cell: Cell, files: TaskFiles, rate: float) -> Path:
-    return files.work / "unfinished" / f"{cell.name.replace('/', '--')}--{rate:g}.pt"
-
-
-def use_threads(count: int) -> None:
-    """Compute with so many threads; sums that are split among others differ in the last digits."""
-    torch.set_num_threads(count)
+def _checkpoint(cell: Cell, files: TaskFiles, rate: float, data: str) -> Path:
+    """Where an interrupted cell goes on from: nothing that its numbers follow from may differ."""
+    decides = json.dumps([cell.settings(), options_of(cell.variant), data])
+    digest = hashlib.sha256(decides.encode()).hexdigest()[:12]
+    return files.work / "unfinished" / f"{cell.name.replace('/', '--')}--{rate:g}-{digest}.pt"

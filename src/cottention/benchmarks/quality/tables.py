@@ -24,8 +24,8 @@ BEGIN, END = "<!-- tables: made by the command `table --page` -->", "<!-- end of
 _CONTROLS = {
     "cosine": "cosine as published",
     "softmax": "softmax",
-    SOFTMAX_PLUS: "softmax, same additions",
-    PLUS: "cosine, all additions",
+    SOFTMAX_PLUS: SOFTMAX_PLUS,
+    PLUS: PLUS,
 }
 
 

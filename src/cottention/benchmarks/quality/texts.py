@@ -17,6 +17,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import time
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -29,7 +30,7 @@ from cottention.data.tokenization import arrow_batches, tokenize_documents
 from cottention.data.tokenizer import load_tokenizer, train_tokenizer
 from cottention.errors import DataError
 from cottention.files import write_text
-from cottention.locks import sole_writer
+from cottention.locks import InUseError, sole_writer
 
 _VERSION = 1  # part of the folder's name: raise it when the same text shall give other streams
 _NOVELS = {"score": "frankenstein.txt", "choose": "time_machine.txt"}
@@ -37,6 +38,7 @@ _ARTICLES = "wiki_vital/wiki_vital_en.jsonl.gz"
 _OTHERS = ("warandpeace/warandpeace.txt.gz",)
 _PERIOD = 20  # of the articles one in so many is scored, and one chooses
 _LONG_PERIOD = 1000  # of another corpus's documents
+_LOOK_AGAIN_S = 1.0
 _TOKENIZER_DOCUMENTS = 200_000  # of a large corpus: more change no merge that matters
 
 
@@ -89,9 +91,19 @@ def open_text(source: Path, *, vocab_size: int, work: Path) -> Text:
     folder = work / f"text-{digest}"
     if not (folder / "text.json").exists():
         folder.mkdir(parents=True, exist_ok=True)
-        with sole_writer(folder):
-            _write(folder, source, vocab_size, digest)
+        _write_once(folder, source, vocab_size, digest)
     return Text(folder)
+
+
+def _write_once(folder: Path, source: Path, vocab_size: int, digest: str) -> None:
+    """Write the streams, or wait for another process that does."""
+    while not (folder / "text.json").exists():
+        try:
+            with sole_writer(folder):
+                if not (folder / "text.json").exists():  # else others read it already
+                    _write(folder, source, vocab_size, digest)
+        except InUseError:
+            time.sleep(_LOOK_AGAIN_S)
 
 
 def _files_of(source: Path) -> list[Path]:

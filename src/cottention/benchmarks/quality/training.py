@@ -22,10 +22,10 @@ from cottention.benchmarks.memory import measure_call
 from cottention.benchmarks.quality.cells import Cell
 from cottention.benchmarks.quality.models import new_model, parameter_groups
 from cottention.benchmarks.quality.tasks import Batch, Task, hidden_states, labelled_loss
-from cottention.errors import CottentionError
 from cottention.files import written_file
 from cottention.models import CottentionGPTForCausalLM
 from cottention.models.versions import CACHE_NAME, cache_of
+from cottention.training.checkpointing_trainer import NonFiniteLossError
 
 WEIGHT_DECAY = 0.05
 BETAS = (0.9, 0.95)
@@ -64,7 +64,7 @@ def train(cell: Cell, task: Task, *, rate: float, checkpoint: Path | None = None
         device: cpu or cuda.
 
     Raises:
-        CottentionError: the loss is not finite.
+        NonFiniteLossError: the loss is not finite.
     """
     model = new_model(cell, task.vocab_size).train()
     model.to(torch.device(device))  # pyright: ignore[reportArgumentType]  transformers' decorator hides the signature
@@ -111,7 +111,7 @@ class _Run:
             mean = torch.stack(losses).mean().item()
             losses = []
             if not math.isfinite(mean):
-                raise CottentionError(f"the loss is {mean} at step {step + 1} with learning rate {self.rate:g}")
+                raise NonFiniteLossError(f"the loss is {mean} at step {step + 1} with learning rate {self.rate:g}")
             trained.seconds, trained.cpu_seconds = time.perf_counter() - clock, time.process_time() - cpu_clock
             trained.curve.append([step + 1, mean, round(trained.cpu_seconds, 2), round(trained.seconds, 2)])
             if checkpoint is not None and self.cache is None and time.perf_counter() - saved_at > _SAVE_S:
