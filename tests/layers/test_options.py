@@ -118,8 +118,10 @@ def test_packed_texts_go_on_from_their_own_states() -> None:
         torch.testing.assert_close(after.index_select(torch.tensor([i])), state)
 
 
-def test_the_layer_is_its_parts_around_the_operation() -> None:
-    layer, x = layer_of(CosineAttention, True, {**ALL_ON, "divisor": "key"}, rotary_dim=None), tokens(2, 9)
+@pytest.mark.parametrize("output_gate", ["sigmoid", "silu"])
+def test_the_layer_is_its_parts_around_the_operation(output_gate: str) -> None:
+    settings = {**ALL_ON, "divisor": "key", "output_gate": output_gate}
+    layer, x = layer_of(CosineAttention, True, settings, rotary_dim=None), tokens(2, 9)
     projected = [projection(x) for projection in (layer.q_proj, layer.k_proj, layer.v_proj)]
     taps = [conv.weight for conv in (layer.q_conv, layer.k_conv, layer.v_conv)]
     convolved = []
@@ -135,8 +137,15 @@ def test_the_layer_is_its_parts_around_the_operation() -> None:
         q, k, v, layer.norm_const, causal=True, log_decay=log_decay, beta=beta, implementation="naive"
     )
     o = o / (o.square().mean(-1, keepdim=True) + 1e-6).sqrt() * layer.output_norm.weight
-    expected = layer.out_proj(o.reshape(2, 9, 24) * silu(layer.gate_proj(x)))
-    torch.testing.assert_close(layer(x)[0], expected)
+    told = layer.gate_proj(x)
+    gate = silu(told) if output_gate == "silu" else 1 / (1 + (-told).exp())
+    expected = layer.out_proj(o.reshape(2, 9, 24) * gate)
+    found = layer(x)[0]
+    torch.testing.assert_close(found, expected)
+    parameters = list(layer.parameters())
+    upstream = tokens(2, 9).flip(-1)
+    for mine, right in zip(*(torch.autograd.grad(y, parameters, upstream) for y in (found, expected)), strict=True):
+        torch.testing.assert_close(mine, right)
 
 
 def test_the_divisor_at_the_query_divides_the_sum() -> None:
