@@ -93,7 +93,8 @@ def _perplexity_parser() -> ArgumentParser:
 
 def _run_perplexity(chosen: Namespace) -> None:
     from cottention.data import load_corpus
-    from cottention.data.corpus import DEFAULT_CORPUS, files_of
+    from cottention.data.corpus import DEFAULT_CORPUS
+    from cottention.data.source_files import files_of
     from cottention.evaluation import evaluate_perplexity
     from cottention.generation.loading import load_model_and_tokenizer
 

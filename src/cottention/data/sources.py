@@ -25,11 +25,12 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from cottention.data.corpus import DEFAULT_CORPUS, files_of, load_corpus
+from cottention.data.corpus import DEFAULT_CORPUS, load_corpus
 from cottention.data.encodings import normalised_newlines
 from cottention.data.malformed import no_column
 from cottention.data.opening import check_regular
 from cottention.data.readers import BLOCK, SEPARATORS, format_of, read_records, read_rows, split_text
+from cottention.data.source_files import files_of
 from cottention.data.tokenization import arrow_batches
 from cottention.errors import DataError, SettingsError, did_you_mean, why_offline
 
