@@ -106,10 +106,10 @@ class FinetuneTrainer(CheckpointingTrainer):
         arguments = _arguments(settings, seed, run_dir, num_steps, batch_size)
         autocasts = _precision(settings, arguments.device) == torch.bfloat16
         self._autocast = {"device_type": arguments.device.type, "dtype": torch.bfloat16, "enabled": autocasts}
-        self._collator = GlueCollator(
-            pad_token_id=tokenizer.pad_token_id or 0,  # pyright: ignore[reportArgumentType]
+        self._collator = self.make_collator(
+            pad_token_id=tokenizer.pad_token_id or 0,
             packed=packs_best(model.config.attention_type, arguments.device),
-            num_token_types=model.config.type_vocab_size,
+            num_token_types=getattr(model.config, "type_vocab_size", 1),
         )
         super().__init__(
             run_dir / "checkpoints",
@@ -150,6 +150,14 @@ class FinetuneTrainer(CheckpointingTrainer):
             self._loss_sum.fill_(state["loss_sum"])
             logger.info("resuming from %s", checkpoint)
         self.train_on_from(checkpoint)
+
+    def make_collator(self, **options: Any) -> GlueCollator:
+        """What joins this task's rows to batches.
+
+        Args:
+            **options: of `GlueCollator`.
+        """
+        return GlueCollator(**options)
 
     # What the loop asks for
 
@@ -202,7 +210,7 @@ class FinetuneTrainer(CheckpointingTrainer):
         """Measure the epoch that has just ended, and keep its model when it is the best so far."""
         step = self.state.global_step
         epoch = self.epoch_ends[step]
-        splits = {name: self._scores(rows) for name, rows in self._dev.items()}
+        splits = {name: self.measured(rows) for name, rows in self._dev.items()}
         first = splits[next(iter(splits))]
         steps_before = max((end for end in self.epoch_ends if end < step), default=0)
         entry = {
@@ -232,11 +240,16 @@ class FinetuneTrainer(CheckpointingTrainer):
         self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics=measured)
         return measured
 
-    def _scores(self, rows: Dataset) -> dict[str, Any]:
-        model = cast(PreTrainedModel, self.model)
-        logits = glue_logits(model, rows, self._collator, autocast=self._autocast)
+    def logits_of(self, rows: Dataset) -> np.ndarray:
+        """The model's outputs `[N, labels]` for encoded rows; stops where they are no numbers."""
+        logits = glue_logits(cast(PreTrainedModel, self.model), rows, self._collator, autocast=self._autocast)
         if not np.isfinite(logits).all():
             self._stop("output", self.state.global_step)
+        return logits
+
+    def measured(self, rows: Dataset) -> dict[str, Any]:
+        """Scores of a split: "main", by which epochs are compared, "official", which are shown, and whatever else."""
+        logits = self.logits_of(rows)
         scores = glue_scores(self.task, predictions_of(self.task, logits), np.asarray(rows["label"]))
         return {"main": scores.main, "official": scores.official, "as_published": scores.as_published}
 

@@ -17,7 +17,7 @@ import json
 import os
 import shutil
 import signal
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
@@ -47,6 +47,7 @@ from cottention.training.plain_yaml import read_yaml, shown
 
 _SETTINGS, _METRICS = "settings.yaml", "metrics.json"
 _FINISHED = "result.json"
+_PLACES = ("model", "data", "dev")  # settings that name a file or a folder
 _REMEDY = "choose another --output-dir, or --overwrite to start again"
 
 logger = get_logger(__name__)
@@ -112,56 +113,63 @@ def finetune(
     """
     settings = settings or FinetuneSettings()
     chosen, run_dir = glue_task(task), Path(output_dir) / task
-    _check_seeds(seeds)
-    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
-        raise SettingsError("fine-tuning runs in one process; got WORLD_SIZE above 1")
+    check_seeds(seeds)
     if not has_split(chosen, data, "train"):
         task_folder(chosen, data)  # says what is missing; a folder without the file is told of when it is read
     content = {"model": str(model), "data": str(data), "task": task, **settings.as_dict()}
-    with ExitStack() as held:
-        with writing_to(run_dir):
-            held.enter_context(sole_writer(run_dir))
-        return _finetune(chosen, run_dir, content, model, data, settings, seeds, overwrite)
+    return train_seeds(
+        run_dir, content, lambda: _prepared(chosen, model, data, settings), seeds=seeds, overwrite=overwrite
+    )
 
 
-def _finetune(
-    chosen: GlueTask,
+@dataclass(frozen=True, kw_only=True)
+class SeedRuns:
+    """What the trainings of one run have in common."""
+
+    title: str
+    """Of the run, in the log."""
+    description: dict[str, Any]
+    """What metrics.json says of it beside the settings."""
+    trainer: Callable[[int, Path], FinetuneTrainer]
+    """Makes the training of a seed, in that seed's directory."""
+
+
+def train_seeds(
     run_dir: Path,
     content: dict[str, Any],
-    model: str | Path,
-    data: str | Path,
-    settings: FinetuneSettings,
+    prepare: Callable[[], SeedRuns],
+    *,
     seeds: Sequence[int],
     overwrite: bool,
 ) -> FinetuneResult:
-    """The run, in a directory that nobody else writes."""
-    continues = _continues(run_dir, content, overwrite=overwrite)
-    # Opened before the data: a wrong directory shall not cost the time of tokenising.
-    encoder, tokenizer = load_model_and_tokenizer(model, "encoder", device="cpu", dtype=torch.float32)
-    limit = encoder.config.longest_text
-    if limit is not None and settings.max_length > limit:
-        raise SettingsError(f"max_length must be at most the model's {limit} positions; got {settings.max_length}")
-    rows = _read(chosen, data, tokenizer, settings)
-    if not continues:  # only now: a mistake in model or data leaves nothing behind
-        _claim(run_dir, content)
-    metrics = _metrics_of(run_dir, {**content, "attention_type": encoder.config.attention_type, **rows.description})
+    """Train seed after seed in a directory, from where it stands; keep the best model.
+
+    Args:
+        run_dir: of the run; nobody else writes it meanwhile.
+        content: what the run is, of plain types; another one in the same place is refused.
+        prepare: opens model and data; what it raises leaves nothing behind.
+        seeds: one training each.
+        overwrite: delete the run that is there and start again.
+    """
+    check_seeds(seeds)
+    with ExitStack() as held:
+        with writing_to(run_dir):
+            held.enter_context(sole_writer(run_dir))
+        continues = _continues(run_dir, content, overwrite=overwrite)
+        runs = prepare()
+        if not continues:  # only now: a mistake in model or data leaves nothing behind
+            _claim(run_dir, content)
+        return _train_seeds(run_dir, _metrics_of(run_dir, {**content, **runs.description}), runs, seeds)
+
+
+def _train_seeds(run_dir: Path, metrics: dict[str, Any], runs: SeedRuns, seeds: Sequence[int]) -> FinetuneResult:
     for seed in seeds:
         if any(entry["seed"] == seed for entry in metrics["seeds"]):
-            logger.info("%s, seed %d is done already", chosen.title, seed)
+            logger.info("%s, seed %d is done already", runs.title, seed)
             continue
         seed_dir = run_dir / f"seed-{seed}"
         if _finished_seed(seed_dir) is None:
-            classifier = build_classifier(model, chosen, seed=seed, from_scratch=settings.from_scratch)
-            trainer = FinetuneTrainer(
-                classifier,
-                tokenizer,
-                task=chosen,
-                train=rows.train,
-                dev=rows.dev,
-                settings=settings,
-                seed=seed,
-                run_dir=seed_dir,
-            )
+            trainer = runs.trainer(seed, seed_dir)
             trainer.fit()
             stopped_by = trainer.run_control.stopped_by
             if stopped_by is not None:
@@ -172,6 +180,39 @@ def _finetune(
                 write_atomically(seed_dir / _FINISHED, json.dumps(entry))
         metrics = _take_in(run_dir, seed_dir, metrics)
     return _result(run_dir, metrics, None)
+
+
+def _prepared(task: GlueTask, model: str | Path, data: str | Path, settings: FinetuneSettings) -> SeedRuns:
+    """A task of GLUE, opened."""
+    # Opened before the data: a wrong directory shall not cost the time of tokenising.
+    encoder, tokenizer = load_model_and_tokenizer(model, "encoder", device="cpu", dtype=torch.float32)
+    check_max_length(settings.max_length, encoder.config.longest_text)
+    rows = _read(task, data, tokenizer, settings)
+
+    def trainer(seed: int, seed_dir: Path) -> FinetuneTrainer:
+        return FinetuneTrainer(
+            build_classifier(model, task, seed=seed, from_scratch=settings.from_scratch),
+            tokenizer,
+            task=task,
+            train=rows.train,
+            dev=rows.dev,
+            settings=settings,
+            seed=seed,
+            run_dir=seed_dir,
+        )
+
+    description = {"attention_type": encoder.config.attention_type, **rows.description}
+    return SeedRuns(title=task.title, description=description, trainer=trainer)
+
+
+def check_max_length(max_length: int, limit: int | None) -> None:
+    """Refuse texts that a model has no positions for.
+
+    Raises:
+        SettingsError: max_length is above the limit.
+    """
+    if limit is not None and max_length > limit:
+        raise SettingsError(f"max_length must be at most the model's {limit} positions; got {max_length}")
 
 
 def build_classifier(
@@ -203,7 +244,14 @@ def build_classifier(
     return classifier
 
 
-def _check_seeds(seeds: Sequence[int]) -> None:
+def check_seeds(seeds: Sequence[int]) -> None:
+    """Refuse seeds that are none, and several processes.
+
+    Raises:
+        SettingsError: they are negative or twice the same, or the process is one of several.
+    """
+    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
+        raise SettingsError("fine-tuning runs in one process; got WORLD_SIZE above 1")
     if not seeds or min(seeds) < 0 or len(set(seeds)) < len(seeds):
         raise SettingsError(f"seeds must be different numbers from 0 up; got {', '.join(map(str, seeds)) or 'none'}")
 
@@ -269,7 +317,7 @@ def _continues(run_dir: Path, content: dict[str, Any], *, overwrite: bool) -> bo
     if not isinstance(there, dict):
         raise SettingsError(f"{path} is damaged: it holds no settings; {_REMEDY}")
     for name, value in content.items():
-        if there.get(name) != value and not (name in ("model", "data") and _same_place(there.get(name), value)):
+        if there.get(name) != value and not (name in _PLACES and _same_place(there.get(name), value)):
             raise SettingsError(
                 f"{run_dir} holds a run of other settings: {name} ({shown(there.get(name))} there, {shown(value)} "
                 f"now); {_REMEDY}"
