@@ -27,6 +27,12 @@ def uniform(attention_type: str, num_layers: int) -> list[str]:
     return [LAYER_TYPES[attention_type]] * num_layers
 
 
+def every_nth_softmax(num_layers: int, every: int) -> list[str]:
+    """A hybrid: cosine layers, and softmax in the last of every so many."""
+    names = LAYER_TYPES["softmax"], LAYER_TYPES["cosine"]
+    return [names[0] if number % every == 0 else names[1] for number in range(1, num_layers + 1)]
+
+
 def is_uniform(layer_types: Any) -> bool:
     """Whether a list may have followed from an `attention_type`."""
     return isinstance(layer_types, list) and any(

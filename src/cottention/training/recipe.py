@@ -49,8 +49,8 @@ class GPTRecipe:
                 "data.carry_state needs model.attention_type: cosine, whose state has a constant size; "
                 f"got {self.model.attention_type}"
             )
-        if self.model.layer_types is not None:
-            check_carries(self.model.layer_types)
+        if (mixed := self.model.mixed_layer_types) is not None:
+            check_carries(mixed)
         # A block that is computed twice would start the second time from the state that it ended with, and a graph of
         # fixed shapes would be compiled anew for each number of documents in a step.
         for name in ("gradient_checkpointing", "compile"):
@@ -104,7 +104,7 @@ class GPTRecipe:
             "n_inner": settings.n_inner,
             "rotary_dim": None if settings.position_embedding_type == "none" else settings.rotary_dim,
             "position_embedding_type": settings.position_embedding_type,
-            "layer_types": settings.layer_types,
+            "layer_types": settings.mixed_layer_types,
             "sliding_window": settings.sliding_window,
             "resid_pdrop": settings.dropout,
             "embd_pdrop": settings.dropout,
@@ -112,9 +112,7 @@ class GPTRecipe:
             "short_conv": settings.short_conv,
             "output_norm": settings.output_norm,
             "output_gate": settings.output_gate,
-            "decay": settings.decay,
-            "erase": settings.erase,
-            "divisor": settings.divisor,
+            **({} if settings.attention_type == "softmax" else _memory_options(settings)),
         }
 
 
@@ -202,6 +200,11 @@ class BertRecipe:
 
 Recipe = GPTRecipe | BertRecipe
 RECIPE_CLASSES: dict[str, type[GPTRecipe | BertRecipe]] = {"gpt": GPTRecipe, "bert": BertRecipe}
+
+
+def _memory_options(settings: GPTModelSettings) -> dict[str, Any]:
+    """What cosine layers alone have; the config of a softmax twin, one flag away, does not name it."""
+    return {"decay": settings.decay, "erase": settings.erase, "divisor": settings.divisor}
 
 
 def _num_steps(given: float, training: TrainingSettings) -> int:

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from typing import ClassVar, Literal
 
 from cottention.errors import SettingsError
-from cottention.models.layer_types import BERT_LAYER_TYPES, GPT_LAYER_TYPES, check_layer_types
+from cottention.models.layer_types import BERT_LAYER_TYPES, GPT_LAYER_TYPES, check_layer_types, every_nth_softmax
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -26,6 +26,8 @@ class GPTModelSettings:
     """A name per layer, which makes hybrids: linear_attention (cosine), full_attention (softmax), sliding_attention."""
     sliding_window: int | None = None
     """Tokens that a layer of sliding_attention sees."""
+    softmax_every: int | None = None
+    """A hybrid in one number: softmax in the last of every so many layers; of no effect with attention_type softmax."""
     vocab_size: int = 50400
     """Rows of the embedding and of the output layer; also the size of a tokenizer that is trained for the run."""
     n_embd: int = 1024
@@ -63,6 +65,7 @@ class GPTModelSettings:
         if self.layer_types is not None:
             known = GPT_LAYER_TYPES
             check_layer_types(self.layer_types, self.attention_type, self.n_layer, self.sliding_window, known=known)
+        self._check_softmax_every()
         _check_short_conv(self.short_conv)
         if self.n_embd % self.n_head:
             raise SettingsError(f"model.n_head must divide model.n_embd; got {self.n_head} and {self.n_embd}")
@@ -71,6 +74,22 @@ class GPTModelSettings:
             raise SettingsError(
                 f"model.rotary_dim must be even and at most n_embd / n_head = {head_dim}; got {self.rotary_dim}"
             )
+
+    @property
+    def mixed_layer_types(self) -> list[str] | None:
+        """The attention of each layer where it does not follow from attention_type, however it was said."""
+        if self.softmax_every is None or self.attention_type == "softmax":
+            return self.layer_types
+        return every_nth_softmax(self.n_layer, self.softmax_every)
+
+    def _check_softmax_every(self) -> None:
+        every = self.softmax_every
+        if every is None:
+            return
+        if not 2 <= every <= self.n_layer:
+            raise SettingsError(f"model.softmax_every must be from 2 to model.n_layer = {self.n_layer}; got {every}")
+        if self.layer_types is not None:
+            raise SettingsError("model.softmax_every excludes model.layer_types, which says the same; got both")
 
 
 @dataclass(frozen=True, kw_only=True)
