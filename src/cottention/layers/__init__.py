@@ -4,7 +4,7 @@ from cottention.layers import CosineAttention
 """
 
 from cottention.layers.attention import CosineAttention
-from cottention.layers.maps import cosine_map, decayed_map, map_context, softmax_map
+from cottention.layers.maps import PackedTexts, cosine_map, decayed_map, map_context, softmax_map
 from cottention.layers.options import WithOptions
 from cottention.layers.rotary import RotaryTable, apply_rotary, packed_positions, rotary_table
 from cottention.layers.softmax import softmax_attention
@@ -15,6 +15,7 @@ __all__ = [
     "AttentionState",
     "CosineAttention",
     "KeyValueState",
+    "PackedTexts",
     "RotaryTable",
     "SoftmaxAttention",
     "WindowState",

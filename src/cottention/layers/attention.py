@@ -14,9 +14,9 @@ from jaxtyping import Float, Int
 from torch import Tensor, nn
 from torch.nn.functional import pad
 
-from cottention.layers.maps import cosine_map, decayed_map, map_context
+from cottention.layers.maps import PackedTexts, cosine_map, decayed_map, map_context
 from cottention.layers.options import divide_queries
-from cottention.layers.projected import ProjectedAttention, check_maps, default_positions, refuse_other_conventions
+from cottention.layers.projected import ProjectedAttention, default_positions, packed_texts, refuse_other_conventions
 from cottention.layers.rotary import RotaryTable
 from cottention.layers.states import AttentionState, split_state
 from cottention.ops import CosineState, cosine_attention, cosine_attention_step
@@ -114,6 +114,7 @@ class CosineAttention(ProjectedAttention):
         output_final_state: bool = False,
         maps: list[Tensor] | None = None,
         key_padding_mask: Tensor | None = None,
+        map_rows: int | None = None,
     ) -> tuple[Float[Tensor, "B T D"], CosineState | AttentionState | None]:
         """Attend.
 
@@ -127,6 +128,8 @@ class CosineAttention(ProjectedAttention):
             initial_state: what came before (causal only), an `AttentionState` for a layer with short_conv.
             output_final_state: whether to return the state after the last token.
             maps: a list that takes up the attention map `[B, H, T, S]`; costs T x S memory; not with erase.
+            map_rows: with maps and cu_seqlens: the rows that were laid end to end, of which no text leaves its own;
+                the map is `[map_rows, H, T / map_rows, T / map_rows]`, zero between texts.
             others: nothing; what nn.MultiheadAttention takes there is refused in a line that says what to give.
             key_padding_mask: nothing, likewise.
 
@@ -161,9 +164,10 @@ class CosineAttention(ProjectedAttention):
         if maps is not None:
             if state is not None:
                 raise ValueError("maps need every key, of which a state of cosine attention keeps none; got both")
-            check_maps(cu_seqlens)
-            maps.append(self._map(q, k, gates, counts, attention_mask, of_itself=key_value_states is None))
-            context = map_context(maps[-1], v, attention_mask)
+            texts = packed_texts(cu_seqlens, map_rows, q.shape[1])
+            of_itself = key_value_states is None
+            maps.append(self._map(q, k, gates, counts, attention_mask, texts, of_itself=of_itself))
+            context = map_context(maps[-1], v, attention_mask, texts)
             if not output_final_state:
                 return self.merge(context, hidden_states), None
         if self._is_one_step(q, state, cu_seqlens):
@@ -210,17 +214,23 @@ class CosineAttention(ProjectedAttention):
         gates: dict[str, Tensor],
         counts: Tensor | None,
         attention_mask: Tensor | None,
+        texts: PackedTexts | None,
         *,
         of_itself: bool,
     ) -> Tensor:
         if "beta" in gates:
             raise ValueError("maps need a layer without erase, whose output is no sum of values by weights; got both")
         divide_at_key = self.norm_const if counts is None else None
+        log_decay = gates.get("log_decay")
+        if texts is not None:
+            q, k = texts.as_rows(q), texts.as_rows(k)
+            log_decay = None if log_decay is None else texts.as_rows(log_decay)
+            counts = None if counts is None else texts.as_rows(counts)
         weights = cosine_map(
-            q, k, divide_at_key, causal=self.causal, attention_mask=attention_mask, masks_queries=of_itself
+            q, k, divide_at_key, causal=self.causal, attention_mask=attention_mask, masks_queries=of_itself, texts=texts
         )
-        if "log_decay" in gates:
-            weights = decayed_map(weights, gates["log_decay"], attention_mask)
+        if log_decay is not None:
+            weights = decayed_map(weights, log_decay, attention_mask)
         if counts is not None and self.norm_const is not None:
             weights = divide_queries(weights.transpose(1, 2), self.norm_const, counts).transpose(1, 2)
         return weights

@@ -11,6 +11,7 @@ import torch
 from jaxtyping import Int
 from torch import Tensor, nn
 
+from cottention.layers.maps import PackedTexts
 from cottention.layers.options import WithOptions
 from cottention.layers.rotary import RotaryTable, apply_rotary, packed_positions, rotary_table, sequence_of_each_token
 
@@ -154,14 +155,22 @@ def refuse_other_conventions(others: tuple[Tensor, ...], key_padding_mask: Tenso
         raise TypeError("key_padding_mask is of the opposite sense: give attention_mask=~key_padding_mask, 1 = real")
 
 
-def check_maps(cu_seqlens: Tensor | None) -> None:
-    """Refuse maps of packed texts.
+def packed_texts(cu_seqlens: Tensor | None, map_rows: int | None, num_tokens: int) -> PackedTexts | None:
+    """The texts that a map is of; None where each row is one.
 
     Raises:
-        ValueError: both are asked for.
+        ValueError: texts are packed, and nothing says that a map of many is meant, or in how many rows.
     """
-    if cu_seqlens is not None:
-        raise ValueError("maps and cu_seqlens exclude each other: a map across packed texts is empty; got both")
+    if cu_seqlens is None:
+        return None
+    if map_rows is None:
+        raise ValueError(
+            "maps and cu_seqlens exclude each other without map_rows, the rows of a map that is zero between texts; "
+            "got both"
+        )
+    if map_rows < 1 or num_tokens % map_rows:
+        raise ValueError(f"map_rows must divide the number of tokens, {num_tokens}; got {map_rows}")
+    return PackedTexts.of(cu_seqlens, map_rows, num_tokens)
 
 
 def default_positions(

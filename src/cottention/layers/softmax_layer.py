@@ -14,8 +14,8 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor
 from torch.nn.functional import dropout
 
-from cottention.layers.maps import softmax_map
-from cottention.layers.projected import ProjectedAttention, check_maps, refuse_other_conventions
+from cottention.layers.maps import map_context, softmax_map
+from cottention.layers.projected import ProjectedAttention, packed_texts, refuse_other_conventions
 from cottention.layers.rotary import RotaryTable
 from cottention.layers.sliding import take_tokens
 from cottention.layers.softmax import softmax_attention
@@ -123,6 +123,7 @@ class SoftmaxAttention(ProjectedAttention):
         output_final_state: bool = False,
         maps: list[Tensor] | None = None,
         key_padding_mask: Tensor | None = None,
+        map_rows: int | None = None,
         extend: Callable[[Tensor, Tensor], tuple[Tensor, Tensor]] | None = None,
     ) -> tuple[Float[Tensor, "B T D"], KeyValueState | WindowState | None]:
         """Attend; the arguments are those of `CosineAttention.forward`, the state holds every key and value.
@@ -162,7 +163,7 @@ class SoftmaxAttention(ProjectedAttention):
             state = self._kept(state)
         if extend is not None:
             k, v = extend(k, v)
-        o = self.attend(q, k, v, attention_mask=attention_mask, cu_seqlens=cu_seqlens, maps=maps)
+        o = self.attend(q, k, v, attention_mask=attention_mask, cu_seqlens=cu_seqlens, maps=maps, map_rows=map_rows)
         return self.merge(o, hidden_states), state if output_final_state else None
 
     def attend(
@@ -174,15 +175,18 @@ class SoftmaxAttention(ProjectedAttention):
         attention_mask: Tensor | None = None,
         cu_seqlens: Tensor | None = None,
         maps: list[Tensor] | None = None,
+        map_rows: int | None = None,
     ) -> Tensor:
         """Attention between projected tokens `[B, T or S, H, K]`; S may exceed T, when keys come from a cache."""
         if maps is not None:
-            check_maps(cu_seqlens)
+            texts = packed_texts(cu_seqlens, map_rows, q.shape[1])
+            if texts is not None:
+                q, k = texts.as_rows(q), texts.as_rows(k)
             weights = softmax_map(
-                q, k, causal=self.causal, attention_mask=attention_mask, sliding_window=self.sliding_window
+                q, k, causal=self.causal, attention_mask=attention_mask, sliding_window=self.sliding_window, texts=texts
             )
             maps.append(dropout(weights, self.dropout, self.training))  # what is dropped is missing from the map too
-            return torch.einsum("bhts,bshv->bthv", maps[-1], v)
+            return map_context(maps[-1], v, texts=texts)
         return softmax_attention(
             q,
             k,

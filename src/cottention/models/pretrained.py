@@ -177,17 +177,28 @@ def activation(name: str) -> nn.Module:
 
 
 def attention_maps(
-    config: PreTrainedConfig, output_attentions: bool | None, cu_seqlens: Tensor | None
+    config: PreTrainedConfig, output_attentions: bool | str | None, cu_seqlens: Tensor | None
 ) -> list[Tensor] | None:
     """An empty list for the layers' maps when they are asked for, by argument or config; else None.
 
+    Args:
+        config: of the model, which may ask for maps of every call.
+        output_attentions: whether they are asked for; "packed": of packed texts too.
+        cu_seqlens: boundaries of packed texts.
+
     Raises:
-        ValueError: the texts are packed.
+        ValueError: the texts are packed and maps of packed texts were not asked for, or it is another word.
     """
-    if not (config.output_attentions if output_attentions is None else output_attentions):
+    asked = config.output_attentions if output_attentions is None else output_attentions
+    if isinstance(asked, str) and asked != "packed":
+        raise ValueError(f"output_attentions must be True, False or 'packed'; got {asked!r}")
+    if not asked:
         return None
-    if cu_seqlens is not None:
-        raise ValueError("output_attentions and cu_seqlens exclude each other: give texts as padded rows; got both")
+    if cu_seqlens is not None and asked != "packed":
+        raise ValueError(
+            "output_attentions and cu_seqlens exclude each other: give texts as padded rows, or "
+            "output_attentions='packed' for maps that are zero between texts; got both"
+        )
     return []
 
 

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from transformers.modeling_layers import GradientCheckpointingLayer
 
 from cottention.layers import (
+    PackedTexts,
     RotaryTable,
     WithOptions,
     apply_rotary,
@@ -23,6 +24,7 @@ from cottention.layers import (
     softmax_map,
 )
 from cottention.layers.attention import new_norm_const
+from cottention.layers.projected import packed_texts
 from cottention.models.bert.configuration_bert import CottentionBertConfig
 from cottention.models.packing import check_no_empty_text
 from cottention.models.pretrained import activation
@@ -94,8 +96,9 @@ class CottentionBertSelfAttention(WithOptions):
         cu_seqlens: Int[Tensor, " N_plus_1"] | None,
         maps: list[Tensor] | None,
         rotary: RotaryTable | None = None,
+        map_rows: int | None = None,
     ) -> Float[Tensor, "B T D"]:
-        """Every token asks all real tokens of its text; `maps` takes up who looked at whom."""
+        """Every token asks all real tokens of its text; `maps` takes up who looked at whom, in `map_rows` rows."""
         *projected, _ = self.convolve(
             self.query(x), self.key(x), self.value(x), attention_mask=attention_mask, cu_seqlens=cu_seqlens
         )
@@ -103,15 +106,13 @@ class CottentionBertSelfAttention(WithOptions):
         if rotary is not None:
             q, k = apply_rotary(q, rotary), apply_rotary(k, rotary)
         dropout_p = self.dropout if self.training else 0.0
+        gates = self.gates(x) if self.is_cosine else {}
+        if maps is not None:
+            # The context comes from the map, so that what depends on it gives the map a gradient too.
+            texts = packed_texts(cu_seqlens, map_rows, x.shape[1])
+            maps.append(self._map(q, k, gates.get("log_decay"), attention_mask, texts, dropout_p))
+            return self.finish(map_context(maps[-1], v, attention_mask if self.is_cosine else None, texts), x)
         if self.is_cosine:
-            gates = self.gates(x)
-            if maps is not None:
-                # The context comes from the map, so that what depends on it gives the map a gradient too.
-                weights = cosine_map(q, k, self.norm_const, causal=False, attention_mask=attention_mask)
-                if "log_decay" in gates:
-                    weights = decayed_map(weights, gates["log_decay"], attention_mask)
-                maps.append(weights)
-                return self.finish(map_context(weights, v, attention_mask), x)
             o, _ = cosine_attention(
                 q,
                 k,
@@ -123,15 +124,29 @@ class CottentionBertSelfAttention(WithOptions):
                 implementation=self.implementation,
                 **gates,
             )
-        elif maps is not None:
-            weights = softmax_map(q, k, causal=False, attention_mask=attention_mask)
-            maps.append(nn.functional.dropout(weights, dropout_p))  # what is dropped is missing from the map too
-            o = torch.einsum("bhts,bshv->bthv", maps[-1], v)
         else:
             o = softmax_attention(
                 q, k, v, causal=False, attention_mask=attention_mask, cu_seqlens=cu_seqlens, dropout_p=dropout_p
             )
         return self.finish(o, x)
+
+    def _map(
+        self,
+        q: Tensor,
+        k: Tensor,
+        log_decay: Tensor | None,
+        attention_mask: Tensor | None,
+        texts: PackedTexts | None,
+        dropout_p: float,
+    ) -> Float[Tensor, "B H T T"]:
+        if texts is not None:
+            q, k = texts.as_rows(q), texts.as_rows(k)
+            log_decay = None if log_decay is None else texts.as_rows(log_decay)
+        if not self.is_cosine:
+            weights = softmax_map(q, k, causal=False, attention_mask=attention_mask, texts=texts)
+            return nn.functional.dropout(weights, dropout_p)  # what is dropped is missing from the map too
+        weights = cosine_map(q, k, self.norm_const, causal=False, attention_mask=attention_mask, texts=texts)
+        return weights if log_decay is None else decayed_map(weights, log_decay, attention_mask)
 
 
 class CottentionBertResidual(nn.Module):
@@ -166,9 +181,10 @@ class CottentionBertAttention(nn.Module):
         cu_seqlens: Tensor | None,
         maps: list[Tensor] | None,
         rotary: RotaryTable | None = None,
+        map_rows: int | None = None,
     ) -> Tensor:
         """Attend and add."""
-        return self.output(self.self(_normed(self, x), attention_mask, cu_seqlens, maps, rotary), x)
+        return self.output(self.self(_normed(self, x), attention_mask, cu_seqlens, maps, rotary, map_rows), x)
 
 
 class CottentionBertIntermediate(nn.Module):
@@ -208,11 +224,12 @@ class CottentionBertLayer(GradientCheckpointingLayer):
         cu_seqlens: Tensor | None,
         output_attentions: bool = False,
         rotary: RotaryTable | None = None,
+        map_rows: int | None = None,
     ) -> Tensor | tuple[Tensor, Tensor]:
         """One layer's tokens, and its attention map when asked for."""
         # A list of this pass's own: under checkpointing another pass computes the map again.
         maps: list[Tensor] | None = [] if output_attentions else None
-        x = self.attention(x, attention_mask, cu_seqlens, maps, rotary)
+        x = self.attention(x, attention_mask, cu_seqlens, maps, rotary, map_rows)
         x = self.output(self.intermediate(x), x)
         return (x, maps[0]) if maps else x
 
@@ -232,10 +249,11 @@ class CottentionBertEncoder(nn.Module):
         rotary: RotaryTable | None,
         maps: list[Tensor] | None,
         hidden_states: list[Tensor] | None,
+        map_rows: int | None = None,
     ) -> Float[Tensor, "B T D"]:
         """The last layer's tokens; `hidden_states` takes up every layer's, `maps` every attention map."""
         for layer in self.layer:
-            x = layer(x, attention_mask, cu_seqlens, maps is not None, rotary)
+            x = layer(x, attention_mask, cu_seqlens, maps is not None, rotary, map_rows)
             if maps is not None:
                 x, weights = x
                 maps.append(weights)

@@ -98,7 +98,7 @@ class CottentionBertModel(CottentionBertPreTrainedModel):
         token_type_ids: Int[Tensor, "B T"] | None = None,
         position_ids: Int[Tensor, "B T"] | None = None,
         inputs_embeds: Float[Tensor, "B T D"] | None = None,
-        output_attentions: bool | None = None,
+        output_attentions: bool | str | None = None,
         output_hidden_states: bool | None = None,
         return_dict: bool | None = None,
         cu_seqlens: Int[Tensor, " N_plus_1"] | None = None,
@@ -113,7 +113,7 @@ class CottentionBertModel(CottentionBertPreTrainedModel):
             position_ids: None: 0 .. T-1 with padding counted, restarting per packed text.
             inputs_embeds: word embeddings.
             output_attentions: whether to return every layer's map `[B, H, T, T]`, by which map @ v is its context; the
-                config's when None. Quadratic in T; not with cu_seqlens.
+                config's when None. Quadratic in T. "packed": of packed texts too, zero between texts.
             output_hidden_states: whether to return the normalised embedding and every layer's output, the last one's
                 behind the last LayerNorm.
             return_dict: whether to return an object rather than a tuple.
@@ -132,9 +132,9 @@ class CottentionBertModel(CottentionBertPreTrainedModel):
         known_arguments(others, ("num_items_in_batch",), f"{type(self).__name__}.forward", ENCODER_WORDS)
         attention_mask = zeros_and_ones(attention_mask)
         check_inputs(input_ids, inputs_embeds, attention_mask, cu_seqlens)
-        maps = attention_maps(self.config, output_attentions, cu_seqlens)
         tokens = input_ids if inputs_embeds is None else inputs_embeds
         assert tokens is not None
+        maps = attention_maps(self.config, output_attentions, cu_seqlens)
         B, T = tokens.shape[:2]
         if self.config.longest_text is not None:
             longest = longest_text(cu_seqlens, position_ids, T)
@@ -148,7 +148,7 @@ class CottentionBertModel(CottentionBertPreTrainedModel):
             x = one_row(x)
         hidden_states = [x] if keep else None
         rotary = self._rotary(position_ids, B, cu_seqlens)
-        x = self.encoder(x, attention_mask, cu_seqlens, rotary, maps, hidden_states)
+        x = self.encoder(x, attention_mask, cu_seqlens, rotary, maps, hidden_states, B)
         if self.config.norm_first:
             x = self.LayerNorm(x)
             if hidden_states is not None:
@@ -255,7 +255,7 @@ class CottentionBertForPreTraining(_TiedHead):
         inputs_embeds: Float[Tensor, "B T D"] | None = None,
         labels: Int[Tensor, "B T"] | None = None,
         next_sentence_label: Int[Tensor, " B"] | None = None,
-        output_attentions: bool | None = None,
+        output_attentions: bool | str | None = None,
         output_hidden_states: bool | None = None,
         return_dict: bool | None = None,
         cu_seqlens: Int[Tensor, " N_plus_1"] | None = None,
@@ -360,7 +360,7 @@ class CottentionBertForMaskedLM(_TiedHead):
         position_ids: Int[Tensor, "B T"] | None = None,
         inputs_embeds: Float[Tensor, "B T D"] | None = None,
         labels: Int[Tensor, "B T"] | None = None,
-        output_attentions: bool | None = None,
+        output_attentions: bool | str | None = None,
         output_hidden_states: bool | None = None,
         return_dict: bool | None = None,
         cu_seqlens: Int[Tensor, " N_plus_1"] | None = None,

@@ -55,12 +55,16 @@ class CottentionGPTBlock(GradientCheckpointingLayer):
         rotary: RotaryTable | None,
         cache: Cache | None,
         output_attentions: bool = False,
+        map_rows: int | None = None,
     ) -> Float[Tensor, "B T D"] | tuple[Float[Tensor, "B T D"], Float[Tensor, "B H T S"]]:
-        """The block's tokens, and its attention map when asked for; `cache` takes up what later tokens need."""
+        """The block's tokens, and its attention map when asked for; `cache` takes up what later tokens need.
+
+        `map_rows` are the rows that packed texts were laid end to end from.
+        """
         normed = self.ln_1(x)
         # A list of this pass's own: under checkpointing another pass computes the map again.
         maps: list[Tensor] | None = [] if output_attentions else None
-        attended = self._attend(normed, attention_mask, cu_seqlens, rotary, cache, maps)
+        attended = self._attend(normed, attention_mask, cu_seqlens, rotary, cache, maps, map_rows)
         x = self.dropout(attended) + self.mlp(normed) + x
         return (x, maps[0]) if maps else x
 
@@ -72,10 +76,12 @@ class CottentionGPTBlock(GradientCheckpointingLayer):
         rotary: RotaryTable | None,
         cache: Cache | None,
         maps: list[Tensor] | None,
+        map_rows: int | None,
     ) -> Tensor:
         attn = self.attn
         if cache is None:
-            return attn(x, attention_mask=attention_mask, cu_seqlens=cu_seqlens, rotary=rotary, maps=maps)[0]
+            told = {"attention_mask": attention_mask, "cu_seqlens": cu_seqlens, "rotary": rotary}
+            return attn(x, **told, maps=maps, map_rows=map_rows)[0]
         if isinstance(cache, CosineCache):
             layer = cache.layers[self.layer_idx]
             o, state = attn(
@@ -86,6 +92,7 @@ class CottentionGPTBlock(GradientCheckpointingLayer):
                 initial_state=layer.state,
                 output_final_state=True,
                 maps=maps,
+                map_rows=map_rows,
             )
             layer.advance(state, x.shape[1])
             return o

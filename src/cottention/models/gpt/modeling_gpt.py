@@ -115,7 +115,7 @@ class CottentionGPTModel(CottentionGPTPreTrainedModel):
         past_key_values: Cache | None = None,
         inputs_embeds: Float[Tensor, "B T D"] | None = None,
         use_cache: bool | None = None,
-        output_attentions: bool | None = None,
+        output_attentions: bool | str | None = None,
         output_hidden_states: bool | None = None,
         return_dict: bool | None = None,
         cu_seqlens: Int[Tensor, " N_plus_1"] | None = None,
@@ -133,7 +133,8 @@ class CottentionGPTModel(CottentionGPTPreTrainedModel):
             inputs_embeds: embedded tokens.
             use_cache: whether to return a cache; None: the config's, but not in training or for packed texts.
             output_attentions: whether to return every block's map `[B, H, T, S]`, by which map @ v is its context; the
-                config's when None. Quadratic; not with cu_seqlens, nor with a filled CosineCache.
+                config's when None. Quadratic; not with a filled CosineCache. "packed": of packed texts too, zero
+                between texts.
             output_hidden_states: whether to return the embedding, every block's output but the last's, and the
                 final LayerNorm's output.
             return_dict: whether to return an object rather than a tuple.
@@ -158,10 +159,10 @@ class CottentionGPTModel(CottentionGPTPreTrainedModel):
         attention_mask = zeros_and_ones(attention_mask)
         past_length = 0 if past is None else past.get_seq_length()
         check_inputs(input_ids, inputs_embeds, attention_mask, cu_seqlens, past_length, packs_past=self._packs_past)
+        x = self.wte(input_ids) if inputs_embeds is None else inputs_embeds
         maps = attention_maps(self.config, output_attentions, cu_seqlens)
         if maps is not None and self._is_stateful and past_length:
             raise ValueError("output_attentions needs every key, of which a CosineCache keeps none; got a filled one")
-        x = self.wte(input_ids) if inputs_embeds is None else inputs_embeds
         B, T = x.shape[:2]
         if not self._is_stateful:
             longest = longest_text(cu_seqlens, None, past_length + T)
@@ -178,7 +179,7 @@ class CottentionGPTModel(CottentionGPTPreTrainedModel):
         for block in self.h:
             if keep:
                 hidden_states += (x,)
-            x = block(x, attention_mask, cu_seqlens, rotary, cache, maps is not None)
+            x = block(x, attention_mask, cu_seqlens, rotary, cache, maps is not None, B)
             if maps is not None:
                 x, weights = x
                 maps.append(weights)
@@ -296,7 +297,7 @@ class CottentionGPTForCausalLM(CottentionGPTPreTrainedModel, GenerationMixin):
         inputs_embeds: Float[Tensor, "B T D"] | None = None,
         labels: Int[Tensor, "B T"] | None = None,
         use_cache: bool | None = None,
-        output_attentions: bool | None = None,
+        output_attentions: bool | str | None = None,
         output_hidden_states: bool | None = None,
         return_dict: bool | None = None,
         cu_seqlens: Int[Tensor, " N_plus_1"] | None = None,
