@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
-from cottention.data.masking import IGNORED, TokenMasking
+from cottention.data.masking import IGNORED, TokenMasking, shares_of
 from cottention.errors import SettingsError
 
 
@@ -65,7 +65,7 @@ class MaskedLMCollator:
 
     Args:
         tokenizer: tells the special tokens and the vocabulary.
-        mlm_probability: share of the tokens that are targets.
+        mlm_probability: share of the tokens that are targets, of rows that carry no share of their own under this name.
         seed: of the masking.
         whole_words: mask the pieces of a word together.
 
@@ -106,7 +106,8 @@ class MaskedLMCollator:
         draws = np.concatenate([self._draws(ids[:num_real], number) for ids, num_real, number in per_row], axis=1)
         labels = np.full_like(input_ids, IGNORED)
         # Without padding in between, how far a row is padded, which its neighbours decide, changes nothing.
-        input_ids[real], labels[real] = self._masking.apply(input_ids[real], np.cumsum(lengths) - lengths, draws)
+        starts = np.cumsum(lengths) - lengths
+        input_ids[real], labels[real] = self._masking.apply(input_ids[real], starts, draws, shares_of(rows))
         batch = {"input_ids": torch.from_numpy(input_ids), "labels": torch.from_numpy(labels)}
         return batch if real.all() else {**batch, "attention_mask": torch.from_numpy(real.astype(np.int64))}
 

@@ -13,6 +13,9 @@ each sequence by itself.
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
+from typing import Any
+
 import numpy as np
 from transformers import PreTrainedTokenizerBase
 
@@ -22,6 +25,13 @@ from cottention.files import IGNORE_INDEX as IGNORED
 _BECOMES_MASK = 0.8
 _BECOMES_RANDOM = 0.9
 _CONTINUES = "##"  # WordPiece's mark of a piece that continues a word
+
+
+def shares_of(examples: Sequence[Mapping[str, Any]]) -> np.ndarray | None:
+    """`[N]`: the shares of targets that examples bring with them as "mlm_probability"; None where they bring none."""
+    if not examples or "mlm_probability" not in examples[0]:
+        return None
+    return np.array([one["mlm_probability"] for one in examples])
 
 
 class TokenMasking:
@@ -57,13 +67,16 @@ class TokenMasking:
         if whole_words and not self.continues_word.any():
             raise SettingsError("whole words need a WordPiece tokenizer; this one has no token that begins with ##")
 
-    def apply(self, ids: np.ndarray, starts: np.ndarray, draws: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    def apply(
+        self, ids: np.ndarray, starts: np.ndarray, draws: np.ndarray, shares: np.ndarray | None = None
+    ) -> tuple[np.ndarray, np.ndarray]:
         """Mask sequences that lie end to end.
 
         Args:
             ids: `[T]` tokens.
             starts: `[N]` where sequences begin; none is empty.
             draws: `[3, T]` uniform numbers: whether a token is a target, what becomes of it, which random token.
+            shares: `[N]` each sequence's own share of targets; None: `mlm_probability` for all.
 
         Returns:
             Input tokens and labels, `[T]` int64 each.
@@ -75,7 +88,8 @@ class TokenMasking:
         choice = np.where(maskable, choice, np.inf)
         lengths = np.diff(np.append(starts, len(ids)))
         least = np.repeat(np.minimum.reduceat(choice, starts), lengths)
-        is_target = maskable & (choice <= np.maximum(self.mlm_probability, least))
+        share = self.mlm_probability if shares is None else np.repeat(shares, lengths)
+        is_target = maskable & (choice <= np.maximum(share, least))
         labels = np.where(is_target, ids, IGNORED)
         random_ids = self.ordinary_ids[(token * len(self.ordinary_ids)).astype(np.int64)]
         masked = np.where(is_target & (action < _BECOMES_MASK), self.mask_token_id, ids)

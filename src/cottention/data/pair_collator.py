@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
-from cottention.data.masking import IGNORED, TokenMasking
+from cottention.data.masking import IGNORED, TokenMasking, shares_of
 from cottention.data.pair_examples import NUM_SPECIAL, pair_generator
 from cottention.errors import SettingsError
 
@@ -30,7 +30,7 @@ class PairCollator:
 
     Args:
         tokenizer: has [CLS], [SEP] and [MASK].
-        mlm_probability: share of the tokens that are targets.
+        mlm_probability: share of the tokens that are targets, of examples that carry no share of their own.
         seed: of the masking.
         whole_words: mask the pieces of a word together.
         unpadded: pack instead of padding.
@@ -72,7 +72,7 @@ class PairCollator:
         draws = np.concatenate(
             [self._draws(one, int(length)) for one, length in zip(examples, lengths, strict=True)], axis=1
         )
-        masked, labels = self._masking.apply(ids, starts, draws)
+        masked, labels = self._masking.apply(ids, starts, draws, shares_of(examples))
         is_random = np.array([one["is_random"] for one in examples], dtype=np.int64)
         label = {"next_sentence_label": torch.from_numpy(is_random)}
         if self._unpadded:

@@ -252,6 +252,9 @@ class BertDataSettings(DataSettings):
     """Train on sentence pairs and tell whether the second follows the first; needs model.next_sentence_head."""
     mlm_probability: float = 0.15
     """Share of the tokens that are hidden and predicted."""
+    mlm_probability_start: float | None = None
+    """That share at the first step, from which it moves in a straight line to mlm_probability at the last; null: the
+    same all along. Held-out text is always masked by mlm_probability."""
     whole_word_masking: bool = False
     """Hide all pieces of a word together; needs a WordPiece tokenizer."""
 
@@ -259,6 +262,8 @@ class BertDataSettings(DataSettings):
         super().__post_init__()
         if not 0 < self.mlm_probability < 1:
             raise SettingsError(f"data.mlm_probability must be between 0 and 1; got {self.mlm_probability}")
+        if self.mlm_probability_start is not None and not 0 < self.mlm_probability_start < 1:
+            raise SettingsError(f"data.mlm_probability_start must be between 0 and 1; got {self.mlm_probability_start}")
         if not 0 < self.long_fraction < 1:
             raise SettingsError(f"data.long_fraction must be between 0 and 1; got {self.long_fraction}")
         long, short = self.long_sequence_length, self.sequence_length

@@ -3,7 +3,8 @@
 Every pass over the data is a new permutation, and a run is one long stream of examples, cut into micro batches. So a
 resumed run continues at its position by arithmetic, and the last batch of a pass is as full as every other.
 
-A run whose windows become longer has a stream of each length, one behind the other, under one numbering.
+A run whose windows become longer has a stream of each length, one behind the other, under one numbering. One that hides
+fewer and fewer tokens has the share beside each example.
 
     stream = ExampleStream(windows, num_examples=steps * batch, seed=0)
     stream[1000]     # {"input_ids": ..., "pass_number": 3}
@@ -85,6 +86,44 @@ class PhasedStream(Dataset[dict[str, Any]]):
         start = self._ends[phase] - len(self.streams[phase])
         rows = self.streams[phase].__getitems__([position - start for position in positions])
         return [{**row, "phase": phase} for row in rows]
+
+
+class FallingShares(Dataset[dict[str, Any]]):
+    """A stream whose examples carry the share of their tokens that is hidden, as "mlm_probability"."""
+
+    def __init__(
+        self, stream: ExampleStream | PhasedStream, *, first: float, last: float, examples_per_step: int
+    ) -> None:
+        """Describe the stream.
+
+        Args:
+            stream: the examples.
+            first: share at the first optimizer step.
+            last: share at the last one; in between it moves in a straight line.
+            examples_per_step: how many examples have one share.
+        """
+        self.stream = stream
+        self.first, self.last = first, last
+        self.examples_per_step = examples_per_step
+
+    def __len__(self) -> int:
+        return len(self.stream)
+
+    def __getitem__(self, position: int) -> dict[str, Any]:
+        return self.__getitems__([position])[0]
+
+    def __getitems__(self, positions: list[int]) -> list[dict[str, Any]]:
+        """Examples of a micro batch, each with its share."""
+        rows = self.stream.__getitems__(positions)
+        return [
+            {**row, "mlm_probability": self.share_at(position)} for row, position in zip(rows, positions, strict=True)
+        ]
+
+    def share_at(self, position: int) -> float:
+        """The share of the example at a position of the stream."""
+        last_step = (len(self) - 1) // self.examples_per_step
+        done = position // self.examples_per_step / max(1, last_step)
+        return self.first + (self.last - self.first) * done
 
 
 class PassCollator:

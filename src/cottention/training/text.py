@@ -35,7 +35,7 @@ from cottention.training.held_out_carried import CarriedHeldOut
 from cottention.training.lanes import LaneStream
 from cottention.training.pair_text import open_pairs
 from cottention.training.recipe import BertRecipe, GPTRecipe, Recipe
-from cottention.training.stream import ExampleStream, PassCollator, PhasedStream
+from cottention.training.stream import ExampleStream, FallingShares, PassCollator, PhasedStream
 
 _IN_FINGERPRINT = 64
 
@@ -57,16 +57,23 @@ class PreparedText:
     held_out: HeldOut | CarriedHeldOut
     """Measures a model on the held-out text, data.eval_tokens at most."""
 
-    def stream(self, recipe: Recipe) -> ExampleStream | PhasedStream | LaneStream:
+    def stream(self, recipe: Recipe) -> ExampleStream | PhasedStream | FallingShares | LaneStream:
         """All examples of a run, in their order."""
         if isinstance(recipe, GPTRecipe):
             assert not isinstance(self.train, PairExamples)
             return gpt_stream(recipe, self.train)
+        assert isinstance(recipe, BertRecipe)
+        stream = self._bert_stream(recipe)
+        first, last = recipe.data.mlm_probability_start, recipe.data.mlm_probability
+        if first is None:
+            return stream
+        return FallingShares(stream, first=first, last=last, examples_per_step=recipe.training.global_batch_size)
+
+    def _bert_stream(self, recipe: BertRecipe) -> ExampleStream | PhasedStream:
         training = recipe.training
         num_examples = training.max_steps * training.global_batch_size
         if self.long is None:
             return ExampleStream(self.train, num_examples=num_examples, seed=training.seed)
-        assert isinstance(recipe, BertRecipe)
         num_long = recipe.num_long_steps * training.global_batch_size
         return PhasedStream(
             [
