@@ -68,9 +68,9 @@ def test_version_is_the_installed_one():
 @pytest.mark.parametrize(
     "imports",
     [
-        "import cottention, transformers",
+        pytest.param("import cottention, transformers", marks=pytest.mark.slow),
         "from transformers import AutoModel; import cottention",
-        "import cottention.models.gpt.modeling_gpt",
+        pytest.param("import cottention.models.gpt.modeling_gpt", marks=pytest.mark.slow),
     ],
 )
 def test_transformers_knows_the_models_in_either_order(imports):

@@ -114,6 +114,7 @@ def test_the_table_names_everything(report):
     assert "skipped" not in text
 
 
+@pytest.mark.slow
 def test_dtypes_take_turns_in_the_same_rounds(monkeypatch):
     order = []
     real = attention.prepare
@@ -199,6 +200,7 @@ def test_an_interrupted_run_reports_what_it_has(monkeypatch, tmp_path):
     assert len(write_report(report, tmp_path)) == 3
 
 
+@pytest.mark.slow
 def test_memory_alone_when_no_sample_is_asked_for(monkeypatch):
     monkeypatch.setattr(attention, "time_interleaved", lambda *args, **options: pytest.fail("it was timed"))
     report = benchmark_attention(replace(TINY, passes=("forward",), peers=(), repeats=0))

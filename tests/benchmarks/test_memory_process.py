@@ -49,7 +49,10 @@ def test_the_process_leaves_no_trace_in_ours(capfd):
 
 @pytest.mark.parametrize(
     ("limit", "reason"),
-    [({"time_limit_s": 1e-9}, "a call would take about"), ({"memory_limit_bytes": 1}, "would need about")],
+    [
+        ({"time_limit_s": 1e-9}, "a call would take about"),
+        pytest.param({"memory_limit_bytes": 1}, "would need about", marks=pytest.mark.slow),
+    ],
 )
 def test_what_is_over_the_limit_is_not_called(limit, reason):
     found = outcomes("chunk", replace(AMPLE, **limit), GROUPS[:1])

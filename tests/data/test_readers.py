@@ -364,7 +364,7 @@ def test_an_endless_json_line_is_refused_before_it_fills_memory(tmp_path, monkey
     assert peak < 12 << 20
 
 
-@pytest.mark.parametrize("name", ["a.txt", "a.txt.gz", "a.jsonl", "a.parquet"])
+@pytest.mark.parametrize("name", ["a.txt", "a.txt.gz", pytest.param("a.jsonl", marks=pytest.mark.slow), "a.parquet"])
 def test_memory_stays_at_some_megabytes(tmp_path, name):
     path, text = tmp_path / name, os.urandom(1 << 19).hex()
     if name == "a.parquet":  # in one row group, of pages of a megabyte

@@ -55,6 +55,7 @@ def test_decoding_takes_a_float_mask(attention_type: str) -> None:
     assert torch.equal(model.generate(TOKENS, attention_mask=mask.float(), **arguments), expected)
 
 
+@pytest.mark.slow
 def test_a_compiled_model_takes_a_float_mask_and_refuses_others() -> None:
     model = head("CottentionBertModel")
     compiled = torch.compile(model, fullgraph=True, backend="aot_eager")

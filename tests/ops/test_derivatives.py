@@ -202,7 +202,7 @@ def _assert_same(found: Sequence[Any], expected: Sequence[Any], dtype: torch.dty
         assert error <= _TOLERANCE[dtype] * max(1.0, truth.abs().max().item() if truth.numel() else 0.0)
 
 
-@pytest.mark.parametrize("kind", ["state", "bidirectional", "packed"])
+@pytest.mark.parametrize("kind", ["state", "bidirectional", pytest.param("packed", marks=pytest.mark.slow)])
 @pytest.mark.parametrize("route", _ROUTES)
 def test_each_route_gives_the_derivatives_of_naive(route: str, kind: str) -> None:
     case = _case(kind, T=4)
@@ -270,7 +270,8 @@ def test_it_holds_under_autocast_and_checkpointing(implementation: str) -> None:
         torch.testing.assert_close(actual, truth, rtol=0.05, atol=0.05 * truth.abs().max().item())
 
 
-@pytest.mark.parametrize("implementation", ["chunk", pytest.param("native", marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("implementation", ["chunk", "native"])
 def test_compiled_transforms_give_the_same_and_a_compiled_gradient_says_that_it_has_none(implementation: str) -> None:
     dtype = dict(_FORMS).get(implementation, torch.float64)
     case = _case("causal", T=5).to(dtype)

@@ -28,7 +28,7 @@ def _inputs(case: Case) -> list[Tensor]:
 
 
 @pytest.mark.parametrize("segment", [0, -1, 16], ids=["short", "whole", "segments"])
-@pytest.mark.parametrize("packed", [False, True])
+@pytest.mark.parametrize("packed", [pytest.param(False, marks=pytest.mark.slow), True])
 def test_causal_operator_passes_opcheck(packed: bool, segment: int) -> None:
     has_states = segment != 0
     case = _case(T=20, lengths=[9, 0, 11] if packed else None, with_state=has_states, mask=None if packed else "holes")
@@ -53,7 +53,7 @@ def test_steps_pass_opcheck() -> None:
         torch.library.opcheck(operator, arguments, atol=1e-4, rtol=1e-4)
 
 
-@pytest.mark.parametrize("dynamic", [False, True])
+@pytest.mark.parametrize("dynamic", [pytest.param(False, marks=pytest.mark.slow), True])
 def test_compiles_without_a_graph_break(dynamic: bool) -> None:
     cu_seqlens = torch.tensor([0, 10, 10, 40], dtype=torch.int32)
 

@@ -126,7 +126,7 @@ def test_the_finished_model_has_a_card_with_the_runs_figures(books: Path, tmp_pa
     assert "carry_state: true" in card
 
 
-@pytest.mark.parametrize("mode", ["carried", "document"])
+@pytest.mark.parametrize("mode", ["carried", pytest.param("document", marks=pytest.mark.slow)])
 def test_bf16_stays_near_fp32(mode: str, corpus: Path, books: Path, tmp_path: Path) -> None:
     source = source_of(mode, corpus, books)
     for precision in ("fp32", "bf16"):

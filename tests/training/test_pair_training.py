@@ -106,6 +106,7 @@ def test_the_learning_rate_has_one_schedule_over_both_lengths(stories: Path, tmp
     }
 
 
+@pytest.mark.slow
 def test_a_run_stopped_in_either_phase_goes_on_exactly(stories: Path, tmp_path: Path) -> None:
     """Dropout, accumulation and several passes over the text are on."""
     recipe = pair_recipe(stories, training__save_every=1, training__max_steps=12, data__long_fraction=0.5)
@@ -126,7 +127,7 @@ def test_a_run_stopped_in_either_phase_goes_on_exactly(stories: Path, tmp_path: 
 # The step
 
 
-@pytest.mark.parametrize("attention_type", ["cosine", "softmax"])
+@pytest.mark.parametrize("attention_type", ["cosine", pytest.param("softmax", marks=pytest.mark.slow)])
 def test_packed_pairs_give_the_loss_and_gradients_of_padded_ones(
     attention_type: str, stories: Path, tmp_path: Path
 ) -> None:

@@ -211,7 +211,7 @@ def test_a_run_of_another_recipe_is_refused(
     assert everything_in(copied) == before
 
 
-@pytest.mark.parametrize("arch", ["gpt", "bert"])
+@pytest.mark.parametrize("arch", ["gpt", pytest.param("bert", marks=pytest.mark.slow)])
 def test_a_stopped_run_goes_on_with_another_micro_batch(arch: str, corpus: Path, tmp_path: Path) -> None:
     """As after an out-of-memory: the same examples in the same steps, and the same losses."""
     recipe = tiny_recipe(arch, corpus, model__dropout=0.0, training__max_steps=12)

@@ -187,6 +187,7 @@ def test_a_finished_run_that_was_moved_names_its_new_place(
     assert (report.run_dir, report.model_dir) == (str(moved), str(moved / "model"))
 
 
+@pytest.mark.slow
 def test_a_killed_run_continues_with_the_same_schedule_and_ends_as_one_that_was_not(
     done_gpt: QuickstartReport, corpus: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -58,7 +58,7 @@ def test_a_run_killed_at_every_kind_of_moment_ends_like_one_that_never_was(finis
     assert_same_run(run_dir, finished.directory)
 
 
-@pytest.mark.parametrize("file", ["model.safetensors", "optimizer.pt"])
+@pytest.mark.parametrize("file", ["model.safetensors", pytest.param("optimizer.pt", marks=pytest.mark.slow)])
 def test_a_full_disk_keeps_the_checkpoint_before(file: str, finished_gpt: Run, tmp_path: Path) -> None:
     run_dir, said = tmp_path / "run", tmp_path / "said"
     newest = finished_gpt.directory / "checkpoints" / "checkpoint-20"

@@ -107,7 +107,7 @@ def test_recomputed_activations_give_the_same_run(arch: str, corpus: Path, tmp_p
     assert losses_of(tmp_path / "recomputed") == pytest.approx(losses_of(tmp_path / "plain"), rel=1e-7)
 
 
-@pytest.mark.parametrize("arch", ["gpt", "bert"])
+@pytest.mark.parametrize("arch", ["gpt", pytest.param("bert", marks=pytest.mark.slow)])
 def test_bf16_computes_in_bf16_and_keeps_the_weights_in_fp32(arch: str, corpus: Path, tmp_path: Path) -> None:
     for precision in ("fp32", "bf16"):
         pretrain(
