@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from cottention.benchmarks.quality.cells import EXPERIMENTS, SIZES, all_cells, cells_like, options_of
+from cottention.benchmarks.quality.cells import EXPERIMENTS, SIZES, all_cells, cells_like, options_of, sweep_of
 from cottention.benchmarks.quality.models import (
     MOST_APART,
     matched_config,
@@ -25,6 +25,10 @@ def test_variants_have_equal_parameters_within_one_percent(size: str) -> None:
     for variant in (variant for each, variant in _SHAPES if each == size):
         found = num_parameters(matched_config(size, variant, 512, 64))
         assert abs(found - wanted) <= MOST_APART * wanted, variant
+
+
+def test_every_variant_has_a_sweep_that_chooses_its_rate() -> None:
+    assert not {(cell.experiment, cell.variant) for cell in all_cells() if not sweep_of(cell)}
 
 
 def test_a_count_is_that_of_the_model() -> None:

@@ -35,6 +35,7 @@ class Size:
 
 
 SIZES = {
+    "0.2m": Size(n_embd=64, n_layer=2, n_head=2, n_inner=256, tied=True),
     "1m": Size(n_embd=128, n_layer=4, n_head=2, n_inner=512, tied=True),
     "3m": Size(n_embd=192, n_layer=4, n_head=4, n_inner=768),  # the quickstart's
     "10m": Size(n_embd=320, n_layer=6, n_head=5, n_inner=1280),
@@ -68,11 +69,13 @@ PARTS: dict[str, dict[str, Any]] = {
 }
 """What the parts of a variant's name set: fields of CottentionGPTConfig, and two that `models.py` turns into such."""
 
-SOFTMAX_PLUS = "softmax+conv+norm+gate"
-PLUS = "cosine+conv+decay+erase+nodiv+norm+gate"
+PLUS = "cosine+conv+decay+erase+nodiv+norm+silugate"
+"""The recommended block."""
+SOFTMAX_PLUS = "softmax+conv+norm+silugate"
+"""Softmax attention with the same additions."""
 HYBRID = f"{PLUS}+hybrid"
 
-_ALONE = tuple(f"cosine+{part}" for part in ("conv", "decay", "erase+nodiv", "norm", "gate", "perquery", "nodiv"))
+_ALONE = tuple(f"cosine+{part}" for part in ("conv", "decay", "erase+nodiv", "norm", "silugate", "perquery", "nodiv"))
 _LADDER = (
     "cosine",
     "softmax",
@@ -84,10 +87,12 @@ _LADDER = (
     "cosine+conv+erase+nodiv",
     "cosine+conv+decay+erase+nodiv",
 )
-_BUT_ONE = tuple(PLUS.replace(f"+{part}", "") for part in ("conv", "decay", "erase", "norm", "gate"))
-_SILU = tuple(each.replace("gate", "silugate") for each in (PLUS, SOFTMAX_PLUS))
+_BUT_ONE = tuple(PLUS.replace(f"+{part}", "") for part in ("conv", "decay", "erase", "norm", "silugate"))
+_SIGMOID = tuple(each.replace("silugate", "gate") for each in (PLUS, SOFTMAX_PLUS))
 _DIVISORS = tuple(PLUS.replace("+nodiv", part) for part in ("", "+perquery"))
-_ROTARY = (f"{PLUS}+quarter", f"{PLUS}+nope", "cosine+conv+erase+nodiv+nope", "softmax+conv+nope")
+_TURNED = (f"{PLUS}+quarter", f"{PLUS}+nope")
+_ROTARY = (*_TURNED, "cosine+conv+erase+nodiv+nope", "softmax+conv+nope")
+_ERASED = "cosine+conv+erase+nodiv+norm"
 _RECALL = (
     "cosine",
     "softmax",
@@ -97,7 +102,8 @@ _RECALL = (
     "cosine+conv+nodiv+norm",
     "cosine+conv+decay+norm",
     "cosine+conv+erase+nodiv",
-    "cosine+conv+erase+nodiv+norm",
+    _ERASED,
+    f"{_ERASED}+hybrid",
     PLUS,
 )
 
@@ -141,11 +147,23 @@ class Experiment:
 
 
 _RATES = (2e-3, 4e-3, 8e-3)
-_SMALL_RATES = (3e-3, 1e-2, 3e-2)
+_SMALL_RATES = (3e-3, 1e-2, 3e-2, 1e-1)
 _TEXT = {"task": "text", "length": 256, "batch_size": 8, "steps": 500, "precision": "bfloat16"}
 _MADE = {"batch_size": 64, "steps": 600, "rates_of": ("mqar",)}
 
 EXPERIMENTS = {
+    # Text in a minute a cell: what is worth the time at the sizes below; rotary and length; every option by itself.
+    "lm-0.2m": Experiment(
+        task="text",
+        size="0.2m",
+        variants=("cosine", "softmax", SOFTMAX_PLUS, PLUS, *_TURNED, *_ALONE, *_BUT_ONE),
+        length=128,
+        batch_size=8,
+        steps=1000,
+        rates=(4e-3, 8e-3, 16e-3),
+        rate_steps=200,
+        settings={"vocab_size": 1024},
+    ),
     # Text: every option, at the scale of the quickstart (1 M tokens).
     "lm-1m": Experiment(
         size="1m",
@@ -159,7 +177,7 @@ EXPERIMENTS = {
     "options-1m": Experiment(
         size="1m",
         beside="lm-1m",
-        variants=(*_BUT_ONE, *_ALONE, *_DIVISORS, *_SILU),
+        variants=(*_SIGMOID, *_BUT_ONE, *_ALONE, *_DIVISORS),
         rates=_RATES,
         rate_steps=150,
         **_TEXT,
@@ -193,19 +211,28 @@ EXPERIMENTS = {
         settings={"pairs": 8, "test_pairs": (4, 8, 12, 16)},
         **{**_MADE, "rates_of": ()},
     ),
+    # Trained with as many pairs as are asked.
     "mqar-16": Experiment(
         task="mqar",
         size="k64",
-        variants=(*_RECALL, f"{PLUS}+hybrid"),
+        variants=_RECALL,
+        length=64,
+        settings={"pairs": 16, "test_pairs": (4, 8, 12, 16)},
+        **_MADE,
+    ),
+    "mqar-32": Experiment(
+        task="mqar",
+        size="k64",
+        variants=_RECALL,
         length=128,
-        settings={"pairs": 16, "test_pairs": (4, 8, 16, 32)},
+        settings={"pairs": 32, "test_pairs": (8, 16, 32)},
         **{**_MADE, "steps": 1000},
     ),
     **{
         f"mqar-{size}": Experiment(
             task="mqar",
             size=size,
-            variants=("softmax+conv", "cosine+conv+norm", "cosine+conv+erase+nodiv+norm", PLUS),
+            variants=("softmax+conv", "cosine+conv+norm", _ERASED, PLUS),
             length=64,
             settings={"pairs": 8, "test_pairs": (4, 8, 12, 16)},
             **_MADE,
@@ -215,7 +242,7 @@ EXPERIMENTS = {
     "mqar-64": Experiment(
         task="mqar",
         size="k128",
-        variants=("softmax+conv", "cosine+conv+norm", "cosine+conv+erase+nodiv+norm", PLUS),
+        variants=("softmax+conv", "cosine+conv+norm", _ERASED, PLUS),
         length=512,
         settings={"pairs": 64, "test_pairs": (4, 16, 64)},
         **{**_MADE, "batch_size": 16, "steps": 1500},
@@ -226,8 +253,10 @@ EXPERIMENTS = {
         size="one-layer",
         variants=("softmax", "cosine", "cosine+norm", "cosine+erase+nodiv", "cosine+erase+nodiv+norm"),
         length=64,
+        rates=_SMALL_RATES,
+        rate_steps=300,
         settings={"pairs": 16, "test_pairs": (4, 8, 16, 32)},
-        **_MADE,
+        **{**_MADE, "rates_of": ()},
     ),
     "copying": Experiment(
         task="copying",
@@ -257,14 +286,14 @@ EXPERIMENTS = {
     "gpu-day": Experiment(
         task="text",
         size="125m",
-        variants=("softmax", *_SILU, HYBRID, "cosine"),
+        variants=("softmax", SOFTMAX_PLUS, PLUS, HYBRID, "cosine"),
         length=1024,
         batch_size=256,
         steps=9537,
         rows_at_once=32,
         precision="bfloat16",
         seeds=(0,),
-        rates_of=("lm-1m", "options-1m"),
+        rates_of=("lm-1m",),
         settings={"vocab_size": 32768},
         unattended=False,
     ),

@@ -61,12 +61,14 @@ def _section(name: str, lines: Lines) -> str:
     found = {variant: by_seed for variant, by_seed in found.items() if by_seed}
     if not found:
         return ""
-    some = next(iter(next(iter(found.values())).values()))
-    parts = [f"### {name}", _about(name, some)]
+    every = [line for by_seed in found.values() for line in by_seed.values()]
+    machine = _machine(every[0])
+    parts = [f"### {name}", _about(name, every)]
     if plan.task == "text":
-        parts += [_table(_text_columns(plan.beside or name, lines), found), _by_position(found), _by_context(found)]
+        columns = _text_columns(plan.beside or name, lines, machine)
+        parts += [_table(columns, found), _by_position(found), _by_context(found)]
     else:
-        parts += [_table(_made_columns(ASKED[plan.task], some), found)]
+        parts += [_table(_made_columns(ASKED[plan.task], every[0], machine), found)]
     return "\n\n".join(part for part in parts if part)
 
 
@@ -75,13 +77,22 @@ def _by_seed(experiment: str, variant: str, lines: Lines) -> BySeed:
     return {cell.seed: line for cell in cells if (line := lines.of(cell)) is not None}
 
 
-def _about(name: str, line: Line) -> str:
-    plan, environment = EXPERIMENTS[name], line["environment"]
+def _machine(line: Line) -> str:
+    """What speeds are of, and what the last digits depend on."""
+    environment = line["environment"]
+    instructions = environment.get("instruction_set")
+    return environment["processor"] + (f" with {instructions}" if instructions else "")
+
+
+def _about(name: str, every: Sequence[Line]) -> str:
+    plan, line = EXPERIMENTS[name], every[0]
     made_of = ", ".join(f"{key.replace('_', ' ')} {_plain(value)}" for key, value in plan.settings.items())
     task = plan.task if not made_of else f"{plan.task} ({made_of})"
     steps = f"{plan.steps} steps of {plan.batch_size} x {plan.length} tokens, trained in {plan.precision}"
-    machine = f"{environment['processor']}, torch {environment['packages']['torch']}"
-    return f"{task}; {line['parameters']:,} parameters within 1 %, {steps}; {machine}."
+    first, *others = dict.fromkeys(map(_machine, every))
+    machines = first if not others else f"{first} (speeds), {', '.join(others)}"
+    versions = dict.fromkeys(each["environment"]["packages"]["torch"] for each in every)
+    return f"{task}; {line['parameters']:,} parameters within 1 %, {steps}; {machines}; torch {', '.join(versions)}."
 
 
 def _plain(value: object) -> str:
@@ -91,7 +102,7 @@ def _plain(value: object) -> str:
 Columns = dict[str, Callable[[str, BySeed], str]]
 
 
-def _text_columns(beside: str, lines: Lines) -> Columns:
+def _text_columns(beside: str, lines: Lines, machine: str) -> Columns:
     columns: Columns = {
         "perplexity": lambda _, by_seed: _spread([each["scores"]["perplexity"] for each in by_seed.values()], 1),
         "nats a byte": lambda _, by_seed: _spread([each["scores"]["nats_per_byte"] for each in by_seed.values()], 4),
@@ -102,24 +113,24 @@ def _text_columns(beside: str, lines: Lines) -> Columns:
             columns[f"against {label}, %"] = lambda name, by_seed, control=control, controls=controls: (
                 "" if name == control else _against(by_seed, controls)
             )
-    return {**columns, **_common_columns()}
+    return {**columns, **_common_columns(machine)}
 
 
-def _made_columns(asked: str, some: Line) -> Columns:
+def _made_columns(asked: str, some: Line, machine: str) -> Columns:
     columns: Columns = {
         f"{name} {asked}, %": lambda _, by_seed, name=name: _spread(
             [100 * each["scores"]["accuracy"][name] for each in by_seed.values()], 1
         )
         for name in some["scores"]["accuracy"]
     }
-    return {**columns, **_common_columns()}
+    return {**columns, **_common_columns(machine)}
 
 
-def _common_columns() -> Columns:
+def _common_columns(machine: str) -> Columns:
     return {
         "rate": lambda variant, by_seed: f"{_first(by_seed)['learning_rate']:.2g}{_edge(variant, by_seed)}",
         "state, bytes": lambda _, by_seed: f"{_first(by_seed)['state_bytes']:,}",
-        "tokens a CPU second": lambda _, by_seed: f"{_mean(by_seed, 'tokens_per_cpu_second'):,.0f}",
+        "tokens a CPU second": lambda _, by_seed: _speed(by_seed, machine),
         "step, MB": lambda _, by_seed: f"{_first(by_seed)['step_bytes'] / 1e6:.0f}",
         "seeds": lambda _, by_seed: str(len(by_seed)),
     }
@@ -170,8 +181,10 @@ def _spread(values: Sequence[float], digits: int, *, sign: str = "", shows: bool
     return mean if len(values) < 2 or not shows else f"{mean} ± {statistics.stdev(values):.{digits}f}"
 
 
-def _mean(by_seed: BySeed, name: str) -> float:
-    return statistics.mean(each[name] for each in by_seed.values())
+def _speed(by_seed: BySeed, machine: str) -> str:
+    """On one kind of machine alone: speeds of several are not compared."""
+    speeds = [line["tokens_per_cpu_second"] for line in by_seed.values() if _machine(line) == machine]
+    return f"{statistics.mean(speeds):,.0f}" if speeds else ""
 
 
 def _first(by_seed: BySeed) -> Line:

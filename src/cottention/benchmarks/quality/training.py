@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import math
 import time
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -21,6 +22,7 @@ from torch import Tensor, nn
 from cottention.benchmarks.memory import measure_call
 from cottention.benchmarks.quality.cells import Cell
 from cottention.benchmarks.quality.models import new_model, parameter_groups
+from cottention.benchmarks.quality.rounding import products_in_float32
 from cottention.benchmarks.quality.tasks import Batch, Task, hidden_states, labelled_loss
 from cottention.files import written_file
 from cottention.models import CottentionGPTForCausalLM
@@ -105,7 +107,8 @@ class _Run:
         clock, cpu_clock = time.perf_counter() - trained.seconds, time.process_time() - trained.cpu_seconds
         saved_at, losses = time.perf_counter(), []
         for step in range(start, self.num_steps):
-            losses.append(self._step(step))
+            with self._products():
+                losses.append(self._step(step))
             if (step + 1) % every and step + 1 < self.num_steps:
                 continue
             mean = torch.stack(losses).mean().item()
@@ -118,6 +121,9 @@ class _Run:
                 _save(checkpoint, trained, self.optimizer, step + 1)
                 saved_at = time.perf_counter()
         trained.seconds, trained.cpu_seconds = time.perf_counter() - clock, time.process_time() - cpu_clock
+
+    def _products(self) -> AbstractContextManager[Any]:
+        return products_in_float32(self.device) if self.is_short else nullcontext()
 
     def _step(self, step: int) -> Tensor:
         factor = schedule(step, self.num_steps)
