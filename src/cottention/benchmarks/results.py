@@ -44,10 +44,23 @@ class Point:
         """Useful operations a second, in 1e9: the same count for every candidate."""
         return None if self.timing is None else self.workload.useful_flops / self.timing.median_s / 1e9
 
+    def limit(self, name: str) -> float | None:
+        """The median of a limit's readings, GFLOP/s; None where there are none."""
+        readings = self.limits.get(name)
+        return statistics.median(readings) if readings else None
+
+    @property
+    def peak_is_wrong(self) -> bool:
+        """Whether the arithmetic units were read below torch.mm, which runs on them: a peak that is none."""
+        peak, matmul = self.limit("fma"), self.limit("mm")
+        return peak is not None and matmul is not None and peak < matmul
+
     def share_of(self, limit: str) -> float | None:
         """Useful operations a second as a share of a limit, "mm" or "fma"; None where one of both is not known."""
-        readings = self.limits.get(limit)
-        return None if not readings or self.useful_gflops is None else self.useful_gflops / statistics.median(readings)
+        most = self.limit(limit)
+        if most is None or self.useful_gflops is None or (limit == "fma" and self.peak_is_wrong):
+            return None
+        return self.useful_gflops / most
 
     @property
     def bytes_per_token(self) -> float | None:
@@ -90,6 +103,11 @@ class AttentionReport:
             "roofline": {name: asdict(figure) for name, figure in self.roofline.items()},
             "results": [self._result(point, group) for group in self.groups for point in group],
         }
+
+    def wrong_peaks(self) -> list[Point]:
+        """A point of each workload whose peak is none: see `Point.peak_is_wrong`."""
+        wrong = {point.workload: point for group in self.groups for point in group if point.peak_is_wrong}
+        return list(wrong.values())
 
     def dtype_ratio(self, point: Point) -> float | None:
         """How many times as fast as the same candidate in float32, timed in the same rounds; None without both."""

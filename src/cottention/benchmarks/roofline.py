@@ -21,12 +21,14 @@ from cottention.benchmarks.measure_cuda import seconds_on_gpu
 from cottention.ops.native import binding
 
 _MATRIX = 2048
+_SMALLEST_MATRIX = 256
+_LONGEST_MM_S = 2.0  # bfloat16 without hardware for it: most of a minute at full size
 _COPIED_BYTES = 256 << 20  # far beyond any cache
-# Each figure may take about this long a time it is sampled: bfloat16 without hardware for it is slow.
+# Each figure may take about this long a time it is sampled.
 _SAMPLE_S = 0.5
 _FEWEST_READINGS = 2
-# A reading of the arithmetic units: long beside the start of the threads, short beside torch.mm.
-_FMA_S = 0.02
+# A reading of the arithmetic units: as long as one of torch.mm, or half of that, after the clocks have risen.
+_FMA_S = 0.05
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -49,12 +51,7 @@ class Meter:
 
 def find_meters(device: str) -> dict[str, Meter]:
     """Name -> meter, of all that can be read on the device; warmed up."""
-    meters = {
-        f"mm_{name}": Meter(
-            description=f"torch.mm {_MATRIX}^3 {name}", unit="GFLOP/s", read=_matmul(getattr(torch, name), device)
-        )
-        for name in ("float32", "bfloat16")
-    }
+    meters = {f"mm_{name}": _matmul_meter(name, device) for name in ("float32", "bfloat16")}
     if device == "cpu":
         meters |= _arithmetic_meters()
     meters["copy"] = Meter(
@@ -63,10 +60,20 @@ def find_meters(device: str) -> dict[str, Meter]:
     return meters
 
 
-def _matmul(dtype: torch.dtype, device: str) -> Callable[[], float]:
-    a, b = (torch.randn(_MATRIX, _MATRIX, device=device).to(dtype) for _ in range(2))
+def _matmul_meter(name: str, device: str) -> Meter:
+    """torch.mm in a dtype, of smaller matrices where those of `_MATRIX` would take too long."""
+    size = _MATRIX
+    if size > _SMALLEST_MATRIX:
+        gflops = _matmul(name, _SMALLEST_MATRIX, device)()
+        while size > _SMALLEST_MATRIX and 2 * size**3 / 1e9 > gflops * _LONGEST_MM_S:
+            size //= 2
+    return Meter(description=f"torch.mm {size}^3 {name}", unit="GFLOP/s", read=_matmul(name, size, device))
+
+
+def _matmul(name: str, size: int, device: str) -> Callable[[], float]:
+    a, b = (torch.randn(size, size, device=device).to(getattr(torch, name)) for _ in range(2))
     out = torch.empty_like(a)
-    return _rate(lambda: torch.mm(a, b, out=out), 2 * _MATRIX**3 / 1e9, device)
+    return _rate(lambda: torch.mm(a, b, out=out), 2 * size**3 / 1e9, device)
 
 
 def _copy(device: str) -> Callable[[], float]:

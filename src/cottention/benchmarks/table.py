@@ -31,7 +31,8 @@ time       median of interleaved samples, freed memory kept for reuse as in trai
 vs {BASELINE}    time of scaled_dot_product_attention divided by this one: more is faster
 vs {BASE_DTYPE} time of the same in {BASE_DTYPE}, measured in the same rounds, divided by this one
 GFLOP/s    useful operations of linear attention a second, counted alike for all
-of mm      their share of torch.mm's in this dtype, timed in the same rounds; of FMA: of the FMA peak's
+of mm      their share of torch.mm's in this dtype, timed in the same rounds; of FMA: of the FMA peak's, unless that
+           was read below torch.mm's, whose operations are such too
 peak       most memory beyond the inputs, native code included; extra: beyond the results too; a token: peak
 growth     peak divided by that of the length before: linear is at most the factor between the lengths
 A column of which nothing is known is left out."""
@@ -64,12 +65,26 @@ def machine(report: AttentionReport) -> str:
 
 def _head(report: AttentionReport) -> list[str]:
     lines = [f"{machine(report)}, load {report.environment['load_at_start']} before the start"]
-    lines += [f"{figure.description}: {figure.value:.4g} {figure.unit}" for figure in report.roofline.values()]
+    for name, figure in report.roofline.items():
+        matmul = report.roofline.get(name.replace("fma_", "mm_"), figure)  # itself, for all others
+        refused = ", below torch.mm: no peak" if figure.value < matmul.value else ""
+        lines.append(f"{figure.description}: {figure.value:.4g} {figure.unit}{refused}")
     if report.checks:
         names = ", ".join(dict.fromkeys(check.name for check in report.checks))
         lines.append(f"values{' and gradients' if _has_backward(report) else ''} checked against float64: {names}")
     lines += [f"left out: {name}, {reason}" for name, reason in report.unavailable.items()]
-    return lines
+    return lines + _refused_peaks(report)
+
+
+def _refused_peaks(report: AttentionReport) -> list[str]:
+    """A line where a peak was read below torch.mm, with the furthest."""
+    wrong = report.wrong_peaks()
+    if not wrong:
+        return []
+    worst = min(wrong, key=lambda point: (point.limit("fma") or 0) / (point.limit("mm") or 1))
+    where = f"in the rounds of {len(wrong)} workloads, where it was read below torch.mm"
+    furthest = f"down to {worst.limit('fma'):.4g} beside {worst.limit('mm'):.4g} GFLOP/s"
+    return [f"left out: shares of the FMA peak {where} ({furthest})"]
 
 
 def _has_backward(report: AttentionReport) -> bool:

@@ -1,12 +1,17 @@
 // Runs a loop of fma_peak.h in several threads for a while, for the benchmark's roofline.
 //
+// The threads are those that torch's operators run in: others would share the cores with these, which spin for some
+// milliseconds after a torch.mm, and read two thirds of the peak there.
+//
 //   ct_fma_peak(2, 0.5, "avx512")   // operations a second of two threads; 0: this library or processor has none
 #include "fma_peak.h"
 
+#include <algorithm>
 #include <chrono>
 #include <cstring>
-#include <thread>
 #include <vector>
+
+#include "threads.h"
 
 namespace {
 
@@ -46,40 +51,48 @@ std::vector<Loop> find_loops() {
   };
 }
 
-constexpr long kRoundsBetweenLooks = 100000;  // a tenth of a millisecond or so
+constexpr long kRoundsBetweenLooks = 100000;  // a fifth of a millisecond or so
 
-double seconds_since(Clock::time_point start) { return std::chrono::duration<double>(Clock::now() - start).count(); }
+// One reading: until `from` the threads gather and the clocks of their cores rise, until `end` is counted.
+struct Reading {
+  const Loop& loop;
+  Clock::time_point from, end;
+  std::vector<double> rounds;             // of each thread
+  std::vector<Clock::time_point> ends;    // when each looked last
 
-// Operations a second of this thread.
-double rate(const Loop& loop, double seconds) {
-  loop.run(kRoundsBetweenLooks);  // the clock of the core rises first
+  // A thread that comes when the others are done, where one core has them all, counts a single run.
+  void operator()(int64_t thread) {
+    Clock::time_point now = Clock::now();
+    for (; now < from; now = Clock::now()) sink = loop.run(kRoundsBetweenLooks);
+    do {
+      sink = loop.run(kRoundsBetweenLooks);
+      rounds[thread] += kRoundsBetweenLooks;
+      now = Clock::now();
+    } while (now < end);
+    ends[thread] = now;
+  }
+
+  double operations_a_second() const {
+    double sum = 0;
+    for (double each : rounds) sum += each;
+    const Clock::time_point last = *std::max_element(ends.begin(), ends.end());
+    return sum * loop.operations / std::chrono::duration<double>(last - from).count();
+  }
+
   volatile double sink = 0;
-  const auto start = Clock::now();
-  double rounds = 0, elapsed = 0;
-  do {
-    sink = loop.run(kRoundsBetweenLooks);
-    rounds += kRoundsBetweenLooks;
-    elapsed = seconds_since(start);
-  } while (elapsed < seconds);
-  (void)sink;
-  return rounds * loop.operations / elapsed;
-}
+};
 
 }  // namespace
 
 extern "C" __attribute__((visibility("default"))) double ct_fma_peak(int threads, double seconds, const char* isa) {
+  if (threads < 1) threads = 1;
   for (const Loop& loop : find_loops()) {
     if (!loop.runs || std::strcmp(loop.isa, isa) != 0) continue;
-    std::vector<double> rates(threads > 0 ? threads : 1);
-    std::vector<std::thread> others;
-    for (size_t i = 1; i < rates.size(); ++i) {
-      others.emplace_back([&rates, &loop, seconds, i] { rates[i] = rate(loop, seconds); });
-    }
-    rates[0] = rate(loop, seconds);
-    for (auto& other : others) other.join();
-    double sum = 0;
-    for (double each : rates) sum += each;
-    return sum;
+    const auto span = [](double s) { return std::chrono::duration_cast<Clock::duration>(std::chrono::duration<double>(s)); };
+    const Clock::time_point from = Clock::now() + span(seconds / 4);
+    Reading reading{loop, from, from + span(seconds), std::vector<double>(threads), std::vector<Clock::time_point>(threads, from)};
+    run_tasks(threads, threads, reading);
+    return reading.operations_a_second();
   }
   return 0;
 }
