@@ -1,0 +1,16 @@
+// A button on each block of code that copies it.
+document.querySelectorAll("pre").forEach((block) => {
+  const button = document.createElement("button");
+  button.className = "copy";
+  button.type = "button";
+  button.textContent = "Copy";
+  button.addEventListener("click", () => {
+    const text = block.querySelector("code").innerText;
+    navigator.clipboard.writeText(text).then(
+      () => { button.textContent = "Copied"; },
+      () => { button.textContent = "Select and copy"; },
+    );
+    setTimeout(() => { button.textContent = "Copy"; }, 2000);
+  });
+  block.appendChild(button);
+});
