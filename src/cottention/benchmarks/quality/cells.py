@@ -103,6 +103,7 @@ _RECALL = (
     "cosine+conv+decay+norm",
     "cosine+conv+erase+nodiv",
     _ERASED,
+    f"{_ERASED}+nope",
     f"{_ERASED}+hybrid",
     PLUS,
 )
