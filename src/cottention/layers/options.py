@@ -11,7 +11,7 @@ Both attention layers and BERT's have them under the same names.
 
 from __future__ import annotations
 
-from typing import Any, ClassVar
+from typing import Any, ClassVar, NoReturn
 
 import torch
 from jaxtyping import Float
@@ -176,6 +176,10 @@ class WithOptions(nn.Module):
             raise RuntimeError("ONNX has no form of attention with decay or erase: export a model without them")
         return gates
 
+    def __prepare_scriptable__(self) -> Any:
+        """What torch.jit.script asks of a module first."""
+        refuse_torchscript(self)
+
     def options_repr(self) -> str:
         """The options that are on and whose parts do not tell it, for `extra_repr`."""
         shown = [f"{name}={getattr(self, name)!r}" for name in ("short_conv", "output_gate") if getattr(self, name)]
@@ -192,6 +196,18 @@ class WithOptions(nn.Module):
             gate = self.gate_proj(x)
             o = o * (gate.sigmoid() if self.output_gate == "sigmoid" else silu(gate))
         return o
+
+
+def refuse_torchscript(module: nn.Module) -> NoReturn:
+    """Say what to take instead of torch.jit.script, whose language lacks keyword-only arguments and optional parts.
+
+    Raises:
+        RuntimeError: always.
+    """
+    raise RuntimeError(
+        f"{type(module).__name__} has no form in torch.jit.script, which PyTorch has given up: take torch.compile, "
+        "torch.export or torch.jit.trace"
+    )
 
 
 def divide_queries(o: Float[Tensor, "B T H V"], norm_const: Tensor, counts: Tensor) -> Float[Tensor, "B T H V"]:

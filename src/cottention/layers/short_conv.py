@@ -98,7 +98,7 @@ class ShortConv(nn.Module):
         if inputs is not None:
             rows = rows.index_copy(0, (spacing.starts[:, None] + step).flatten(), inputs.flatten(0, 1))
         y = silu(convolve(rows[None, :-1], self.weight)[0])
-        y = y.index_select(0, (spacing.place - before).clamp(max=max(len(y) - 1, 0)))
+        y = y.index_select(0, (spacing.place - before).clamp(max=max(y.shape[0] - 1, 0)))
         if spacing.real is not None:
             y = y.masked_fill(~spacing.real[:, None], 0)
         last = None
@@ -137,10 +137,10 @@ def between_texts(
     if cu_seqlens is not None:
         if B != 1:
             raise ValueError(f"cu_seqlens needs a batch of one packed row, B=1; got B={B}")
-        if not torch.compiler.is_compiling():
+        if not (torch.compiler.is_compiling() or torch.jit.is_tracing()):
             check_boundaries(cu_seqlens.tolist(), T)
         boundaries = cu_seqlens.to(torch.int64)
-        N = len(boundaries) - 1
+        N = boundaries.shape[0] - 1  # not len, which torch.jit.trace keeps as a number
         place = torch.arange(T, device=x.device) + sequence_of_each_token(cu_seqlens, T) * room + num_before
         starts = boundaries[:-1] + torch.arange(N, device=x.device) * room
         return Spacing(place, starts, boundaries.diff(), T + N * room, None)
@@ -156,7 +156,7 @@ def between_texts(
 
 def convolve(rows: Float[Tensor, "R S_plus_W_minus_1 C"], weight: Float[Tensor, "C W"]) -> Float[Tensor, "R S C"]:
     """y_s = sum_i weight_i rows_(s + i), for each channel, in the dtype of the rows."""
-    if torch.compiler.is_compiling() or is_transformed(rows, weight):
+    if torch.compiler.is_compiling() or torch.jit.is_tracing() or is_transformed(rows, weight):
         return _sum_of_taps(rows, weight)
     return _Convolution.apply(rows, weight.to(rows.dtype))
 

@@ -247,16 +247,16 @@ def _from_starts(starts: Bool[Tensor, "B T"]) -> Int[Tensor, " N_plus_1"]:
     A traced graph cannot have as many as there are texts, so it has one for each token: the texts, then empty ones.
     """
     starts = starts.flatten()
-    (num_tokens,) = starts.shape
+    token = torch.arange(starts.shape[0] + 1, device=starts.device)
+    end = token[-1:]
     if is_tracing(starts):
-        token = torch.arange(num_tokens, device=starts.device)
-        at = torch.where(starts, token, num_tokens).sort().values
+        at = torch.where(starts, token[:-1], end).sort().values
     else:
         (at,) = starts.nonzero(as_tuple=True)
-    return pad(at, (0, 1), value=num_tokens).to(torch.int32)
+    return torch.cat([at, end]).to(torch.int32)
 
 
 def _marks(cu_seqlens: Int[Tensor, " N_plus_1"], num_tokens: int) -> Bool[Tensor, " T_plus_1"]:
     """Which of the places 0 .. num_tokens are boundaries."""
     marks = torch.zeros(num_tokens + 1, dtype=torch.bool, device=cu_seqlens.device)
-    return marks.index_fill(0, cu_seqlens.to(torch.int64), True)
+    return marks.index_fill(0, cu_seqlens.to(torch.int64), 1)  # not True, which torch.jit.trace has no form of

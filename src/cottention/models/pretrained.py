@@ -29,7 +29,7 @@ from transformers.modeling_utils import PreTrainedModel
 from cottention import seals
 from cottention.errors import CheckpointError, CottentionError
 from cottention.layers.decay import Decay
-from cottention.layers.options import GateProjection
+from cottention.layers.options import GateProjection, refuse_torchscript
 from cottention.layers.rotary import packed_positions
 from cottention.layers.short_conv import ShortConv
 from cottention.models.configuration import is_ours
@@ -153,6 +153,10 @@ class CottentionPreTrainedModel(PreTrainedModel):
         norm_const = module._parameters.get("norm_const")
         if norm_const is not None:
             nn.init.constant_(norm_const, self.config.norm_const_init)
+
+    def __prepare_scriptable__(self) -> Any:
+        """What torch.jit.script asks of a module first."""
+        refuse_torchscript(self)
 
     def set_implementation(self, implementation: str) -> None:
         """Choose the form of cosine attention that runs in every layer.
