@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 
 from cottention.data import tokenize_documents
 from cottention.errors import DataError
-from cottention.evaluation import BigramModel, UnigramModel, evaluate_perplexity
+from cottention.evaluation import BigramModel, TrigramModel, UnigramModel, evaluate_perplexity
 from tests import tiny
 
 EOS, V = 0, 5
@@ -60,6 +60,55 @@ def kneser_ney(rows: list[list[int]]) -> dict[tuple[int, int], Fraction]:
         for v in range(V)
         for w in range(V)
     }
+
+
+def trigram_truth(rows: list[list[int]]) -> dict[tuple[int, int, int], Fraction]:
+    """Interpolated Kneser-Ney of three orders by dictionaries and fractions."""
+    counts: Counter[tuple[int, int, int]] = Counter()
+    for row in rows:  # a document's first token stands behind two ends of text
+        ids = [EOS, EOS, *row, EOS]
+        counts.update(zip(ids, ids[1:], ids[2:], strict=False))
+
+    def discount(values: list[int]) -> Fraction:
+        once, twice = values.count(1), values.count(2)
+        return Fraction(once, once + 2 * twice) if once else Fraction(1, 2)
+
+    def interpolated(counts: dict, lower: dict) -> dict:
+        """p of every context that `lower` knows the shorter of; counts and results by (*context, token)."""
+        D, table = discount(list(counts.values())), {}
+        for context in itertools.product(range(V), repeat=len(next(iter(counts))) - 1):
+            seen = {w: counts.get((*context, w), 0) for w in range(V)}
+            total, kinds = sum(seen.values()), sum(count > 0 for count in seen.values())
+            for w in range(V):
+                below = lower[(*context[1:], w)]
+                table[(*context, w)] = (max(seen[w] - D, 0) + D * kinds * below) / total if total else below
+        return table
+
+    kinds_before = Counter((v, w) for _, v, w in counts)
+    continuations = Counter(w for _, w in kinds_before)
+    unigrams = interpolated({(w,): continuations[w] for w in continuations}, {(w,): Fraction(1, V) for w in range(V)})
+    return interpolated(counts, interpolated(kinds_before, unigrams))
+
+
+@settings(deadline=None, max_examples=40)
+@given(documents)
+def test_every_pair_of_tokens_has_a_proper_distribution_that_equals_fractions(rows):
+    truth = trigram_truth(rows)
+    model = TrigramModel.fit(corpus(rows), vocab_size=V, eos_token_id=EOS)
+    contexts, targets = np.divmod(np.arange(V**3), V)
+    probabilities = model.probability(contexts, targets)
+    np.testing.assert_allclose(probabilities, [float(truth[key]) for key in sorted(truth)], rtol=1e-12)
+    np.testing.assert_allclose(probabilities.reshape(V * V, V).sum(1), 1, rtol=1e-12)
+
+
+def test_a_trigram_score_begins_each_document_anew():
+    rows = np.random.default_rng(1).integers(1, V, (20, 7)).tolist()
+    truth = trigram_truth(rows)
+    model = TrigramModel.fit(corpus(rows), vocab_size=V, eos_token_id=EOS)
+    held_out = [[3, 1], [2]]
+    keys = [(0, 0, 3), (0, 3, 1), (3, 1, 0), (0, 0, 2), (0, 2, 0)]
+    expected = -sum(math.log(truth[key]) for key in keys)
+    assert model.score(corpus(held_out)).nats == pytest.approx(expected, rel=1e-12)
 
 
 def test_unigram_by_hand():
@@ -132,7 +181,7 @@ def test_baselines_score_the_tokens_that_a_model_is_scored_on():
     tokenizer = tiny.bpe_tokenizer()
     tokens = tokenize_documents(Dataset.from_dict({"text": tiny.TEXTS}), tokenizer)
     scored = evaluate_perplexity(tiny.gpt(), tokenizer, tokens, context=16)
-    for kind in (UnigramModel, BigramModel):
+    for kind in (UnigramModel, BigramModel, TrigramModel):
         score = kind.fit(tokens, vocab_size=len(tokenizer), eos_token_id=0).score(tokens)
         assert (score.num_tokens, score.num_bytes) == (scored.num_tokens, scored.num_bytes)
 

@@ -1,9 +1,9 @@
-"""The process that a command runs in: its streams, Ctrl-C while it still imports, and the others beside it.
+"""The process that a command runs in: its streams, Ctrl-C while it still imports, its threads, the others beside it.
 
 torchrun starts a command several times. What a user did wrong is then said once, and handed to the launcher, which ends
 its own report with it.
 
-    open_streams(); interrupt_imports()
+    open_streams(); interrupt_imports(); spare_neighbours()
     if speaks_for_all(): print(...)
 """
 
@@ -19,6 +19,7 @@ from types import FrameType
 from cottention.errors import SettingsError
 
 _GRACE_S = 5.0
+_SPINS = "3000"  # some tens of microseconds: what lies between two operations of a step
 
 
 def open_streams() -> None:
@@ -56,6 +57,16 @@ def interrupt_imports() -> None:
             signal.default_int_handler(number, frame)
 
         signal.signal(signal.SIGINT, interrupt)
+
+
+def spare_neighbours() -> None:
+    """Have OpenMP's threads sleep soon where they wait for each other; takes effect before torch is loaded.
+
+    GNU's library else spins for milliseconds. On cores of one's own that is the fastest way to wait; beside a busy
+    neighbour the thread that is waited for often stands still meanwhile, and what spins keeps it from its core.
+    """
+    if not {"GOMP_SPINCOUNT", "OMP_WAIT_POLICY"} & os.environ.keys():
+        os.environ["GOMP_SPINCOUNT"] = _SPINS
 
 
 def rank() -> int:

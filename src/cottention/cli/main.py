@@ -19,7 +19,15 @@ import jsonargparse
 
 import cottention
 from cottention.cli._messages import explain
-from cottention.cli._process import drop_stdout, interrupt_imports, open_streams, rank, tell_launcher, wait_for_first
+from cottention.cli._process import (
+    drop_stdout,
+    interrupt_imports,
+    open_streams,
+    rank,
+    spare_neighbours,
+    tell_launcher,
+    wait_for_first,
+)
 from cottention.errors import CottentionError, did_you_mean
 from cottention.files import one_line
 from cottention.logging import setup_cli_logging
@@ -59,6 +67,7 @@ def entry_point() -> None:
         _complain("", str(error))
         sys.exit(_USER_MISTAKE)
     interrupt_imports()
+    spare_neighbours()
     sys.exit(main())
 
 

@@ -35,6 +35,7 @@ def build_parser() -> jsonargparse.ArgumentParser:
     add(
         "--attention-type", choices=["cosine", "softmax"], default="cosine", help="linear attention or its softmax twin"
     )
+    add("--block", choices=["recommended", "published"], default="recommended", help="of a GPT: which block to train")
     add("--output-dir", metavar="DIR", default=None, help="the run directory; without it runs/quickstart-ARCH")
     add("--seed", type=int, default=0, help="of everything random")
     add("--overwrite", action="store_true", help="delete the run in the directory first")
@@ -46,9 +47,8 @@ def run(args: jsonargparse.Namespace) -> int:
     """Train and score, and show it."""
     from cottention.training.quickstart import QuickstartSettings, run_quickstart
 
-    settings = QuickstartSettings(
-        arch=args.arch, minutes=args.minutes, attention_type=args.attention_type, seed=args.seed
-    )
+    asked = {name: getattr(args, name) for name in ("arch", "minutes", "attention_type", "block", "seed")}
+    settings = QuickstartSettings(**asked)
     shows: dict[str, Any] = {} if args.json else {"on_scores": _show_scores, "on_text": _show_text}
     report = run_quickstart(settings, output_dir=args.output_dir, overwrite=args.overwrite, **shows)
     if args.json:
@@ -82,10 +82,14 @@ def _headline(report: QuickstartReport) -> list[str]:
 def _table(report: QuickstartReport) -> list[str]:
     model = report.scores["model"]
     if report.settings.arch == "gpt":
-        labels = {"unigram": "unigram counts", "bigram": "bigram counts (Kneser-Ney)", "model": "this model"}
+        lines = {
+            "unigram counts": report.scores["unigram"],
+            "bigram counts (Kneser-Ney)": report.scores["bigram"],
+            "trigram counts (Kneser-Ney)": report.trigram,
+            "this model": report.scores["model"],
+        }
         rows = [(_HELD_OUT, "perplexity", "nats per byte")]
-        for name, label in labels.items():
-            figures = report.scores[name]
+        for label, figures in lines.items():
             rows.append((label, f"{figures['perplexity']:.1f}", f"{figures['nats_per_byte']:.3f}"))
     else:
         rows = [

@@ -12,6 +12,7 @@ from cottention.evaluation.harness import evaluate_harness as evaluate_harness
 from cottention.evaluation.masked_lm import MaskedLMResult as MaskedLMResult
 from cottention.evaluation.masked_lm import evaluate_masked_lm as evaluate_masked_lm
 from cottention.evaluation.ngram import BigramModel as BigramModel
+from cottention.evaluation.ngram import TrigramModel as TrigramModel
 from cottention.evaluation.ngram import UnigramModel as UnigramModel
 from cottention.evaluation.perplexity import PerplexityResult as PerplexityResult
 from cottention.evaluation.perplexity import PositionScore as PositionScore

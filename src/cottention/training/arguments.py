@@ -14,6 +14,9 @@ from cottention.errors import SettingsError
 from cottention.training.recipe import BertRecipe, Recipe
 from cottention.training.recipe_files import replace_settings
 
+ENDLESS = 1_000_000_000
+"""Steps of a run that something else ends."""
+
 
 def training_arguments(recipe: Recipe, run_dir: Path) -> TrainingArguments:
     """What the Trainer of transformers needs to know; sets up the processes and the device.
@@ -25,7 +28,7 @@ def training_arguments(recipe: Recipe, run_dir: Path) -> TrainingArguments:
     on_gpu = torch.cuda.is_available()
     arguments = TrainingArguments(
         output_dir=str(run_dir / "checkpoints"),
-        max_steps=settings.max_steps,
+        max_steps=settings.max_steps if settings.minutes is None else ENDLESS,
         per_device_train_batch_size=settings.micro_batch_size,
         seed=settings.seed,
         max_grad_norm=recipe.optimizer.max_grad_norm or 0.0,
@@ -50,6 +53,8 @@ def training_arguments(recipe: Recipe, run_dir: Path) -> TrainingArguments:
     )
     # Only now is the number of processes known.
     num_processes = max(1, arguments.world_size)
+    if settings.minutes is not None and num_processes > 1:
+        raise SettingsError(f"training.minutes needs one process, whose clock decides; got {num_processes}")
     shared = shared_out(recipe, num_processes).training
     arguments.per_device_train_batch_size = shared.micro_batch_size
     arguments.gradient_accumulation_steps = shared.accumulation_steps(num_processes)

@@ -152,7 +152,10 @@ def _pretrain(
         if continues and finished_model(model_dir):
             logger.info("%s is finished already: %s", run_dir, model_dir)
             return PretrainResult(
-                run_dir=run_dir, model_dir=model_dir, step=recipe.training.max_steps, metrics=_last_held_out(run_dir)
+                run_dir=run_dir,
+                model_dir=model_dir,
+                step=_last_held_out(run_dir).get("step", recipe.training.max_steps),
+                metrics=_last_held_out(run_dir),
             )
         checkpoint = newest_intact_checkpoint(run_dir / "checkpoints", PARTS) if continues else None
         if text is None:
@@ -198,7 +201,7 @@ def _pretrain(
     trainer.accelerator.wait_for_everyone()
     step = trainer.state.global_step
     if stopped_by is not None:
-        logger.info("stopped after step %d of %d; the same command continues", step, recipe.training.max_steps)
+        logger.info("stopped after step %d of %d; the same command continues", step, trainer.state.max_steps)
     return PretrainResult(
         run_dir=run_dir,
         step=step,

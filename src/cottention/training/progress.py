@@ -55,6 +55,7 @@ class ProgressBar(TrainerCallback):
     ) -> None:
         """Move the bar."""
         if self._bar is not None:
+            self._bar.total = state.max_steps  # a forecast, where the clock ends the run
             self._bar.update(state.global_step - self._bar.n)
 
     def on_log(  # type: ignore[override]

@@ -1,8 +1,8 @@
 """The quickstart: a small model of real text in minutes, its score beside that of mere counting, and what it can do.
 
-The run directory is that of `pretrain` plus quickstart.json: what was asked for, how many steps that came to on this
-machine, and in the end the report. So the same call continues a killed run with the same schedule, and shows the report
-of a finished one at once (nothing heavy is imported for that).
+The run directory is that of `pretrain` plus quickstart.json: what was asked for, what fits into that time on this
+machine, and in the end the report. So the same call continues a killed run with what is left of its time, and shows the
+report of a finished one at once (nothing heavy is imported for that).
 
     report = run_quickstart(QuickstartSettings(minutes=5))
     report.scores["model"]["nats_per_byte"], report.scores["bigram"]["nats_per_byte"]
@@ -33,7 +33,8 @@ if TYPE_CHECKING:
 
 RECORD = "quickstart.json"
 """What a quickstart writes into its run directory, before the run begins and at its end."""
-_FITTED = ("precision", "max_steps", "eval_every", "save_every")
+_FITTED = ("precision", "minutes", "max_steps", "eval_every", "save_every")
+BLOCKS = ("recommended", "published")
 _REMEDY = "choose another --output-dir, or --overwrite to start again"
 
 logger = get_logger(__name__)
@@ -48,25 +49,32 @@ class QuickstartSettings:
     minutes: float = 5.0
     """About how long the training takes, here and now; data and scores come on top."""
     attention_type: Literal["cosine", "softmax"] = "cosine"
-    """Linear cosine attention, or the softmax twin."""
+    """Linear cosine attention, or the softmax twin with the same parts around it."""
+    block: Literal["recommended", "published"] = "recommended"
+    """The block that the study of quality recommends, or the paper's; of a GPT."""
     seed: int = 0
     """Seed of everything random."""
 
     def __post_init__(self) -> None:
         if self.arch not in RECIPE_CLASSES:
             raise SettingsError(f"arch must be one of {', '.join(RECIPE_CLASSES)}; got {self.arch!r}")
+        if self.block not in BLOCKS:
+            raise SettingsError(f"block must be one of {', '.join(BLOCKS)}; got {self.block!r}")
+        if self.arch == "bert" and self.block != "recommended":
+            raise SettingsError(f"block is a GPT's; got {self.block!r} with arch='bert'")
         if not (math.isfinite(self.minutes) and self.minutes > 0):
             raise SettingsError(f"minutes must be positive; got {self.minutes}")
 
     @property
     def output_dir(self) -> str:
         """Where the run goes unless another directory is named."""
-        return f"runs/quickstart-{self.arch}" + ("" if self.attention_type == "cosine" else f"-{self.attention_type}")
+        kind = "" if self.attention_type == "cosine" else f"-{self.attention_type}"
+        return f"runs/quickstart-{self.arch}{kind}" + ("-published" if self.block == "published" else "")
 
     def recipe(self) -> Recipe:
         """The packaged recipe, its length not fitted yet."""
         changes = {"model.attention_type": self.attention_type, "training.seed": self.seed}
-        return load_recipe(f"quickstart_{self.arch}", changes)
+        return load_recipe(f"quickstart_{self.arch}" + ("_published" if self.block == "published" else ""), changes)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -93,6 +101,8 @@ class QuickstartReport:
     """Seconds of training alone, in all sessions."""
     scores: dict[str, dict[str, Any]] = field(default_factory=dict)
     """On all of the held-out text: "model" and the baselines; see `quickstart_scores.score`."""
+    trigram: dict[str, Any] = field(default_factory=dict)
+    """Of a GPT: what counting three tokens gives there; beside `scores`, whose names programs know."""
     examples: list[dict[str, Any]] = field(default_factory=list)
     """What the model does; see `quickstart_scores.try_out`."""
 
@@ -113,7 +123,7 @@ def run_quickstart(
     """Train, score and try out a small model; continue such a run, or show a finished one.
 
     Args:
-        settings: what is wanted; None: a cosine GPT in 5 minutes.
+        settings: what is wanted; None: a cosine GPT of the recommended block in 5 minutes.
         output_dir: the run directory; None: the settings' own.
         overwrite: delete the run that is in the directory and start again.
         recipe: trained instead of the packaged one; its max_steps is fitted all the same.
@@ -162,11 +172,13 @@ def _quickstart(
     if trained.model_dir is None:
         return report
     model, tokenizer = open_model(recipe, trained.model_dir)
+    scores = score(recipe, model, tokenizer)
     report = dataclasses.replace(
         report,
         num_parameters=model.num_parameters(),
         vocab_size=len(tokenizer),
-        scores=score(recipe, model, tokenizer),
+        trigram=scores.pop("trigram", {}),
+        scores=scores,
     )
     if on_scores is not None:
         on_scores(report)

@@ -15,7 +15,7 @@ from typing import Any
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from cottention.data.tokenization import tokenize_documents
-from cottention.evaluation import BigramModel, UnigramModel, evaluate_masked_lm, evaluate_perplexity
+from cottention.evaluation import BigramModel, TrigramModel, UnigramModel, evaluate_masked_lm, evaluate_perplexity
 from cottention.generation import fill_mask, generate_text, load_model_and_tokenizer
 from cottention.logging import get_logger
 from cottention.training.documents import open_documents
@@ -50,8 +50,9 @@ def score(
         tokenizer: its tokenizer.
 
     Returns:
-        For a GPT the figures of `evaluate_perplexity` as "model", and as "unigram" and "bigram" those of models that
-        count the training text; for a BERT the figures of `evaluate_masked_lm` as "model", its baseline among them.
+        For a GPT the figures of `evaluate_perplexity` as "model", and as "unigram", "bigram" and "trigram" those of
+        models that count the training text; for a BERT the figures of `evaluate_masked_lm` as "model", its baseline
+        among them.
     """
     logger.info("scoring the model on all of the held-out text")
     train, held_out = open_documents(recipe.data, seed=recipe.training.seed)
@@ -65,6 +66,7 @@ def score(
     scores = {
         "unigram": UnigramModel.fit(tokens, **sizes).score(held_out_tokens),
         "bigram": BigramModel.fit(tokens, **sizes).score(held_out_tokens),
+        "trigram": TrigramModel.fit(tokens, **sizes).score(held_out_tokens),
         "model": evaluate_perplexity(model, tokenizer, held_out_tokens, context=model.config.n_positions, **bars),
     }
     return {name: figures.to_dict() for name, figures in scores.items()}

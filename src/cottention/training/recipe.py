@@ -44,6 +44,8 @@ class GPTRecipe:
     def __post_init__(self) -> None:
         if not self.data.carry_state:
             return
+        if self.training.minutes is not None:
+            raise SettingsError("data.carry_state excludes training.minutes: its lanes are cut by steps; got both")
         if self.model.attention_type != "cosine":
             raise SettingsError(
                 "data.carry_state needs model.attention_type: cosine, whose state has a constant size; "
@@ -141,6 +143,8 @@ class BertRecipe:
                     f"data.{name} must not exceed model.max_position_embeddings; "
                     f"got {length} and {self.model.max_position_embeddings}"
                 )
+        if self.data.long_sequence_length is not None and self.training.minutes is not None:
+            raise SettingsError("data.long_sequence_length excludes training.minutes: its part is of steps; got both")
         if self.data.next_sentence and not self.model.next_sentence_head:
             raise SettingsError("data.next_sentence needs model.next_sentence_head: true; got false")
         if self.training.micro_batch_size % self.data.long_ratio:

@@ -308,6 +308,8 @@ class TrainingSettings:
 
     max_steps: int = 1_000_000
     """Optimizer steps."""
+    minutes: float | None = None
+    """Train for so long by the clock, the schedule too; max_steps is then a forecast, renewed during the run."""
     global_batch_size: int = 128
     """Windows per optimizer step, over all devices."""
     micro_batch_size: int = 16
@@ -334,6 +336,7 @@ class TrainingSettings:
             self,
             "training",
             "max_steps",
+            "minutes",
             "global_batch_size",
             "micro_batch_size",
             "log_every",

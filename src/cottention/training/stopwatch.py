@@ -34,6 +34,11 @@ class Stopwatch:
         """Seconds of training so far."""
         return self._before_s + time.perf_counter() - self._started - self._paused_s
 
+    @property
+    def since_start_s(self) -> float:
+        """The same with this session's pauses among them."""
+        return self._before_s + time.perf_counter() - self._started
+
     @contextmanager
     def paused(self) -> Iterator[None]:
         """Do not count what happens inside."""

@@ -105,6 +105,8 @@ class FallingShares(Dataset[dict[str, Any]]):
         self.stream = stream
         self.first, self.last = first, last
         self.examples_per_step = examples_per_step
+        self.progress: Callable[[], float] | None = None
+        """How much of the run is done, from 0 to 1, where a clock and not the number of examples says so."""
 
     def __len__(self) -> int:
         return len(self.stream)
@@ -122,7 +124,7 @@ class FallingShares(Dataset[dict[str, Any]]):
     def share_at(self, position: int) -> float:
         """The share of the example at a position of the stream."""
         last_step = (len(self) - 1) // self.examples_per_step
-        done = position // self.examples_per_step / max(1, last_step)
+        done = self.progress() if self.progress else position // self.examples_per_step / max(1, last_step)
         return self.first + (self.last - self.first) * done
 
 

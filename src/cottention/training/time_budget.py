@@ -1,7 +1,7 @@
 """How many steps fit into some minutes, here and now: a few real steps of a throwaway model are timed.
 
-The result is a recipe with max_steps, so the schedule falls to zero exactly at the end, and a run that is resumed on a
-busier day, or on another machine, still is the same run.
+The result is a recipe with training.minutes, by whose clock the schedule falls to zero exactly at the end however the
+speed changes, and with max_steps, what the run is expected to come to.
 
     recipe = fit_to_time(recipe, text, budget_s=300.0)
 """
@@ -18,7 +18,8 @@ import torch
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments, set_seed
 
 from cottention.logging import get_logger
-from cottention.training.arguments import training_arguments
+from cottention.training.arguments import ENDLESS, training_arguments
+from cottention.training.neighbours import NeighbourWatch
 from cottention.training.pretraining import build_model
 from cottention.training.progress import ProgressBar, duration
 from cottention.training.recipe import Recipe
@@ -33,13 +34,12 @@ _MOST_S = 20.0
 _EVALUATIONS = 10
 _EVALUATION_SHARE = 0.05  # of the budget, at most, for all evaluations together
 _BETWEEN_CHECKPOINTS_S = 30.0  # what a killed run loses at most; writing one takes some tenths of a second
-_ENDLESS = 1_000_000_000
 
 logger = get_logger(__name__)
 
 
 def fit_to_time(recipe: Recipe, text: PreparedText, *, budget_s: float) -> Recipe:
-    """Choose precision, max_steps, when to evaluate and to save, so that training takes about `budget_s` seconds.
+    """Choose precision, minutes, max_steps, when to evaluate and save, so that training takes about `budget_s` seconds.
 
     The time that this takes is part of the budget.
 
@@ -49,7 +49,7 @@ def fit_to_time(recipe: Recipe, text: PreparedText, *, budget_s: float) -> Recip
         budget_s: seconds for all of timing, training, held-out evaluations and checkpoints.
 
     Returns:
-        The recipe with training.precision, max_steps, eval_every and save_every set.
+        The recipe with training.precision, minutes, max_steps, eval_every and save_every set.
     """
     if recipe.training.precision == "auto" and not torch.cuda.is_available() and _multiplies_bf16():
         recipe = replace_settings(recipe, {"training.precision": "bf16"})
@@ -58,12 +58,14 @@ def fit_to_time(recipe: Recipe, text: PreparedText, *, budget_s: float) -> Recip
     left_s = budget_s - (time.perf_counter() - started)
     num_evaluations = max(1, min(_EVALUATIONS, int(_EVALUATION_SHARE * budget_s / evaluation_s)))
     # The first steps are timed; those of longer windows, where the recipe has them, take longer by their tokens.
-    endless = replace_settings(recipe, {"training.max_steps": _ENDLESS})
-    mean_step_s = step_s * endless.tokens_after(_ENDLESS) / (_ENDLESS * endless.tokens_per_step)
+    endless = replace_settings(recipe, {"training.max_steps": ENDLESS})
+    mean_step_s = step_s * endless.tokens_after(ENDLESS) / (ENDLESS * endless.tokens_per_step)
     max_steps = max(1, round((left_s - num_evaluations * evaluation_s) / mean_step_s))
     logger.info("a step takes %.3f s: %d steps in %s", mean_step_s, max_steps, duration(budget_s))
     changes = {
         "training.max_steps": max_steps,
+        # The evaluation at the end comes when the time is over.
+        "training.minutes": max(left_s - evaluation_s, step_s) / 60,
         "training.eval_every": math.ceil(max_steps / num_evaluations),
         "training.save_every": max(1, round(_BETWEEN_CHECKPOINTS_S / step_s)),
     }
@@ -78,7 +80,7 @@ def _multiplies_bf16() -> bool:
 
 def _measure(recipe: Recipe, text: PreparedText, *, timed_s: float) -> tuple[float, float]:
     """Seconds of a training step and of an evaluation, by the trainer that will do them."""
-    never = dict.fromkeys(("max_steps", "log_every", "eval_every", "save_every"), _ENDLESS)
+    never = dict.fromkeys(("max_steps", "log_every", "eval_every", "save_every"), ENDLESS)
     endless = replace_settings(recipe, {f"training.{name}": value for name, value in never.items()})
     timer = _Timer(timed_s)
     with tempfile.TemporaryDirectory() as folder:
@@ -87,6 +89,7 @@ def _measure(recipe: Recipe, text: PreparedText, *, timed_s: float) -> tuple[flo
         model = build_model(endless, text.tokenizer)
         trainer = PretrainingTrainer(endless, model, arguments=arguments, text=text, run_dir=Path(folder))
         trainer.remove_callback(ProgressBar)
+        trainer.add_callback(NeighbourWatch())
         trainer.add_callback(timer)
         trainer.train()  # not fit(): nothing is to be saved, and Ctrl-C may end it at once
         started = time.perf_counter()

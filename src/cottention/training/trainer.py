@@ -31,7 +31,7 @@ from transformers import (
 
 from cottention.errors import DataError
 from cottention.logging import get_logger
-from cottention.training.arguments import compute_type
+from cottention.training.arguments import ENDLESS, compute_type
 from cottention.training.carried import CarriedStates
 from cottention.training.checkpointing_trainer import CheckpointingTrainer, NonFiniteLossError
 from cottention.training.checkpoints import (
@@ -45,14 +45,18 @@ from cottention.training.checkpoints import (
     write_atomically,
     writing_to,
 )
+from cottention.training.deadline import Deadline
 from cottention.training.held_out import count_targets
 from cottention.training.lanes import own_lanes
 from cottention.training.memory import keep_freed_memory
 from cottention.training.metrics import MetricsLog
+from cottention.training.neighbours import NeighbourWatch
 from cottention.training.optimizer import build_optimizer, build_scheduler
 from cottention.training.progress import ProgressBar, RunControl
 from cottention.training.recipe import BertRecipe, GPTRecipe, Recipe
+from cottention.training.recipe_files import replace_settings
 from cottention.training.stopwatch import Stopwatch
+from cottention.training.stream import FallingShares
 from cottention.training.text import PreparedText
 
 _RUN_STATE_KINDS = {
@@ -91,8 +95,12 @@ class PretrainingTrainer(CheckpointingTrainer):
         self.recipe = recipe
         self.run_dir = run_dir
         self.text = text
-        stream = text.stream(recipe)
+        by_clock = recipe.training.minutes is not None
+        stream = text.stream(replace_settings(recipe, {"training.max_steps": ENDLESS}) if by_clock else recipe)
         run_control = RunControl()
+        self.deadline = Deadline(recipe, lambda: self._stopwatch.since_start_s) if by_clock else None
+        if self.deadline is not None and isinstance(stream, FallingShares):
+            stream.progress = self.deadline.progress
         super().__init__(
             run_dir / "checkpoints",
             text.tokenizer,
@@ -102,7 +110,7 @@ class PretrainingTrainer(CheckpointingTrainer):
             data_collator=text.training_collator(recipe),
             train_dataset=stream,
             eval_dataset=stream,  # the Trainer insists on one; evaluate() below does not read it
-            callbacks=[run_control, ProgressBar(recipe)],
+            callbacks=[*([self.deadline, NeighbourWatch()] if self.deadline else []), run_control, ProgressBar(recipe)],
         )
         self.remove_callback(PrinterCallback)
         if self.args.device.type == "cpu":
@@ -171,8 +179,12 @@ class PretrainingTrainer(CheckpointingTrainer):
         return self.optimizer
 
     def create_scheduler(self, num_training_steps: int, optimizer: Any = None) -> Any:
-        """Linear warmup, then linear to zero."""
-        if self.lr_scheduler is None:
+        """Linear warmup, then linear to zero, by steps or by the clock."""
+        if self.lr_scheduler is None and self.deadline is not None:
+            adamw = cast(torch.optim.Optimizer, optimizer or self.optimizer)
+            self.lr_scheduler = torch.optim.lr_scheduler.LambdaLR(adamw, self.deadline.factor)
+            self._created_lr_scheduler = True
+        elif self.lr_scheduler is None:
             self.lr_scheduler = build_scheduler(
                 optimizer or self.optimizer,
                 num_warmup_steps=self.recipe.num_warmup_steps,
