@@ -1,5 +1,6 @@
-"""cottention finetune: trains a pretrained BERT on tasks of GLUE, once per seed.
+"""cottention finetune: trains a pretrained model on labels of one's own, or a BERT on tasks of GLUE, once per seed.
 
+cottention finetune --model runs/bert/model --data train.csv --text-column review --label-column stars
 cottention finetune --model runs/bert/model --task cola --data glue/ --output-dir runs/glue --seeds 1,2,3
 """
 
@@ -23,21 +24,55 @@ from cottention.training.plain_yaml import read_yaml, shown
 if TYPE_CHECKING:
     from cottention.training.finetuning import FinetuneResult
 
-_DESCRIPTION = """Fine-tune a pretrained BERT on tasks of GLUE.
+_DESCRIPTION = """Fine-tune a pretrained BERT or GPT on labels of your own, or a BERT on tasks of GLUE (--task).
 
-The best epoch's model of the best seed is kept, by the task's official metric on the dev rows. Settings come from the
-defaults (the published ones), then --config, then single flags. The same command continues a run that was stopped."""
+The best epoch's model of the best seed is kept, by the dev rows. Settings come from the defaults (those published for
+GLUE), then --config, then single flags. The same command continues a run that was stopped.
+
+See docs/own-labels.md and docs/glue.md."""
+
+_EXAMPLES = """
+cottention finetune --model runs/bert/model --data train.csv --text-column review --label-column stars
+cottention finetune --model runs/bert/model --data a.tsv --dev b.tsv --text-column question --text-pair-column answer
+cottention finetune --model runs/bert/model --data movies.jsonl --label-column genres --label-type several
+cottention finetune --model runs/bert/model --data train.conll --dev dev.conll
+cottention finetune --model runs/bert/model --task cola,rte --data glue/ --seeds 1,2,3
+"""
+
+_GLUE_DIR, _OWN_DIR = "runs/glue", "runs/finetuned"
 
 
 def build_parser() -> jsonargparse.ArgumentParser:
     """Make the parser."""
-    parser = new_parser("finetune", _DESCRIPTION, print_config=None)
+    parser = new_parser("finetune", _DESCRIPTION, examples=_EXAMPLES, print_config=None)
     add = parser.add_argument
     add("--config", action=_SettingsFile, metavar="NAME_OR_FILE", help="YAML with settings, or `glue`: the published")
-    add("--model", required=True, metavar="DIR", help="directory of a pretrained BERT, or OWNER/NAME on the Hub")
-    add("--task", required=True, help="cola, sst2, mrpc, qqp, stsb, mnli, qnli, rte, wnli, several with commas, or all")
-    add("--data", default="hub", metavar="DIR", help="GLUE's folder, one task's own folder, or hub (the default)")
-    add("--output-dir", default="runs/glue", metavar="DIR", help="each task's run goes to DIR/TASK")
+    add("--model", required=True, metavar="DIR", help="directory of a pretrained model, or OWNER/NAME on the Hub")
+    add(
+        "--data",
+        default="hub",
+        metavar="FILE",
+        help="own rows: .csv, .tsv, .jsonl, .parquet, or .conll; with --task GLUE's folder, one task's own, or hub",
+    )
+    add("--dev", metavar="FILE", help="rows to measure on; without it a share of the others")
+    add("--text-column", metavar="NAME", help="column of the text (default: text; of lists of words tokens)")
+    add("--text-pair-column", metavar="NAME", help="column of the second text, for pairs")
+    add(
+        "--label-column",
+        metavar="NAME",
+        nargs="+",
+        help="column of the label (default: label; of word tags tags); several of 0 and 1: a label each",
+    )
+    add(
+        "--label-type",
+        choices=["auto", "classes", "number", "several", "words"],
+        default="auto",
+        help="one of some classes, a number, several labels to a text, a tag to each word; auto: told by the column",
+    )
+    add("--label-separator", metavar="SIGN", help="what stands between several labels in one cell")
+    add("--dev-share", type=float, default=0.1, metavar="X", help="share of the rows held out where there is no --dev")
+    add("--task", help="GLUE: cola, sst2, mrpc, qqp, stsb, mnli, qnli, rte, wnli, several with commas, or all")
+    add("--output-dir", metavar="DIR", help=f"the run (default: {_OWN_DIR}; with --task {_GLUE_DIR}/TASK)")
     add("--seeds", default="0", metavar="N,N", help="one training per seed")
     add("--overwrite", action="store_true", help="delete the runs of these tasks in the directory first")
     add("--json", action="store_true", help="print the results as JSON")
@@ -80,8 +115,18 @@ def run(args: jsonargparse.Namespace) -> int:
     names = list(FinetuneSettings().as_dict())
     settings = FinetuneSettings(**{name: args[name] for name in names})
     seeds = _seeds(args.seeds)
+    if args.task is None:
+        return _own_data(args, settings, seeds)
+    for name in ("dev", "text_column", "text_pair_column", "label_column", "label_separator"):
+        if args[name] is not None:
+            raise SettingsError(f"--{name.replace('_', '-')} goes with rows of one's own, --task with GLUE's; got both")
+    return _glue(args, settings, seeds)
+
+
+def _glue(args: jsonargparse.Namespace, settings: FinetuneSettings, seeds: list[int]) -> int:
     from cottention.data.glue_tasks import GLUE_TASKS, glue_task
 
+    output_dir = args.output_dir or _GLUE_DIR
     tasks = list(GLUE_TASKS) if args.task == "all" else [glue_task(name.strip()).name for name in args.task.split(",")]
     from cottention.training.finetuning import finetune  # seconds of torch, after the settings have been checked
 
@@ -91,7 +136,7 @@ def run(args: jsonargparse.Namespace) -> int:
             args.model,
             task=task,
             data=args.data,
-            output_dir=args.output_dir,
+            output_dir=output_dir,
             settings=settings,
             seeds=seeds,
             overwrite=args.overwrite,
@@ -104,7 +149,43 @@ def run(args: jsonargparse.Namespace) -> int:
     if args.json:
         print(json.dumps([result.metrics | {"model_dir": str(result.model_dir)} for result in results], indent=2))
     else:
-        print(f"next: cottention evaluate glue --runs {shlex.quote(args.output_dir)}")
+        print(f"next: cottention evaluate glue --runs {shlex.quote(output_dir)}")
+    return 0
+
+
+def _own_data(args: jsonargparse.Namespace, settings: FinetuneSettings, seeds: list[int]) -> int:
+    from cottention.training.own_data import OwnData
+
+    if args.data == "hub":
+        raise SettingsError("give --data FILE with rows of your own, or --task with a task of GLUE")
+    rows = OwnData(
+        data=args.data,
+        dev=args.dev,
+        text_column=args.text_column,
+        text_pair_column=args.text_pair_column,
+        label_column=tuple(args.label_column or ()),
+        label_type=args.label_type,
+        label_separator=args.label_separator,
+        dev_share=args.dev_share,
+    )
+    rows.check_files()
+    from cottention.training.labelled import finetune_labels
+
+    output_dir = args.output_dir or _OWN_DIR
+    result = finetune_labels(
+        args.model, rows, output_dir=output_dir, settings=settings, seeds=seeds, overwrite=args.overwrite
+    )
+    if result.stopped_by is not None:
+        return result.exit_code
+    if args.json:
+        print(json.dumps(result.metrics | {"model_dir": str(result.model_dir)}, indent=2))
+        return 0
+    from cottention.evaluation.labels import report
+
+    if details := report(_best_scores(result)["dev"]):
+        print(details, end="\n\n")
+    print(_summary(Path(args.data).name, result))
+    print(f"next: cottention classify --model {shlex.quote(str(result.model_dir))} FILE")
     return 0
 
 
@@ -115,12 +196,17 @@ def _seeds(given: str) -> list[int]:
         raise SettingsError(f"--seeds must be numbers with commas between them; got {given!r}") from None
 
 
-def _summary(task: str, result: FinetuneResult) -> str:
+def _best_scores(result: FinetuneResult) -> dict[str, Any]:
+    """Split -> scores, of the epoch that was kept."""
     best = result.metrics["best"]
     entry = next(each for each in result.metrics["seeds"] if each["seed"] == best["seed"])
-    splits = entry["epochs"][best["epoch"] - 1]["splits"]
+    return entry["epochs"][best["epoch"] - 1]["splits"]
+
+
+def _summary(task: str, result: FinetuneResult) -> str:
+    best = result.metrics["best"]
     figures = "; ".join(
         f"{split} " + ", ".join(f"{name} {value:.4f}" for name, value in scores["official"].items())
-        for split, scores in splits.items()
+        for split, scores in _best_scores(result).items()
     )
     return f"{task}: {figures} (seed {best['seed']}, epoch {best['epoch']}): {result.model_dir}"

@@ -12,6 +12,7 @@ import argparse
 import logging
 import os
 import sys
+import textwrap
 from collections.abc import Iterator, Mapping, Sequence
 from importlib import import_module
 
@@ -38,7 +39,8 @@ COMMANDS: dict[str, tuple[str, str]] = {
     "data": ("cottention.cli.data", "turn text into corpora of sentences, pairs or tokens"),
     "pretrain": ("cottention.cli.pretrain", "pretrain a GPT or a BERT from a recipe"),
     "recipes": ("cottention.cli.recipes", "list the recipes of the package, or print one"),
-    "finetune": ("cottention.cli.finetune", "fine-tune a BERT on tasks of GLUE"),
+    "finetune": ("cottention.cli.finetune", "fine-tune on labels of your own, or on tasks of GLUE"),
+    "classify": ("cottention.cli.classify", "label the rows of a file with a fine-tuned model"),
     "generate": ("cottention.cli.generate", "continue a text with a GPT, at constant memory"),
     "fill-mask": ("cottention.cli.fill_mask", "fill the masked words of a text with a BERT"),
     "next-sentence": ("cottention.cli.next_sentence", "say how likely one sentence follows another, with a BERT"),
@@ -55,6 +57,7 @@ _USER_MISTAKE = 2
 _INTERRUPTED = 130  # 128 + SIGINT, what a shell reports
 _PIPE_CLOSED = 141  # 128 + SIGPIPE
 _LONGEST_MESSAGE = 1000
+_HELP_WIDTH = 79
 # What torch says, in an error of no class of its own, where an allocation failed.
 _OUT_OF_MEMORY = ("can't allocate memory", "out of memory")
 
@@ -111,12 +114,17 @@ def _flush_stdout() -> str:
     return ""
 
 
-def new_parser(command: str, description: str, **options: object) -> jsonargparse.ArgumentParser:
+class _WithExamples(argparse.RawDescriptionHelpFormatter, jsonargparse.DefaultHelpFormatter):
+    """Help with defaults, whose head and end keep their lines."""
+
+
+def new_parser(command: str, description: str, *, examples: str = "", **options: object) -> jsonargparse.ArgumentParser:
     """Make the parser of a command, or of a subcommand, so that all of them behave alike.
 
     Args:
         command: the words after `cottention`, e.g. "pretrain" or "convert official".
         description: the text at the head of its --help.
+        examples: command lines at its end, one a line.
         **options: anything else that jsonargparse.ArgumentParser takes.
 
     Returns:
@@ -124,6 +132,10 @@ def new_parser(command: str, description: str, **options: object) -> jsonargpars
         script that relies on one breaks when an option is added).
     """
     settings: dict = {"exit_on_error": False, "allow_abbrev": False, **options}
+    if examples:
+        description = "\n\n".join(textwrap.fill(part, _HELP_WIDTH) for part in description.split("\n\n"))
+        lines = "\n".join(f"  {line.strip()}" for line in examples.strip().splitlines())
+        settings |= {"formatter_class": _WithExamples, "epilog": f"examples:\n{lines}"}
     return jsonargparse.ArgumentParser(prog=f"cottention {command}", description=description, **settings)
 
 

@@ -53,6 +53,20 @@ def encode_glue(rows: Dataset, tokenizer: PreTrainedTokenizerBase, max_length: i
         raise SettingsError("the tokenizer must have [CLS] and [SEP], as a BERT's has; it has not")
     if max_length < 5:  # [CLS] a [SEP] b [SEP]
         raise SettingsError(f"max_length must be at least 5; got {max_length}")
+    return encode_rows(rows, tokenizer, max_length)
+
+
+def encode_rows(
+    rows: Dataset, tokenizer: PreTrainedTokenizerBase, max_length: int, *, batch_size: int = _ROWS_PER_BATCH
+) -> EncodedRows:
+    """Tokenise rows with whatever the tokenizer puts around texts and pairs.
+
+    Args:
+        rows: columns first, second and perhaps label.
+        tokenizer: the model's.
+        max_length: tokens of a row at most; of a pair the longer text is cut.
+        batch_size: rows in memory at a time.
+    """
     features = Features(
         {"input_ids": List(Value("int32")), "num_first": Value("int32"), "was_cut": Value("bool")}
         | ({"label": rows.features["label"]} if "label" in rows.column_names else {})
@@ -60,7 +74,7 @@ def encode_glue(rows: Dataset, tokenizer: PreTrainedTokenizerBase, max_length: i
     backend: Any = getattr(tokenizer, "backend_tokenizer")  # noqa: B009  # the base class does not declare it
     _set_free(backend)
     key = ["glue tokens", _VERSION, fingerprint_of(rows), backend.to_str(), max_length]
-    encoded = cached_map(rows, _Encode(tokenizer, max_length), features, key=key, batch_size=_ROWS_PER_BATCH)
+    encoded = cached_map(rows, _Encode(tokenizer, max_length), features, key=key, batch_size=batch_size)
     _set_free(backend)
     return EncodedRows(rows=encoded, num_cut=int(np.sum(encoded["was_cut"])))
 

@@ -9,16 +9,17 @@ import codecs
 import json
 import re
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-from cottention.data.encodings import normalised_newlines, remedy_for
+from cottention.data.encodings import SKIPPING, normalised_newlines, remedy_for
 from cottention.data.malformed import MalformedError, leave_out, no_column
 
 MOST_VALUES = 1 << 21
 """Values of one row, in lists and objects, at most: of each, three bytes of a file, the parser makes 50 to 100."""
 
+_SKIPPING = f"{SKIPPING} leave out the lines that have them"
 _STRINGS = re.compile(rb'"[^"\\]*(?:\\.[^"\\]*)*"', re.DOTALL)
 
 
@@ -49,15 +50,29 @@ def json_rows(
             continue
         where = f"{path}, line {number}"
         try:
-            row = _row(line, where, columns, head)
-            text = _text(row[column], where, column)
+            row = json_object(line, where, columns, head)
+            text = text_value(row[column], where, column)
         except MalformedError as fault:
             leave_out(fault, malformed)
         else:
             yield text, row.get(key_column)
 
 
-def _row(line: bytes, where: str, columns: list[str], head: Callable[[], bytes]) -> dict[str | None, Any]:
+def json_object(
+    line: bytes, where: str, columns: Sequence[str], head: Callable[[], bytes], skipping: str = _SKIPPING
+) -> dict[str | None, Any]:
+    """One line as an object that has these columns.
+
+    Args:
+        line: without its end.
+        where: its place, which begins messages.
+        columns: names that it must have.
+        head: gives the first bytes of the file, when a byte is not UTF-8.
+        skipping: what leaves such lines out.
+
+    Raises:
+        MalformedError: it is none.
+    """
     if (offset := line.find(b"\0")) >= 0:
         raise MalformedError("zero_byte", f"{where}: a zero byte at column {offset + 1}")
     _check_num_values(line, where)
@@ -65,7 +80,7 @@ def _row(line: bytes, where: str, columns: list[str], head: Callable[[], bytes])
         row = json.loads(line.decode("utf-8"))
     except UnicodeDecodeError as error:
         byte = error.object[error.start]
-        message = f"{where}: not UTF-8 (byte 0x{byte:02x}); {remedy_for(error, head())}"
+        message = f"{where}: not UTF-8 (byte 0x{byte:02x}); {remedy_for(error, head(), skipping)}"
         raise MalformedError("bad_byte", message) from None
     except json.JSONDecodeError as error:
         message = f"{where}: not JSON ({error.msg} at column {error.colno}); one object per line expected"
@@ -90,7 +105,12 @@ def _check_num_values(line: bytes, where: str) -> None:
         raise MalformedError("too_many_values", f"{where}: more than {MOST_VALUES:,} values in one row")
 
 
-def _text(text: object, where: str, column: str) -> str | None:
+def text_value(text: object, where: str, column: str) -> str | None:
+    """A text of a row; None for null.
+
+    Raises:
+        MalformedError: it is something else.
+    """
     if text is None:
         return None
     if not isinstance(text, str):

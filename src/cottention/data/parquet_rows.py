@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import os
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -46,42 +46,69 @@ def parquet_rows(
         DataError: a column is missing or of another kind, a row cannot be used, or a few bytes make gigabytes.
         OSError, pa.ArrowException: it cannot be opened, or is damaged.
     """
+    for _, found in parquet_records(
+        path, [column], [] if key_column in (None, column) else [key_column], buffer_bytes=buffer_bytes, nested=False
+    ):
+        if isinstance(found, MalformedError):
+            leave_out(found, malformed)
+        else:
+            yield found[0], None if key_column is None else found[-1]
+
+
+def parquet_records(
+    path: Path, texts: Sequence[str], values: Sequence[str], *, buffer_bytes: int, nested: bool = True
+) -> Iterator[tuple[int, list[Any] | MalformedError]]:
+    """Yield the number of each row, from 1, and its texts and other values, or what is wrong with it.
+
+    Args:
+        path: the file.
+        texts: columns of text.
+        values: other columns.
+        buffer_bytes: read at a time.
+        nested: whether the other columns may hold lists.
+
+    Raises:
+        DataError, OSError, pa.ArrowException: as for `parquet_rows`.
+    """
     check_regular(path)
-    columns = [column] if key_column in (None, column) else [column, key_column]
+    columns = [*texts, *values]
     limit = DecodedLimit(path, path.stat().st_size)
     # Buffered page by page: by default a whole row group is fetched ahead, which may be the whole file.
     options: dict[str, Any] = {"buffer_size": buffer_bytes, "pre_buffer": False}
     name = os.fsencode(path)  # as bytes, because pyarrow takes names of other encodings in no other way
     with pa.OSFile(name) as source, pq.ParquetFile(source, **options) as file:
-        _check_columns(path, file.schema_arrow, columns)
+        _check_columns(path, file.schema_arrow, texts, values, nested=nested)
         number = 0
         for group in range(file.num_row_groups):
             with pa.OSFile(name) as again, _as_dictionaries(again, file.schema_arrow, columns, options) as dictionaries:
                 batch_size = _batch_size(path, file.metadata.row_group(group), dictionaries, group, columns)
             for batch in file.iter_batches(batch_size=batch_size, row_groups=[group], columns=columns):
-                keys = [None] * len(batch) if key_column is None else batch.column(key_column).to_pylist()
-                for scalar, key in zip(batch.column(column), keys, strict=True):
+                texts_of = [batch.column(column) for column in texts]
+                others = [batch.column(column).to_pylist() for column in values]
+                for at in range(len(batch)):
                     number += 1
                     try:
-                        text = _text(scalar, f"{path}, row {number}")
+                        found = [_text(column[at], f"{path}, row {number}") for column in texts_of]
                     except MalformedError as fault:
-                        leave_out(fault, malformed)
+                        yield number, fault
                         continue
-                    limit.add(len(text or ""))
-                    yield text, key
+                    limit.add(sum(len(text or "") for text in found))
+                    yield number, [*found, *(column[at] for column in others)]
 
 
-def _check_columns(path: Path, schema: pa.Schema, columns: list[str]) -> None:
-    for column in columns:
+def _check_columns(path: Path, schema: pa.Schema, texts: Sequence[str], values: Sequence[str], *, nested: bool) -> None:
+    for column in (*texts, *values):
         if schema.names.count(column) != 1:
             what = f"more than one column {column!r}" if column in schema.names else no_column(column, schema.names)
             raise DataError(f"{path}: {what}")
-    kind = _value_type(schema.field(columns[0]).type)
-    if not (pa.types.is_string(kind) or pa.types.is_large_string(kind) or pa.types.is_string_view(kind)):
-        raise DataError(f"{path}: the column {columns[0]!r} must hold text; got {_shown(kind)}")
-    for column in columns[1:]:
+    for column in texts:
         kind = _value_type(schema.field(column).type)
-        if pa.types.is_nested(kind):
+        if not (pa.types.is_string(kind) or pa.types.is_large_string(kind) or pa.types.is_string_view(kind)):
+            raise DataError(f"{path}: the column {column!r} must hold text; got {_shown(kind)}")
+    for column in values:
+        kind = _value_type(schema.field(column).type)
+        is_list = pa.types.is_list(kind) or pa.types.is_large_list(kind)
+        if pa.types.is_nested(kind) and not (nested and is_list and not pa.types.is_nested(kind.value_type)):
             raise DataError(f"{path}: the column {column!r} must hold single values; got {_shown(kind)}")
 
 
@@ -138,8 +165,10 @@ def _longest(values: pa.Array) -> int:
 def _stored_columns(group: Any, columns: list[str]) -> Iterator[tuple[str, Any]]:
     for index in range(group.num_columns):
         stored = group.column(index)
-        if stored.path_in_schema in columns:
-            yield stored.path_in_schema, stored
+        name = stored.path_in_schema
+        column = name if name in columns else name.partition(".")[0]  # a list's values have a longer name
+        if column in columns:
+            yield column, stored
 
 
 def _text(text: pa.Scalar, where: str) -> str | None:

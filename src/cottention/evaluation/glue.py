@@ -140,7 +140,8 @@ def _mean_batch_f1(predictions: np.ndarray, labels: np.ndarray) -> dict[str, flo
     return {"mean_batch_f1": float(np.mean([_f1(*pair) for pair in pairs]))}
 
 
-def _correlations(predictions: np.ndarray, labels: np.ndarray) -> dict[str, float]:
+def correlations(predictions: np.ndarray, labels: np.ndarray) -> dict[str, float]:
+    """Pearson's and Spearman's, 0 where one side is constant."""
     from scipy.stats import pearsonr, spearmanr
 
     return {
@@ -149,7 +150,7 @@ def _correlations(predictions: np.ndarray, labels: np.ndarray) -> dict[str, floa
 
 
 def _absolute_pearson(predictions: np.ndarray, labels: np.ndarray) -> dict[str, float]:
-    return {"absolute_pearson": abs(_correlations(predictions, labels)["pearson"])}
+    return {"absolute_pearson": abs(correlations(predictions, labels)["pearson"])}
 
 
 def _correlation(of: Callable[..., Any], predictions: np.ndarray, labels: np.ndarray) -> float:
@@ -166,6 +167,6 @@ _METRICS = {
     "cola": (_matthews, _accuracy),
     "mrpc": (_accuracy_and_f1, _mean_batch_f1),
     "qqp": (_accuracy_and_f1, _mean_batch_f1),
-    "stsb": (_correlations, _absolute_pearson),
+    "stsb": (correlations, _absolute_pearson),
 }
 """Official and published way, where they are not accuracy."""

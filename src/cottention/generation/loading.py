@@ -29,31 +29,42 @@ from cottention.models.auto import REMOTE_MODULE
 from cottention.models.configuration import check_token_id
 from cottention.seals import check_model
 
-Kind = Literal["causal-lm", "masked-lm", "next-sentence", "classifier", "encoder"]
+Kind = Literal["causal-lm", "masked-lm", "next-sentence", "classifier", "encoder", "base", "text-labels", "word-labels"]
 
-_BERT = "cottention-bert"
-_CLASSES: dict[Kind, tuple[str, str]] = {
-    "causal-lm": ("cottention-gpt", "CottentionGPTForCausalLM"),
-    "masked-lm": (_BERT, "CottentionBertForMaskedLM"),
-    "next-sentence": (_BERT, "CottentionBertForPreTraining"),
-    "classifier": (_BERT, "CottentionBertForSequenceClassification"),
-    "encoder": (_BERT, "CottentionBertModel"),
+_BERT, _GPT = "cottention-bert", "cottention-gpt"
+_CLASSES: dict[Kind, dict[str, str]] = {
+    "causal-lm": {_GPT: "CottentionGPTForCausalLM"},
+    "masked-lm": {_BERT: "CottentionBertForMaskedLM"},
+    "next-sentence": {_BERT: "CottentionBertForPreTraining"},
+    "classifier": {_BERT: "CottentionBertForSequenceClassification"},
+    "encoder": {_BERT: "CottentionBertModel"},
+    "base": {_BERT: "CottentionBertModel", _GPT: "CottentionGPTModel"},
+    "text-labels": {
+        _BERT: "CottentionBertForSequenceClassification",
+        _GPT: "CottentionGPTForSequenceClassification",
+    },
+    "word-labels": {_BERT: "CottentionBertForTokenClassification", _GPT: "CottentionGPTForTokenClassification"},
 }
 _PURPOSES: dict[str, str] = {
-    "cottention-gpt": "a GPT, which generates text",
+    _GPT: "a GPT, which generates text",
     _BERT: "a BERT, which fills masks",
 }
 _NEEDED: dict[Kind, str] = {
-    "causal-lm": _PURPOSES["cottention-gpt"],
+    "causal-lm": _PURPOSES[_GPT],
     "masked-lm": _PURPOSES[_BERT],
     "next-sentence": "a BERT with a next-sentence head",
     "classifier": "a BERT",
     "encoder": "a BERT",
+    "base": "a BERT or a GPT",
+    "text-labels": "a BERT or a GPT",
+    "word-labels": "a BERT or a GPT",
 }
 # Tensors whose absence means that the model never had this head, rather than that its file is incomplete.
-_HEADS: dict[Kind, tuple[str, str]] = {
-    "next-sentence": ("cls.seq_relationship.", "next-sentence head; pretrain with model.next_sentence_head"),
-    "classifier": ("classifier.", "classifier; fine-tune it first: cottention finetune"),
+_HEADS: dict[Kind, tuple[tuple[str, ...], str]] = {
+    "next-sentence": (("cls.seq_relationship.",), "next-sentence head; pretrain with model.next_sentence_head"),
+    "classifier": (("classifier.",), "classifier; fine-tune it first: cottention finetune"),
+    "text-labels": (("classifier.", "score."), "classifier; fine-tune it first: cottention finetune"),
+    "word-labels": (("classifier.",), "classifier; fine-tune it first: cottention finetune"),
 }
 _PUBLISHED_MODEL_TYPES = ("bert", "gptj")
 # The module is fetched so that the snapshot is a whole directory for others; it is never imported from there.
@@ -69,7 +80,7 @@ def load_model_and_tokenizer(
         source: directory written by training, `cottention convert` or `save_pretrained`, or OWNER/NAME on the Hub.
         kind: causal-lm opens a GPT to generate text; a BERT opens as masked-lm to fill masks, as next-sentence with
             both pretraining heads, as classifier with a fine-tuned head, as encoder without any (its pooler may
-            be new).
+            be new); base opens either without a head, text-labels and word-labels either with a fine-tuned one.
         device: where to put the model; None takes a GPU when there is one.
         dtype: type of the weights; None keeps the stored one.
 
@@ -82,9 +93,9 @@ def load_model_and_tokenizer(
     """
     target = choose_device(device)
     directory = resolve_directory(source, file_patterns=_FILES)
-    _check_config(directory, kind, source)
+    model_type = _check_config(directory, kind, source)
     _check_weights(directory, source)
-    model = _load_model(directory, kind, source, dtype)
+    model = _load_model(directory, _CLASSES[kind][model_type], kind, source, dtype)
     tokenizer = _load_tokenizer(directory, source)
     check_ids(tokenizer, model.config.vocab_size, source)
     check_model(directory, tokenizer=True)
@@ -93,7 +104,7 @@ def load_model_and_tokenizer(
     return model.eval(), tokenizer
 
 
-def _check_config(directory: Path, kind: Kind, source: str | Path) -> None:
+def _check_config(directory: Path, kind: Kind, source: str | Path) -> str:
     path = directory / "config.json"
     if not path.is_file():
         inside = _model_inside(directory)
@@ -101,9 +112,9 @@ def _check_config(directory: Path, kind: Kind, source: str | Path) -> None:
         raise CheckpointError(f"{source} is not a model directory: it has no config.json{hint}")
     config = read_json(path)
     model_type = config.get("model_type") if isinstance(config, dict) else None
-    expected = _CLASSES[kind][0]
-    if model_type == expected:
-        return
+    expected = _CLASSES[kind]
+    if isinstance(model_type, str) and model_type in expected:
+        return model_type
     if not isinstance(model_type, str):
         model_type = None
     if model_type in _PURPOSES:
@@ -113,7 +124,9 @@ def _check_config(directory: Path, kind: Kind, source: str | Path) -> None:
             f"{source} is a checkpoint of a stock class ({model_type}); convert it first: cottention convert softmax "
             f"{source} NEW_DIRECTORY (official, not softmax, if the published code wrote it)"
         )
-    raise CheckpointError(f"{source} is not one of our models: model_type is {model_type!r}, not {expected}")
+    raise CheckpointError(
+        f"{source} is not one of our models: model_type is {model_type!r}, not {' or '.join(expected)}"
+    )
 
 
 def _model_inside(directory: Path) -> Path | None:
@@ -131,8 +144,10 @@ def _check_weights(directory: Path, source: str | Path) -> None:
         raise CheckpointError(f"{source} has no weights (model.safetensors)")
 
 
-def _load_model(directory: Path, kind: Kind, source: str | Path, dtype: torch.dtype | None) -> PreTrainedModel:
-    model_class: Any = getattr(models, _CLASSES[kind][1])
+def _load_model(
+    directory: Path, class_name: str, kind: Kind, source: str | Path, dtype: torch.dtype | None
+) -> PreTrainedModel:
+    model_class: Any = getattr(models, class_name)
     try:
         with quiet_progress(), _without_report():
             model, info = model_class.from_pretrained(
@@ -151,10 +166,13 @@ def _load_model(directory: Path, kind: Kind, source: str | Path, dtype: torch.dt
     if kind == "causal-lm":
         model.generation_config = _own_generation_config(model, source)
     missing = sorted(info["missing_keys"])
-    if kind == "encoder":  # a model that was trained on masked tokens alone has no pooler; its tokens are all there
+    if kind in (
+        "encoder",
+        "base",
+    ):  # a model that was trained on masked tokens alone has no pooler; its tokens are all there
         missing = [key for key in missing if not key.startswith("pooler.")]
-    head, remedy = _HEADS.get(kind, ("", ""))
-    if head and any(key.startswith(head) for key in missing):
+    head, remedy = _HEADS.get(kind, ((), ""))
+    if any(key.startswith(head) for key in missing):
         raise CheckpointError(f"{source} has no {remedy}")
     if missing:
         raise CheckpointError(f"{source} lacks {len(missing)} of the model's tensors, such as {missing[0]}")

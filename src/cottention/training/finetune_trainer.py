@@ -16,7 +16,7 @@ import json
 import sys
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, NoReturn, cast
+from typing import Any, ClassVar, NoReturn, Protocol, cast
 
 import numpy as np
 import torch
@@ -60,20 +60,31 @@ from cottention.training.recipe_sections import OptimizerSettings
 from cottention.training.stream import ExampleStream
 
 _STEPS_BETWEEN_CHECKPOINTS = 1000  # MNLI's epochs have 12,000
-_FIELDS = ("input_ids", "num_first", "label")
 
 logger = get_logger(__name__)
 
 
+class Task(Protocol):
+    """What is learned."""
+
+    @property
+    def title(self) -> str:
+        """As in the log."""
+        ...
+
+
 class FinetuneTrainer(CheckpointingTrainer):
-    """One seed of one task."""
+    """One seed of one task: of GLUE, or by `make_collator` and `measured` of another."""
+
+    fields: ClassVar[tuple[str, ...]] = ("input_ids", "num_first", "label")
+    """Columns of the rows that the collator takes."""
 
     def __init__(
         self,
         model: PreTrainedModel,
         tokenizer: PreTrainedTokenizerBase,
         *,
-        task: GlueTask,
+        task: Task,
         train: Dataset,
         dev: Mapping[str, Dataset],
         settings: FinetuneSettings,
@@ -98,15 +109,15 @@ class FinetuneTrainer(CheckpointingTrainer):
         self.run_dir = run_dir
         self.epochs: list[dict[str, Any]] = []
         run_control = RunControl()
-        self._train = train.select_columns([name for name in _FIELDS if name in train.column_names])
+        self._train = train.select_columns([name for name in self.fields if name in train.column_names])
         self._dev = {name: rows.select_columns(self._train.column_names) for name, rows in dev.items()}
         num_rows = len(train)
         batch_size, num_steps = settings.batch_size_for(num_rows), settings.num_steps(num_rows)
         self.epoch_ends = {settings.num_steps(num_rows, epoch): epoch for epoch in range(1, settings.epochs + 1)}
         arguments = _arguments(settings, seed, run_dir, num_steps, batch_size)
         autocasts = _precision(settings, arguments.device) == torch.bfloat16
-        self._autocast = {"device_type": arguments.device.type, "dtype": torch.bfloat16, "enabled": autocasts}
-        self._collator = self.make_collator(
+        self.autocast = {"device_type": arguments.device.type, "dtype": torch.bfloat16, "enabled": autocasts}
+        self.collator = self.make_collator(
             pad_token_id=tokenizer.pad_token_id or 0,
             packed=packs_best(model.config.attention_type, arguments.device),
             num_token_types=getattr(model.config, "type_vocab_size", 1),
@@ -117,7 +128,7 @@ class FinetuneTrainer(CheckpointingTrainer):
             run_control,
             model=model,
             args=arguments,
-            data_collator=self._collator,
+            data_collator=self.collator,
             train_dataset=ExampleStream(self._train, num_examples=num_steps * batch_size, seed=seed),
             callbacks=[run_control, _Milestones(self.epoch_ends), _Bar(f"{task.title}, seed {seed}")],
         )
@@ -184,7 +195,7 @@ class FinetuneTrainer(CheckpointingTrainer):
         self, model: Any, inputs: dict, return_outputs: bool = False, num_items_in_batch: Any = None
     ) -> Any:
         """Loss of one batch."""
-        with torch.autocast(**self._autocast):
+        with torch.autocast(**self.autocast):
             outputs = model(**inputs)
         return (outputs.loss, outputs) if return_outputs else outputs.loss
 
@@ -193,7 +204,7 @@ class FinetuneTrainer(CheckpointingTrainer):
         loss = super().training_step(model, inputs, num_items_in_batch)
         value = loss.item()
         if not np.isfinite(value):
-            self._stop("loss", self.state.global_step + 1)
+            self.stop_at("loss", self.state.global_step + 1)
         self._loss_sum += value
         return loss
 
@@ -242,18 +253,19 @@ class FinetuneTrainer(CheckpointingTrainer):
 
     def logits_of(self, rows: Dataset) -> np.ndarray:
         """The model's outputs `[N, labels]` for encoded rows; stops where they are no numbers."""
-        logits = glue_logits(cast(PreTrainedModel, self.model), rows, self._collator, autocast=self._autocast)
+        logits = glue_logits(cast(PreTrainedModel, self.model), rows, self.collator, autocast=self.autocast)
         if not np.isfinite(logits).all():
-            self._stop("output", self.state.global_step)
+            self.stop_at("output", self.state.global_step)
         return logits
 
     def measured(self, rows: Dataset) -> dict[str, Any]:
         """Scores of a split: "main", by which epochs are compared, "official", which are shown, and whatever else."""
-        logits = self.logits_of(rows)
-        scores = glue_scores(self.task, predictions_of(self.task, logits), np.asarray(rows["label"]))
+        logits, task = self.logits_of(rows), cast(GlueTask, self.task)
+        scores = glue_scores(task, predictions_of(task, logits), np.asarray(rows["label"]))
         return {"main": scores.main, "official": scores.official, "as_published": scores.as_published}
 
-    def _stop(self, what: str, step: int) -> NoReturn:
+    def stop_at(self, what: str, step: int) -> NoReturn:
+        """End the run at a number that is none."""
         raise NonFiniteLossError(
             f"the {what} became infinite or NaN at step {step} of {self.task.title}, seed {self.seed}; "
             "a smaller --learning-rate, a --warmup or --max-grad-norm may help"

@@ -116,6 +116,11 @@ class CottentionGPTConfig(CottentionConfig):
             check_token_id(name, getattr(self, name), self.vocab_size)
 
     @property
+    def longest_text(self) -> int | None:
+        """Tokens of the longest text that it reads: softmax alone is bound to its window; None: there is none."""
+        return None if self.keeps_states else self.n_positions
+
+    @property
     def turned_dims(self) -> int | None:
         """Dims of each head that get the rotary embedding; None: none."""
         if self.position_embedding_type == "none":
