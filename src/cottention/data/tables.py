@@ -236,7 +236,7 @@ def _text_rows(rows: _RowsOf, texts: list[str], values: list[str]) -> Iterator[R
     if others:
         raise DataError(f"{_shown(rows.name)} is a text file and has no column {others[0]!r}")
     for number, line in rows.text_lines():
-        yield Row(number, rows.where(number), [line or None])
+        yield Row(number, rows.where(number, number), [line or None])
 
 
 def _json_rows(rows: _RowsOf, texts: list[str], values: list[str]) -> Iterator[Row]:

@@ -1,4 +1,4 @@
-"""What a command that reads row after row shows meanwhile: a bar on a terminal, else a line now and then.
+"""What a command that reads row after row shows and counts: a bar on a terminal, else a line now and then; cut texts.
 
 for row in counted(rows, "rows"): ...
 """
@@ -8,6 +8,7 @@ from __future__ import annotations
 import sys
 import time
 from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
 from typing import TypeVar
 
 from cottention.logging import get_logger
@@ -16,6 +17,16 @@ _SECONDS_BETWEEN_LINES = 30.0
 
 _Item = TypeVar("_Item")
 logger = get_logger(__name__)
+
+
+@dataclass
+class Cuts:
+    """Rows that were longer than what the model reads."""
+
+    count: int = 0
+    """How many."""
+    limit: int = 0
+    """Tokens that were read of each."""
 
 
 def counted(items: Iterable[_Item], unit: str) -> Iterator[_Item]:

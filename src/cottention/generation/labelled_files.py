@@ -19,8 +19,8 @@ from cottention.data.tables import LeftOut, read_table
 from cottention.data.word_files import is_tagged_file, read_words
 from cottention.errors import SettingsError
 from cottention.files import written_file
-from cottention.generation.counting import counted
-from cottention.generation.labelling import Cuts, label_kind, label_texts, label_words
+from cottention.generation.counting import Cuts, counted
+from cottention.generation.labelling import label_kind, label_texts, label_words
 from cottention.generation.loading import load_model_and_tokenizer
 from cottention.logging import get_logger
 

@@ -11,7 +11,6 @@ Rows are read some hundreds at a time, put into batches of like length, and come
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -23,6 +22,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from cottention.data.glue_batches import GlueCollator, packs_best
 from cottention.data.label_batches import LabelCollator, longest_row, with_text_ends, words_to_tokens
 from cottention.errors import SettingsError
+from cottention.generation.counting import Cuts
 from cottention.generation.loading import Kind
 from cottention.generation.source import resolve_directory
 from cottention.json_files import read_json
@@ -34,16 +34,6 @@ _SEVERAL = "multi_label_classification"
 _NUMBER = "regression"
 
 _Row = TypeVar("_Row")
-
-
-@dataclass
-class Cuts:
-    """Rows that were longer than what the model reads."""
-
-    count: int = 0
-    """How many."""
-    limit: int = 0
-    """Tokens that were read of each."""
 
 
 def label_kind(source: str | Path) -> Kind:

@@ -19,6 +19,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from cottention.data.glue_batches import GlueCollator
 from cottention.errors import DataError, SettingsError
+from cottention.generation.counting import Cuts
 from cottention.logging import get_logger
 from cottention.models.configuration import check_vocabulary
 
@@ -65,6 +66,8 @@ def embed_sentences(
     *,
     normalize: bool = False,
     batch_size: int = 32,
+    max_length: int | None = None,
+    cuts: Cuts | None = None,
 ) -> Tensor:
     """Vectors of sentences: the mean of the last layer over the real tokens, [CLS] and [SEP] included.
 
@@ -74,6 +77,8 @@ def embed_sentences(
         texts: any texts.
         normalize: whether to scale every vector to length 1, so that a dot product is a cosine.
         batch_size: texts read together; the result does not depend on it.
+        max_length: tokens of a text at most; None: as many as the model has positions for, with rotary ones all.
+        cuts: counts the texts that were longer; None: they are logged.
 
     Returns:
         `[N, hidden_size]` float32 on the CPU, in the order given.
@@ -84,12 +89,22 @@ def embed_sentences(
     """
 
     def pooled(batch: Mapping[str, Tensor]) -> Tensor:
-        hidden = model.base_model(**batch).last_hidden_state.float()  # [B, T, D]
-        real = batch["attention_mask"][..., None]
-        return (hidden * real).sum(1) / real.sum(1)
+        return mean_of_tokens(model, batch)
 
-    vectors = _in_batches(model, tokenizer, list(texts), None, batch_size, pooled)
+    vectors = _in_batches(model, tokenizer, list(texts), None, batch_size, pooled, max_length, cuts)
     return to_unit_length(vectors, dim=-1) if normalize else vectors
+
+
+def mean_of_tokens(model: PreTrainedModel, batch: Mapping[str, Tensor]) -> Tensor:
+    """The mean of the last layer over each text's real tokens, `[B, D]` float32.
+
+    Args:
+        model: a BERT, with any head or none.
+        batch: a padded batch, with its attention_mask.
+    """
+    hidden = model.base_model(**batch).last_hidden_state.float()  # [B, T, D]
+    real = batch["attention_mask"][..., None]
+    return (hidden * real).sum(1) / real.sum(1)
 
 
 @torch.inference_mode()
@@ -100,6 +115,8 @@ def _in_batches(
     seconds: list[str] | None,
     batch_size: int,
     compute: Callable[[Mapping[str, Tensor]], Tensor],
+    max_length: int | None = None,
+    cuts: Cuts | None = None,
 ) -> Tensor:
     """What `compute` makes of every row, `[N, width]` float32 on the CPU."""
     if batch_size < 1:
@@ -107,7 +124,14 @@ def _in_batches(
     check_vocabulary(tokenizer, model.config)
     if not firsts:
         return torch.zeros(0, model.config.hidden_size if seconds is None else 1)
-    rows = _encoded(tokenizer, firsts, seconds, model.config.max_position_embeddings)
+    limit = model.config.longest_text if max_length is None else max_length
+    if cuts is None:
+        cuts = Cuts()
+        rows = _encoded(tokenizer, firsts, seconds, limit, cuts)
+        if cuts.count:
+            logger.warning("%d of %d texts are longer than %d tokens and were cut", cuts.count, len(firsts), limit)
+    else:
+        rows = _encoded(tokenizer, firsts, seconds, limit, cuts)
     collator = GlueCollator(
         pad_token_id=tokenizer.pad_token_id or 0,  # pyright: ignore[reportArgumentType]
         packed=False,
@@ -123,7 +147,7 @@ def _in_batches(
 
 
 def _encoded(
-    tokenizer: PreTrainedTokenizerBase, firsts: list[str], seconds: list[str] | None, limit: int
+    tokenizer: PreTrainedTokenizerBase, firsts: list[str], seconds: list[str] | None, limit: int | None, cuts: Cuts
 ) -> list[dict[str, Any]]:
     for texts in (firsts, seconds or []):
         for number, text in enumerate(texts, start=1):
@@ -131,10 +155,11 @@ def _encoded(
                 text.encode()
             except UnicodeEncodeError as error:
                 raise DataError(f"text {number} is not valid Unicode text (character {error.start})") from error
-    found: Any = tokenizer(firsts, seconds, truncation="longest_first", max_length=limit, verbose=False)
-    num_cut = sum(bool(encoding.overflowing) for encoding in found.encodings)
-    if num_cut:
-        logger.warning("%d of %d texts are longer than %d tokens and were cut", num_cut, len(firsts), limit)
+    how: dict[str, Any] = (
+        {"truncation": False} if limit is None else {"truncation": "longest_first", "max_length": limit}
+    )
+    found: Any = tokenizer(firsts, seconds, verbose=False, **how)
+    cuts.count += sum(bool(encoding.overflowing) for encoding in found.encodings)
     return [
         {"input_ids": ids, "num_first": encoding.type_ids.count(0)}
         for ids, encoding in zip(found["input_ids"], found.encodings, strict=True)
