@@ -35,6 +35,7 @@ def _models_of_integrations() -> None:
 # What a page takes for granted: models where its readers have theirs.
 _BEFORE: dict[str, Callable[[], None]] = {
     "generation.md": _models_of_generation,
+    "playground.md": _models_of_generation,
     "integrations.md": _models_of_integrations,
 }
 

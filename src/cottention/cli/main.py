@@ -42,6 +42,7 @@ COMMANDS: dict[str, tuple[str, str]] = {
     "finetune": ("cottention.cli.finetune", "fine-tune on labels of your own, or on tasks of GLUE"),
     "classify": ("cottention.cli.classify", "label the rows of a file with a fine-tuned model"),
     "generate": ("cottention.cli.generate", "continue a text with a GPT, at constant memory"),
+    "chat": ("cottention.cli.chat", "write a text in turns with a GPT, which keeps one state between them"),
     "fill-mask": ("cottention.cli.fill_mask", "fill the masked words of a text with a BERT"),
     "next-sentence": ("cottention.cli.next_sentence", "say how likely one sentence follows another, with a BERT"),
     "embed": ("cottention.cli.embed", "turn texts into vectors with a BERT"),
@@ -49,6 +50,7 @@ COMMANDS: dict[str, tuple[str, str]] = {
     "evaluate": ("cottention.cli.evaluate", "score a model: perplexity, GLUE, lm-evaluation-harness"),
     "convert": ("cottention.cli.convert", "turn a published or a stock softmax checkpoint into a model directory"),
     "bench": ("cottention.cli.bench", "measure time and memory against softmax attention"),
+    "playground": ("cottention.cli.playground", "try models on a page in the browser, on this machine alone"),
     "completion": ("cottention.cli.completion", "print tab completion for bash, zsh or tcsh"),
     "doctor": ("cottention.cli.doctor", "say what this machine can run and what is missing"),
 }

@@ -5,6 +5,7 @@ model, tokenizer = load_model_and_tokenizer("runs/quickstart-gpt/model", "causal
 print(generate_text(model, tokenizer, "My fellow Americans").texts[0])
 """
 
+from cottention.generation.conversation import Conversation
 from cottention.generation.fill_mask import Candidate, FilledText, fill_mask
 from cottention.generation.loading import load_model_and_tokenizer
 from cottention.generation.reading import ReadState
@@ -14,6 +15,7 @@ from cottention.generation.text import GeneratedText, GenerationResult, generate
 
 __all__ = [
     "Candidate",
+    "Conversation",
     "FilledText",
     "GeneratedText",
     "GenerationResult",
