@@ -38,7 +38,8 @@ def test_heads_are_described_by_what_they_have(models: list[OpenedModel]):
     published, plus = (inside.head_rows(x.model, x.tokenizer, "We the people") for x in models[:2])
     config = models[0].model.config
     assert len(published) == len(plus) == config.n_layer * config.n_head
-    m = models[0].model.transformer.h[0].attn.norm_const.flatten()[1]
+    gpt: Any = models[0].model
+    m = gpt.transformer.h[0].attn.norm_const.flatten()[1]
     assert published[1] == [0, 1, "cosine", f"{m.sigmoid().item():.2f}", "", ""]
     assert all(row[3] == "" and float(row[4]) > 0 and 0 <= float(row[5]) <= 1 for row in plus)
 
@@ -46,8 +47,9 @@ def test_heads_are_described_by_what_they_have(models: list[OpenedModel]):
 def test_a_map_is_drawn_and_what_has_none_is_said(models: list[OpenedModel]):
     gpt, plus = models[:2]
     figure = inside.map_picture(gpt.model, gpt.tokenizer, "We the people", layer=1, head=0)
-    image = figure.axes[0].images[0]
-    assert image.get_array().shape[0] == len(gpt.tokenizer.encode("We the people"))
+    drawn = figure.axes[0].images[0].get_array()
+    assert drawn is not None
+    assert drawn.shape[0] == len(gpt.tokenizer.encode("We the people"))
     with pytest.raises(SettingsError, match="erase"):
         inside.map_picture(plus.model, plus.tokenizer, "We", layer=0, head=0)
     with pytest.raises(SettingsError, match="layers 0 to"):

@@ -7,7 +7,7 @@ opened[0].name, opened[0].is_gpt
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Generator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from queue import SimpleQueue
@@ -81,7 +81,7 @@ class _LeftError(Exception):
 
 def stream_pieces(
     opened: OpenedModel, generate: Callable[[Callable[[str], None]], GenerationResult]
-) -> Iterator[str | GenerationResult]:
+) -> Generator[str | GenerationResult, None, None]:
     """Give each piece of text as it is written, and the whole result last; leaving the iteration ends the writing.
 
     Args:

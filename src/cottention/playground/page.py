@@ -17,7 +17,9 @@ from cottention.playground import inside, texts
 from cottention.playground.opened import OpenedModel, stream_pieces
 
 # Fonts of the machine: the others would be fetched.
-_THEME = gr.themes.Base(font=["system-ui", "sans-serif"], font_mono=["ui-monospace", "monospace"])
+_THEME = gr.themes.Base(  # pyright: ignore[reportPrivateImportUsage]
+    font=["system-ui", "sans-serif"], font_mono=["ui-monospace", "monospace"]
+)
 LAUNCH: dict[str, Any] = {
     "share": False,
     "theme": _THEME,
