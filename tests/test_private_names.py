@@ -108,7 +108,12 @@ _USED = {
     "torch._C": ["_AutoDispatchBelowAutograd", "_are_functorch_transforms_active", "_is_tracing"],
     "torch._dynamo.config": ["capture_dynamic_output_shape_ops"],
     "torch.autograd.forward_ad": ["_current_level"],
-    "torch.utils": ["_pytree"],
+    "torch.ops.aten": [
+        "_scaled_dot_product_flash_attention_for_cpu",
+        "_scaled_dot_product_flash_attention_for_cpu_backward",
+    ],
+    "torch.ops.mkldnn": ["_is_mkldnn_bf16_supported"],
+    "torch.utils": ["_pytree", "_python_dispatch"],
     "torch.nn.Module": [
         "_backward_hooks",
         "_backward_pre_hooks",
