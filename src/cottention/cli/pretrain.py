@@ -37,6 +37,21 @@ def build_parser() -> jsonargparse.ArgumentParser:
         subparser = RecipeParser(recipe_class=recipe_class, description=_DESCRIPTION)
         subparser.add_argument("--output-dir", default=f"runs/{arch}", help="The run directory.")
         subparser.add_argument("--overwrite", action="store_true", help="Delete the run in the directory first.")
+        subparser.add_argument(
+            "--extend",
+            action="store_true",
+            help="Let the run in the directory go on to a larger training.max_steps; its model is kept as model-STEPS.",
+        )
+        subparser.add_argument(
+            "--init-from",
+            metavar="MODEL",
+            help="Start from the weights of this model directory, and with its tokenizer.",
+        )
+        subparser.add_argument(
+            "--dry-run",
+            action="store_true",
+            help="Say what the run would be (parameters, memory, steps, time) and write nothing.",
+        )
         subparser.add_argument("--json", action="store_true", help="Print the result as one JSON object.")
         subcommands.add_subcommand(arch, subparser, help=f"pretrain a {arch.upper()}")
     return parser
@@ -65,11 +80,16 @@ class _PretrainParser(jsonargparse.ArgumentParser):
 def run(args: jsonargparse.Namespace) -> int:
     """Train, then print where the model is and how good it is."""
     given = args[args.arch]
-    recipe = recipe_from_dict(RECIPE_CLASSES[args.arch], given.as_dict())
+    content = given.as_dict()
+    if given.init_from is not None:
+        _start_from(content, given.init_from)
+    recipe = recipe_from_dict(RECIPE_CLASSES[args.arch], content)
     _check_sources(recipe)
+    if given.dry_run:
+        return _dry_run(recipe, given)
     from cottention.training.pretraining import pretrain  # seconds of torch, after the settings have been checked
 
-    result = pretrain(recipe, output_dir=given.output_dir, overwrite=given.overwrite)
+    result = pretrain(recipe, output_dir=given.output_dir, overwrite=given.overwrite, extend=given.extend)
     if rank() != 0:
         return result.exit_code
     if given.json:
@@ -77,6 +97,30 @@ def run(args: jsonargparse.Namespace) -> int:
     elif result.model_dir is not None:
         print(_summary(args.arch, result))
     return result.exit_code
+
+
+def _start_from(content: dict[str, Any], source: str) -> None:
+    """Set what `--init-from` stands for."""
+    path = Path(source).expanduser()
+    name = str(path.resolve()) if path.is_dir() else source  # the run goes on from wherever the command is typed
+    content["training"]["init_from"] = name
+    if content["data"]["tokenizer"] == "train":
+        content["data"]["tokenizer"] = name
+
+
+def _dry_run(recipe: Recipe, given: jsonargparse.Namespace) -> int:
+    if rank() != 0:
+        return 0
+    from cottention.training.dry_run import dry_run
+    from cottention.training.pretraining import check_run_directory
+    from cottention.training.starting import open_start
+
+    options = {"overwrite": given.overwrite, "extend": given.extend}
+    if not check_run_directory(recipe, Path(given.output_dir), **options):
+        open_start(recipe)  # says what does not fit
+    found = dry_run(recipe)
+    print(json.dumps(found.as_dict()) if given.json else found.described())
+    return 0
 
 
 def _check_sources(recipe: Recipe) -> None:

@@ -49,7 +49,8 @@ from cottention.training.corpora import TRAINED
 from cottention.training.metrics import draw_loss_curve, read_metrics
 from cottention.training.quickstart import RECORD
 from cottention.training.recipe import BertRecipe, GPTRecipe, Recipe
-from cottention.training.recipe_files import differing_setting, load_recipe, recipe_text
+from cottention.training.recipe_files import differing_setting, load_recipe, recipe_text, replace_settings
+from cottention.training.starting import LongerSchedule, check_goes_further, open_start, set_aside
 from cottention.training.text import PreparedText, prepare_text
 from cottention.training.trainer import PretrainingTrainer
 
@@ -97,6 +98,7 @@ def pretrain(
     output_dir: str | Path,
     resume: bool = True,
     overwrite: bool = False,
+    extend: bool = False,
     text: PreparedText | None = None,
 ) -> PretrainResult:
     """Pretrain a model.
@@ -107,6 +109,8 @@ def pretrain(
         resume: continue from the newest intact checkpoint when the directory holds a run of the same recipe; without
             it a used directory is refused.
         overwrite: delete the run that is in the directory and start again.
+        extend: let a run of the same recipe but for a smaller training.max_steps go on to this one; the rate follows
+            the longer run's line from there on, and a finished model is kept as model-STEPS.
         text: what `prepare_text` made of this recipe, for a caller who needed it before; None prepares it.
 
     Returns:
@@ -130,7 +134,7 @@ def pretrain(
     with ExitStack() as held:
         with writing_to(run_dir):
             held.enter_context(sole_writer(run_dir, nested=True))
-        return _pretrain(recipe, run_dir, arguments, resume=resume, overwrite=overwrite, text=text)
+        return _pretrain(recipe, run_dir, arguments, resume=resume, overwrite=overwrite, extend=extend, text=text)
 
 
 def _pretrain(
@@ -140,6 +144,7 @@ def _pretrain(
     *,
     resume: bool,
     overwrite: bool,
+    extend: bool,
     text: PreparedText | None,
 ) -> PretrainResult:
     """The run, in a directory that nobody else writes."""
@@ -148,8 +153,14 @@ def _pretrain(
     # Process 0 prepares everything; the others then find the run started, whatever was asked for.
     with arguments.main_process_first(local=False):
         is_first = arguments.process_index == 0
-        continues = check_run_directory(given, run_dir, resume=resume or not is_first, overwrite=overwrite and is_first)
-        if continues and finished_model(model_dir):
+        continues = check_run_directory(
+            given, run_dir, resume=resume or not is_first, overwrite=overwrite and is_first, extend=extend
+        )
+        # Where it has begun anew, process 0 may have written the longer recipe already.
+        ended_at = load_recipe(run_dir / _RECIPE).training.max_steps if continues else recipe.training.max_steps
+        if ended_at < recipe.training.max_steps:
+            check_goes_further(run_dir, recipe)
+        elif continues and finished_model(model_dir):
             logger.info("%s is finished already: %s", run_dir, model_dir)
             return PretrainResult(
                 run_dir=run_dir,
@@ -158,10 +169,15 @@ def _pretrain(
                 metrics=_last_held_out(run_dir),
             )
         checkpoint = newest_intact_checkpoint(run_dir / "checkpoints", PARTS) if continues else None
+        start = open_start(recipe) if checkpoint is None else None
         if text is None:
             text = prepare_text(recipe, run_dir if continues or not is_first else None)
         set_seed(recipe.training.seed)
         model = build_model(recipe, text.tokenizer)
+        if start is not None:
+            start.hand_over(model)
+        if is_first and ended_at < recipe.training.max_steps:
+            set_aside(run_dir, ended_at)
         if is_first and not continues:
             claim_run_directory(given, run_dir, text.tokenizer)
         if is_first and continues and load_recipe(run_dir / _RECIPE) != given:  # goes on with other micro batches, say
@@ -180,6 +196,8 @@ def _pretrain(
             recipe.training.max_steps,
         )
     trainer = PretrainingTrainer(recipe, model, arguments=arguments, text=text, run_dir=run_dir)
+    if extend and checkpoint is not None:
+        trainer.add_callback(LongerSchedule())
     if checkpoint is not None:
         logger.info("resuming from %s", checkpoint)
     trainer.fit(checkpoint)
@@ -211,8 +229,10 @@ def _pretrain(
     )
 
 
-def check_run_directory(recipe: Recipe, run_dir: Path, *, resume: bool = True, overwrite: bool = False) -> bool:
-    """Say whether the directory holds a run of this recipe that goes on; change nothing.
+def check_run_directory(
+    recipe: Recipe, run_dir: Path, *, resume: bool = True, overwrite: bool = False, extend: bool = False
+) -> bool:
+    """Say whether the directory holds a run of this recipe that goes on, with `extend` to more steps; change nothing.
 
     Raises:
         SettingsError: it holds a run of another recipe, or something else than a run, or cannot be written.
@@ -228,7 +248,10 @@ def check_run_directory(recipe: Recipe, run_dir: Path, *, resume: bool = True, o
     if overwrite or not (list_checkpoints(run_dir / "checkpoints") or (run_dir / "model").is_dir()):
         return False  # a run that was stopped before its first checkpoint starts again too
     remedy = "choose another --output-dir, or --overwrite to start again"
-    difference = differing_setting(recipe, load_recipe(recipe_file))
+    there = load_recipe(recipe_file)
+    if extend and there.training.max_steps < recipe.training.max_steps:
+        recipe = replace_settings(recipe, {"training.max_steps": there.training.max_steps})
+    difference = differing_setting(recipe, there)
     if difference is not None:
         raise SettingsError(f"{run_dir} holds a run of another recipe: {difference}; {remedy}")
     if not resume:

@@ -320,6 +320,9 @@ class TrainingSettings:
     """torch.compile the model (half a minute at the start)."""
     gradient_checkpointing: bool = False
     """Recompute activations in the backward pass: less memory, a third more time."""
+    init_from: str | None = None
+    """Model directory whose weights the run starts from; its sizes, attention and tokenizer are the recipe's; null:
+    random weights. `pretrain --init-from` sets it, and takes the tokenizer along."""
     seed: int = 0
     """Seed of initialisation, data order, dropout and masking."""
     log_every: int = 50

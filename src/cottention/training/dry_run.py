@@ -1,0 +1,195 @@
+"""What a pretraining run will cost, found out without beginning it: nothing is read and nothing is written.
+
+The model is built; one pass over random tokens, forward and backward, and one step of the optimizer are timed here and
+now, a few times after the first. From them come
+
+    memory      16 bytes a parameter (float32 weights, gradients, two moments of AdamW), and what the forward pass keeps
+                for the backward pass of a micro batch, counted tensor by tensor
+    minutes     steps x (passes of a step x time of a pass + time of the optimizer), without evaluations and checkpoints
+
+Both are of one process on this machine, which may be busier or idler tomorrow.
+
+    print(dry_run(load_recipe("quickstart_gpt")).described())
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import time
+from collections import Counter
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedModel, set_seed
+
+from cottention.training.arguments import compute_type
+from cottention.training.optimizer import build_optimizer
+from cottention.training.pretraining import build_model
+from cottention.training.progress import duration
+from cottention.training.recipe import BertRecipe, Recipe
+from cottention.training.recipe_files import replace_settings
+
+_BYTES_A_PARAMETER = 16
+_TIMES = 3
+_LONG_ENOUGH_S = 10.0  # of timing; a slow pass needs no second look
+# The first sign that is in a parameter's name says which part it belongs to.
+_PARTS = (
+    ("head", ("lm_head.", "cls.")),
+    ("norms", ("LayerNorm.", "ln_")),
+    ("embeddings", ("wte.", "embeddings.")),
+    ("attention", ("attn.", "attention.")),
+    ("feed-forward", ("mlp.", "intermediate.", "output.")),
+)
+
+
+@dataclass(frozen=True, kw_only=True)
+class DryRun:
+    """What a run will be."""
+
+    parameters: dict[str, int]
+    """Of each part; a matrix that two parts share is counted at the first."""
+    state_bytes: int
+    """Weights, gradients and moments."""
+    activation_bytes: int
+    """What a micro batch keeps for its backward pass."""
+    steps: int
+    """Updates."""
+    tokens: int
+    """Tokens that they read, at most."""
+    step_s: float
+    """Time of an update on this machine."""
+    device: str
+    """Where it was timed."""
+
+    @property
+    def total(self) -> int:
+        """All parameters."""
+        return sum(self.parameters.values())
+
+    @property
+    def run_s(self) -> float:
+        """Time of all updates; where windows become longer, by their tokens."""
+        return self.steps * self.step_s
+
+    def as_dict(self) -> dict[str, Any]:
+        """The same in plain types, for JSON."""
+        values = dataclasses.asdict(self)
+        return {**values, "total_parameters": self.total, "run_s": self.run_s}
+
+    def described(self) -> str:
+        """Some lines for people."""
+        parts = ", ".join(f"{name} {count:,}" for name, count in self.parameters.items())
+        needed = self.state_bytes + self.activation_bytes
+        state, batch = _size(self.state_bytes), _size(self.activation_bytes)
+        return (
+            f"parameters: {self.total:,} ({parts})\n"
+            f"memory: about {_size(needed)} (weights, gradients and optimizer {state}, a micro batch {batch}), beside "
+            "Python and its libraries\n"
+            f"training: {self.steps:,} steps, {self.tokens:,} tokens at most\n"
+            f"time: about {duration(self.run_s)} in one process on this {self.device} ({self.step_s:.3g} s a step, "
+            "timed with random tokens), without evaluations and checkpoints\n"
+            "nothing was written"
+        )
+
+
+def dry_run(recipe: Recipe) -> DryRun:
+    """Find out what a run of this recipe costs here.
+
+    Args:
+        recipe: all choices; its text is not looked at, and a compiled model is timed uncompiled.
+
+    Raises:
+        MemoryError, RuntimeError: not even one window fits.
+    """
+    recipe = replace_settings(recipe, {"training.compile": False})
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    with torch.random.fork_rng():
+        set_seed(recipe.training.seed)
+        model = build_model(recipe).to(device).train()  # pyright: ignore[reportArgumentType]  # as in loading.py
+        # A window at a time costs a CPU what many do; a GPU is only full with all of them.
+        num_windows = recipe.training.micro_batch_size if device.type == "cuda" else 1
+        pass_s, optimizer_s, kept = _measure(recipe, model, num_windows, device)
+    training = recipe.training
+    step_s = pass_s * training.global_batch_size / num_windows + optimizer_s
+    tokens = recipe.tokens_after(training.max_steps)
+    parameters = _parameters(model)
+    return DryRun(
+        parameters=parameters,
+        state_bytes=_BYTES_A_PARAMETER * sum(parameters.values()),
+        activation_bytes=kept * training.micro_batch_size // num_windows,
+        steps=training.max_steps,
+        tokens=tokens,
+        # Longer windows at the end of a run take longer by their tokens.
+        step_s=step_s * tokens / (training.max_steps * recipe.tokens_per_step),
+        device="GPU" if device.type == "cuda" else "CPU",
+    )
+
+
+def _measure(
+    recipe: Recipe, model: PreTrainedModel, num_windows: int, device: torch.device
+) -> tuple[float, float, int]:
+    """Seconds of a pass and of an update, and the bytes that a pass keeps."""
+    batch = _random_batch(recipe, num_windows, device)
+    optimizer = build_optimizer(model, recipe.optimizer)
+    bf16 = compute_type(recipe, device) == torch.bfloat16
+
+    def run_pass() -> None:
+        with torch.autocast(device.type, dtype=torch.bfloat16, enabled=bf16):
+            loss = model(**batch).loss
+        loss.backward()
+
+    own = {parameter.untyped_storage().data_ptr() for parameter in model.parameters()}
+    kept: dict[int, int] = {}
+
+    def note(tensor: Tensor) -> Tensor:
+        storage = tensor.untyped_storage()
+        if storage.data_ptr() not in own:
+            kept[storage.data_ptr()] = storage.nbytes()
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(note, lambda tensor: tensor):
+        run_pass()
+    pass_s = _seconds(run_pass, device)
+    optimizer.step()  # makes the moments
+    return pass_s, _seconds(optimizer.step, device), sum(kept.values())
+
+
+def _seconds(work: Callable[[], Any], device: torch.device) -> float:
+    """The mean of some times, few where each is long."""
+    started, elapsed_s, count = time.perf_counter(), 0.0, 0
+    while count < _TIMES and elapsed_s < _LONG_ENOUGH_S:
+        work()
+        if device.type == "cuda":
+            torch.cuda.synchronize()
+        elapsed_s = time.perf_counter() - started
+        count += 1
+    return elapsed_s / count
+
+
+def _random_batch(recipe: Recipe, num_windows: int, device: torch.device) -> dict[str, Tensor]:
+    """Full windows of any tokens, as many of them hidden as the recipe hides."""
+    shape = (num_windows, recipe.data.sequence_length)
+    input_ids = torch.randint(1, recipe.model.vocab_size, shape, device=device)
+    if not isinstance(recipe, BertRecipe):
+        return {"input_ids": input_ids, "labels": input_ids}
+    hidden = torch.rand(shape, device=device) < recipe.data.mlm_probability
+    batch = {"input_ids": input_ids, "labels": input_ids.masked_fill(~hidden, -100)}
+    if recipe.data.next_sentence:
+        batch["next_sentence_label"] = torch.zeros(num_windows, dtype=torch.int64, device=device)
+    return batch
+
+
+def _parameters(model: PreTrainedModel) -> dict[str, int]:
+    counts: Counter[str] = Counter()
+    for name, parameter in model.named_parameters():
+        part = next((part for part, signs in _PARTS if any(sign in name for sign in signs)), "other")
+        counts[part] += parameter.numel()
+    order = ("embeddings", "attention", "feed-forward", "norms", "head", "other")
+    return {part: counts[part] for part in order if counts[part]}
+
+
+def _size(num_bytes: int) -> str:
+    return f"{num_bytes / 2**30:.1f} GiB" if num_bytes >= 2**30 else f"{num_bytes / 2**20:.0f} MiB"
