@@ -20,6 +20,7 @@ PACKAGES = (
     ("The operation", "cottention.ops"),
     ("Layers", "cottention.layers"),
     ("Models", "cottention.models"),
+    ("Several devices", "cottention.distributed"),
     ("Other people's models", "cottention.integrations"),
     ("Converting", "cottention.convert"),
     ("Data", "cottention.data"),

@@ -159,9 +159,10 @@ class CosineAttention(ProjectedAttention):
         # Bidirectional queries all see the same keys: there dividing at either gives the same.
         at_query = self.divisor == "query" and self.causal
         divide_at_key = None if at_query else self.norm_const
-        counts = default_positions(q, attention_mask, cu_seqlens, seen) + 1 if at_query else None
+        counts = default_positions(q, attention_mask, cu_seqlens, seen, self.process_group) + 1 if at_query else None
         context = None
         if maps is not None:
+            self.check_whole("maps")
             if state is not None:
                 raise ValueError("maps need every key, of which a state of cosine attention keeps none; got both")
             texts = packed_texts(cu_seqlens, map_rows, q.shape[1])
@@ -188,6 +189,7 @@ class CosineAttention(ProjectedAttention):
                 initial_state=state,
                 output_final_state=output_final_state,
                 implementation=self.implementation,
+                process_group=self.process_group,
                 **gates,
             )
         if context is not None:
@@ -237,5 +239,5 @@ class CosineAttention(ProjectedAttention):
 
     def _is_one_step(self, q: Tensor, state: CosineState | None, cu_seqlens: Tensor | None) -> bool:
         """Whether the recurrent step serves; a form that was asked for by name is never replaced by it."""
-        decodes = state is not None and self.causal and q.shape[1] == 1
+        decodes = state is not None and self.causal and q.shape[1] == 1 and self.process_group is None
         return decodes and cu_seqlens is None and self.implementation == "auto"

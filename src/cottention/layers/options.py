@@ -77,6 +77,8 @@ class WithOptions(nn.Module):
     gate_proj: GateProjection | None
     decay: Decay | None
     beta_proj: nn.Linear | None
+    # Ranks that share the sequence, of which the layer is then given a slice: see `cottention.distributed`.
+    process_group: Any = None
 
     def add_options(
         self,
@@ -149,6 +151,32 @@ class WithOptions(nn.Module):
         q_conv, k_conv, v_conv = self.q_conv, self.k_conv, self.v_conv
         if q_conv is None or k_conv is None or v_conv is None:
             return q, k, v, None
+        given: dict[str, Any] = {
+            "attention_mask": attention_mask,
+            "cu_seqlens": cu_seqlens,
+            "inputs": inputs,
+            "keep_inputs": keep_inputs,
+        }
+        if self.process_group is not None:
+            from cottention.layers.slices import convolve_slice  # torch.distributed, for those who ask for it
+
+            width, before = q_conv.width, q_conv.num_before
+            return convolve_slice(self._convolved, (q, k, v), width, before, self.process_group, **given)
+        return self._convolved(q, k, v, **given)
+
+    def _convolved(
+        self,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        *,
+        attention_mask: Tensor | None,
+        cu_seqlens: Tensor | None,
+        inputs: Tensor | None,
+        keep_inputs: bool,
+    ) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
+        q_conv, k_conv, v_conv = self.q_conv, self.k_conv, self.v_conv
+        assert q_conv is not None and k_conv is not None and v_conv is not None  # noqa: PT018
         spacing = between_texts(
             q, q_conv.width, q_conv.num_before, attention_mask=attention_mask, cu_seqlens=cu_seqlens
         )
@@ -157,6 +185,15 @@ class WithOptions(nn.Module):
         k, k_last = k_conv(k, spacing, k_in, keep_inputs=keep_inputs)
         v, v_last = v_conv(v, spacing, v_in, keep_inputs=keep_inputs)
         return q, k, v, torch.cat([q_last, k_last, v_last], dim=-1) if keep_inputs else None
+
+    def check_whole(self, what: str) -> None:
+        """Refuse what a slice of a sequence cannot give.
+
+        Raises:
+            ValueError: a process group shares the sequence.
+        """
+        if self.process_group is not None:
+            raise ValueError(f"{what} and process_group exclude each other: a rank holds a slice of the sequence")
 
     def empty_inputs(self, B: int, like: Tensor) -> Float[Tensor, "B W_minus_1 C"] | None:
         """What the convolutions of B rows read before the first token; None without any."""

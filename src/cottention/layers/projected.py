@@ -110,7 +110,7 @@ class ProjectedAttention(WithOptions):
                 raise ValueError("position_ids needs a layer with rotary_dim; got a layer without")
             return None
         if position_ids is None:
-            position_ids = default_positions(x, attention_mask, cu_seqlens, seen)
+            position_ids = default_positions(x, attention_mask, cu_seqlens, seen, self.process_group)
         return rotary_table(position_ids, self.rotary_dim)
 
     def _check_cross(self, key_value_states: Tensor | None, cu_seqlens: Tensor | None) -> None:
@@ -174,9 +174,17 @@ def packed_texts(cu_seqlens: Tensor | None, map_rows: int | None, num_tokens: in
 
 
 def default_positions(
-    x: Tensor, attention_mask: Tensor | None, cu_seqlens: Tensor | None, seen: Tensor | None
+    x: Tensor,
+    attention_mask: Tensor | None,
+    cu_seqlens: Tensor | None,
+    seen: Tensor | None,
+    process_group: Any = None,
 ) -> Int[Tensor, "B T"]:
     """The number of real tokens before each one, with those that a state has seen."""
+    if process_group is not None:
+        from cottention.layers.slices import counts_before  # torch.distributed, for those who ask for it
+
+        return counts_before(x, attention_mask, cu_seqlens, seen, process_group)
     T = x.shape[1]
     if cu_seqlens is not None:
         positions = packed_positions(cu_seqlens, T)

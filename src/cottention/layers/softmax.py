@@ -11,6 +11,8 @@ With a window the work and the memory are those of a band (`layers/sliding.py`).
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor
@@ -30,6 +32,7 @@ def softmax_attention(
     cu_seqlens: Int[Tensor, " N_plus_1"] | None = None,
     dropout_p: float = 0.0,
     sliding_window: int | None = None,
+    process_group: Any = None,
 ) -> Float[Tensor, "B T H V"]:
     """softmax(q k^T / sqrt(K)) v.
 
@@ -42,6 +45,8 @@ def softmax_attention(
         cu_seqlens: `[N+1]` boundaries of packed sequences; needs B == 1, T == S and no attention_mask.
         dropout_p: chance of dropping an attention weight.
         sliding_window: real tokens that a query sees at the most, its own among them; None: all. Needs causal=True.
+        process_group: ranks that share the sequence, as in `cosine_attention`; each receives the keys and values of
+            all, whose bytes grow with the sequence.
 
     Returns:
         `[B, T, H, V]` in q's dtype.
@@ -49,6 +54,21 @@ def softmax_attention(
     Raises:
         ValueError: shapes or arguments contradict each other.
     """
+    if process_group is not None:
+        from cottention.layers.slices import softmax_over_slices  # torch.distributed, for those who ask for it
+
+        return softmax_over_slices(
+            softmax_attention,
+            q,
+            k,
+            v,
+            causal=causal,
+            attention_mask=attention_mask,
+            cu_seqlens=cu_seqlens,
+            process_group=process_group,
+            dropout_p=dropout_p,
+            sliding_window=sliding_window,
+        )
     T, S = q.shape[1], k.shape[1]
     if causal and T > S:
         raise ValueError(f"causal=True needs at least as many keys as queries; got {T} queries and {S} keys")

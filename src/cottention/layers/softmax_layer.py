@@ -140,6 +140,8 @@ class SoftmaxAttention(ProjectedAttention):
         wants_state = initial_state is not None or output_final_state
         if wants_state and not self.causal:
             raise ValueError("initial_state and output_final_state need a layer with causal=True; got causal=False")
+        if wants_state or extend is not None:
+            self.check_whole("a state of keys and values")
         if wants_state and cu_seqlens is not None:
             raise ValueError("a state and cu_seqlens exclude each other in SoftmaxAttention; got both")
         if rotary is None:
@@ -179,6 +181,7 @@ class SoftmaxAttention(ProjectedAttention):
     ) -> Tensor:
         """Attention between projected tokens `[B, T or S, H, K]`; S may exceed T, when keys come from a cache."""
         if maps is not None:
+            self.check_whole("maps")
             texts = packed_texts(cu_seqlens, map_rows, q.shape[1])
             if texts is not None:
                 q, k = texts.as_rows(q), texts.as_rows(k)
@@ -196,6 +199,7 @@ class SoftmaxAttention(ProjectedAttention):
             cu_seqlens=cu_seqlens,
             dropout_p=self.dropout if self.training else 0.0,
             sliding_window=self.sliding_window,
+            process_group=self.process_group,
         )
 
     def empty_state(self, B: int) -> KeyValueState | WindowState:

@@ -54,7 +54,10 @@ def reads_packed_texts(forward: Callable[..., Any]) -> Callable[..., Any]:
         if len(given) < len(args) + len(kwargs) or len(args) > len(names):
             return forward(self, *args, **kwargs)  # Python's own words for an argument that is given twice
         told = {name: given.pop(name, None) for name in PACKING_NAMES}
-        given["cu_seqlens"] = _boundaries(self, given, told)
+        if self.process_group is not None:
+            _check_slice(given, told)
+        else:
+            given["cu_seqlens"] = text_boundaries(self, given, told)
         return forward(self, **given)
 
     keywords = [inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY, default=None) for name in PACKING_NAMES]
@@ -97,8 +100,18 @@ def check_no_spans(cu_seqlens: Tensor | None) -> None:
         raise ValueError("start_positions and packed texts exclude each other: an answer is one per row; got both")
 
 
-def _boundaries(model: Any, given: dict[str, Any], told: dict[str, Any]) -> Tensor | None:
-    """The boundaries of packed texts in these arguments of a forward; None where each row is one text."""
+def text_boundaries(model: Any, given: dict[str, Any], told: dict[str, Any]) -> Tensor | None:
+    """The boundaries of packed texts in these arguments of a forward; None where each row is one text.
+
+    Args:
+        model: whose forward it is.
+        given: arguments by name; an attention_mask that hides nothing is taken out.
+        told: those of `PACKING_NAMES`, all of them, None where not given.
+
+    Raises:
+        ValueError: what is told twice does not agree.
+        TypeError: something is of another kind.
+    """
     tokens = given.get("input_ids")
     if tokens is None:
         tokens = given.get("inputs_embeds")
@@ -118,6 +131,26 @@ def _boundaries(model: Any, given: dict[str, Any], told: dict[str, Any]) -> Tens
         inside = (falls & ~_marks(cu_seqlens, B * T)[:-1]).any()
         _require(~inside, "position_ids must not start again within a text of cu_seqlens or seq_idx; they do")
     return cu_seqlens
+
+
+def _check_slice(given: dict[str, Any], told: dict[str, Any]) -> None:
+    """Check the arguments of a model that is given slices: what cannot be seen in a slice must be told.
+
+    `cu_seq_lens_q` may stand for `cu_seqlens`, as a model's head hands it on.
+    """
+    if told["cu_seq_lens_q"] is not None and given.get("cu_seqlens") is None:
+        given["cu_seqlens"] = told.pop("cu_seq_lens_q")
+    others = [name for name, value in told.items() if value is not None]
+    if others:
+        raise ValueError(f"a slice of packed texts needs cu_seqlens, the boundaries of the whole row; got {others[0]}")
+    if given.get("position_ids") is None:
+        raise ValueError("a slice needs its position_ids: cottention.distributed.slice_batch gives them; got None")
+    has_labels = any(given.get(name) is not None for name in ("labels", "shift_labels"))
+    if has_labels and given.get("num_items_in_batch") is None:
+        raise ValueError(
+            "a slice with labels needs num_items_in_batch, the targets of the whole batch, so that the losses of all "
+            "ranks add up: cottention.distributed.slice_batch gives it; got None"
+        )
 
 
 def _told(cu_seqlens: Tensor | None, told: dict[str, Any], B: int, T: int) -> Tensor | None:

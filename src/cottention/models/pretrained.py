@@ -49,6 +49,8 @@ class CottentionPreTrainedModel(PreTrainedModel):
     # from those of a padded text, and whether its output has a row for each text.
     gaps_begin_texts = False
     gives_a_row_per_text = False
+    # Ranks that share the sequence, of which the model is then given a slice: see `cottention.distributed`.
+    process_group: Any = None
     _keep_in_fp32_modules_strict: Any = None
 
     def __init__(self, config: Any, *inputs: Any, **kwargs: Any) -> None:

@@ -7,6 +7,7 @@ o, _ = cosine_attention(q, k, v, norm_const, causal=True)       # q, k: [B, T, H
 from __future__ import annotations
 
 import difflib
+from collections.abc import Callable
 from functools import partial
 from typing import Any
 
@@ -56,6 +57,7 @@ def cosine_attention(
     beta: Float[Tensor, "B T H"] | None = None,
     chunk_size: int | None = None,
     implementation: str = "auto",
+    process_group: Any = None,
 ) -> tuple[Float[Tensor, "B T H V"], CosineState | None]:
     """Cosine attention in O(T) time and memory.
 
@@ -98,6 +100,11 @@ def cosine_attention(
         implementation: "auto", or a name of `cottention.ops.IMPLEMENTATIONS`, which runs or raises, never falls back.
             torch.export and torch.onnx.export write plain operators in its place ("naive" as it is; with log_decay or
             beta the operator stays): an exported program runs where there is no cottention, for any batch and length.
+        process_group: ranks (a ProcessGroup, or a DeviceMesh of one dimension) that share the sequence: each gives the
+            tokens of its slice, one behind the other in the order of the ranks, of any lengths. What is no token's own
+            is the same on every rank: cu_seqlens (boundaries of the whole row) and initial_state. The final state is
+            that of the whole sequence, on every rank. Gradients of norm_const and initial_state are each rank's part:
+            their sum over ranks is the whole. All ranks call, and go backward, together. See `ops/sharded.py`.
     Returns:
         Output `[B, T, H, V]` in q's dtype, and the final state, or None unless asked for.
     Raises:
@@ -119,6 +126,7 @@ def cosine_attention(
         chunk_size=chunk_size,
         log_decay=log_decay,
         beta=beta,
+        is_slice=process_group is not None,
     )
     is_gated = log_decay is not None or beta is not None
     name = choose_implementation(implementation, q, v, is_gated=is_gated, erases=beta is not None)
@@ -129,6 +137,9 @@ def cosine_attention(
     run = plain_cosine_attention if writes_plain else IMPLEMENTATIONS[name]
     if name == "triton" and beta is not None:
         run = attend_erasing
+    if process_group is not None:
+        run = _sharded(run, chunk_size if name != "naive" else None, process_group)
+        options = {"log_decay": log_decay, "beta": beta}
     return run(
         q,
         k,
@@ -141,6 +152,14 @@ def cosine_attention(
         output_final_state=output_final_state,
         **options,
     )
+
+
+def _sharded(run: Callable[..., Any], chunk_size: int | None, process_group: Any) -> Callable[..., Any]:
+    """An implementation for slices of a sequence."""
+    from cottention.ops.sharded import attend_sharded  # torch.distributed, for those who ask for it
+
+    own = run if chunk_size is None else partial(run, chunk_size=chunk_size)
+    return partial(attend_sharded, own, process_group=process_group)
 
 
 def _is_exporting() -> bool:

@@ -31,8 +31,12 @@ def check_arguments(
     chunk_size: int | None,
     log_decay: Tensor | None = None,
     beta: Tensor | None = None,
+    is_slice: bool = False,
 ) -> Tensor | None:
-    """Check everything that `cosine_attention` promises about its arguments; returns norm_const as `[H]`."""
+    """Check everything that `cosine_attention` promises about its arguments; returns norm_const as `[H]`.
+
+    Where cu_seqlens must end is not checked of a slice, which does not know.
+    """
     _check_qkv(q, k, v, num_dims=4)
     if not isinstance(causal, bool):
         raise TypeError(f"causal must be True or False; got {causal!r}")
@@ -56,7 +60,7 @@ def check_arguments(
         _check_device(attention_mask, "attention_mask", q)
     num_sequences = B
     if cu_seqlens is not None:
-        num_sequences = _check_cu_seqlens(cu_seqlens, q, S)
+        num_sequences = _check_cu_seqlens(cu_seqlens, q, S, is_slice)
     if (initial_state is not None or output_final_state) and not causal:
         name = "initial_state" if initial_state is not None else "output_final_state"
         raise ValueError(f"{name} needs causal=True: bidirectional attention has no running state; got causal=False")
@@ -160,7 +164,7 @@ def _check_mask(mask: Tensor, shape: tuple[int, int], layout: str) -> None:
         raise TypeError(f"attention_mask must be bool or int, 1 = real; got {_dtype_name(mask)}")
 
 
-def _check_cu_seqlens(cu_seqlens: Tensor, q: Tensor, S: int) -> int:
+def _check_cu_seqlens(cu_seqlens: Tensor, q: Tensor, S: int, is_slice: bool) -> int:
     """Number of packed sequences N. The values are read only outside torch.compile, which cannot see them."""
     if not isinstance(cu_seqlens, Tensor):
         raise TypeError(f"cu_seqlens must be a tensor; got {type(cu_seqlens).__name__}")
@@ -174,7 +178,7 @@ def _check_cu_seqlens(cu_seqlens: Tensor, q: Tensor, S: int) -> int:
     if S != T:
         raise ValueError(f"cu_seqlens needs q and k of the same length; got T={T} and T={S}")
     _check_device(cu_seqlens, "cu_seqlens", q)
-    if not torch.compiler.is_compiling():
+    if not is_slice and not torch.compiler.is_compiling():
         check_boundaries(cu_seqlens.tolist(), T)
     return cu_seqlens.shape[0] - 1
 

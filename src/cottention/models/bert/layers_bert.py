@@ -108,6 +108,7 @@ class CottentionBertSelfAttention(WithOptions):
         dropout_p = self.dropout if self.training else 0.0
         gates = self.gates(x) if self.is_cosine else {}
         if maps is not None:
+            self.check_whole("maps")
             # The context comes from the map, so that what depends on it gives the map a gradient too.
             texts = packed_texts(cu_seqlens, map_rows, x.shape[1])
             maps.append(self._map(q, k, gates.get("log_decay"), attention_mask, texts, dropout_p))
@@ -122,11 +123,19 @@ class CottentionBertSelfAttention(WithOptions):
                 attention_mask=attention_mask,
                 cu_seqlens=cu_seqlens,
                 implementation=self.implementation,
+                process_group=self.process_group,
                 **gates,
             )
         else:
             o = softmax_attention(
-                q, k, v, causal=False, attention_mask=attention_mask, cu_seqlens=cu_seqlens, dropout_p=dropout_p
+                q,
+                k,
+                v,
+                causal=False,
+                attention_mask=attention_mask,
+                cu_seqlens=cu_seqlens,
+                dropout_p=dropout_p,
+                process_group=self.process_group,
             )
         return self.finish(o, x)
 
@@ -265,12 +274,19 @@ class CottentionBertEncoder(nn.Module):
 class CottentionBertPooler(nn.Module):
     """tanh of a linear map of each text's first token."""
 
+    # Ranks that share the sequence: see `cottention.distributed`.
+    process_group: Any = None
+
     def __init__(self, config: CottentionBertConfig) -> None:
         super().__init__()
         self.dense = nn.Linear(config.hidden_size, config.hidden_size)
 
     def forward(self, x: Float[Tensor, "B T D"], cu_seqlens: Tensor | None) -> Float[Tensor, "N D"]:
         """`[B, D]`, or `[N, D]` of N packed texts."""
+        if self.process_group is not None:
+            from cottention.layers.slices import first_tokens  # torch.distributed, for those who ask for it
+
+            return torch.tanh(self.dense(first_tokens(x, cu_seqlens, self.process_group)))
         check_no_empty_text(cu_seqlens, "first token")
         first = x[:, 0] if cu_seqlens is None else x[0, cu_seqlens[:-1].to(torch.int64)]
         return torch.tanh(self.dense(first))

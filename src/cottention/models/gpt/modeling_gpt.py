@@ -165,7 +165,8 @@ class CottentionGPTModel(CottentionGPTPreTrainedModel):
             raise ValueError("output_attentions needs every key, of which a CosineCache keeps none; got a filled one")
         B, T = x.shape[:2]
         if not self._is_stateful:
-            longest = longest_text(cu_seqlens, None, past_length + T)
+            positions = None if self.process_group is None else position_ids
+            longest = longest_text(cu_seqlens, positions, past_length + T)
             check_length(longest, self.config.n_positions, "n_positions")
         cache = self._cache(past, use_cache, cu_seqlens)
         attention_mask = self._mask_for_attention(attention_mask, T, past_length)
@@ -207,6 +208,10 @@ class CottentionGPTModel(CottentionGPTPreTrainedModel):
 
     def _cache(self, past: Cache | None, use_cache: bool | None, cu_seqlens: Tensor | None) -> Cache | None:
         """The cache to fill: a new one where it is wanted and none is given."""
+        if self.process_group is not None:
+            if use_cache or past is not None:
+                raise ValueError("use_cache and past_key_values exclude a sequence that ranks share; got both")
+            return None
         if cu_seqlens is not None and not self._packs_past:
             if use_cache or past is not None:
                 raise ValueError("use_cache and past_key_values exclude cu_seqlens; got both")
@@ -335,6 +340,11 @@ class CottentionGPTForCausalLM(CottentionGPTPreTrainedModel, GenerationMixin):
         known = ("num_items_in_batch", "shift_labels")
         settings = known_arguments(loss_kwargs, known, f"{type(self).__name__}.forward", DECODER_WORDS)
         has_labels = labels is not None or settings.get("shift_labels") is not None
+        if self.process_group is not None and labels is not None and settings.get("shift_labels") is None:
+            raise ValueError(
+                "a slice needs shift_labels, for the target of its last token stands in the next slice: "
+                "cottention.distributed.slice_batch gives them; got labels"
+            )
         if use_cache is None and has_labels:
             use_cache = False
         outputs = self.transformer(
