@@ -11,7 +11,8 @@ import torch
 from transformers import TrainingArguments
 
 from cottention.errors import SettingsError
-from cottention.training.recipe import BertRecipe, Recipe
+from cottention.training.objectives import objective_of
+from cottention.training.recipe import Recipe
 from cottention.training.recipe_files import replace_settings
 
 ENDLESS = 1_000_000_000
@@ -37,10 +38,7 @@ def training_arguments(recipe: Recipe, run_dir: Path) -> TrainingArguments:
         eval_steps=settings.eval_every,
         save_strategy="steps",
         save_steps=settings.save_every,
-        # A next-sentence head gets no gradient from masked tokens; looking for such parameters costs time at each step.
-        ddp_find_unused_parameters=isinstance(recipe, BertRecipe)
-        and recipe.model.next_sentence_head
-        and not recipe.data.next_sentence,
+        ddp_find_unused_parameters=objective_of(recipe).leaves_parameters_unused,
         logging_nan_inf_filter=False,  # hides a NaN loss behind the mean of the others, at the price of a sync per step
         remove_unused_columns=False,
         dataloader_num_workers=2 if on_gpu else 0,
@@ -70,7 +68,7 @@ def shared_out(recipe: Recipe, num_processes: int) -> Recipe:
     settings = recipe.training
     share, rest = divmod(settings.global_batch_size, num_processes)
     # Where windows become longer, a micro batch is cut into so many passes.
-    multiple = recipe.data.long_ratio if isinstance(recipe, BertRecipe) else 1
+    multiple = recipe.passes_at_most
     sizes = [size for size in range(multiple, settings.micro_batch_size + 1, multiple) if share % size == 0]
     if rest or not sizes:
         what = f"the {num_processes} processes" if multiple == 1 else f"{num_processes} processes x {multiple}"

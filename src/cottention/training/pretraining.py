@@ -25,13 +25,6 @@ from cottention.data.tokenizer_files import save_tokenizer
 from cottention.errors import SettingsError
 from cottention.locks import sole_writer
 from cottention.logging import get_logger
-from cottention.models import (
-    CottentionBertConfig,
-    CottentionBertForMaskedLM,
-    CottentionBertForPreTraining,
-    CottentionGPTConfig,
-    CottentionGPTForCausalLM,
-)
 from cottention.models.model_card import write_model_card
 from cottention.seals import model_files, seal
 from cottention.training.arguments import shared_out, training_arguments
@@ -47,8 +40,9 @@ from cottention.training.checkpoints import (
 )
 from cottention.training.corpora import TRAINED
 from cottention.training.metrics import draw_loss_curve, read_metrics
+from cottention.training.objectives import objective_of
 from cottention.training.quickstart import RECORD
-from cottention.training.recipe import BertRecipe, GPTRecipe, Recipe
+from cottention.training.recipe import Recipe
 from cottention.training.recipe_files import differing_setting, load_recipe, recipe_text, replace_settings
 from cottention.training.starting import LongerSchedule, check_goes_further, open_start, set_aside
 from cottention.training.text import PreparedText, prepare_text
@@ -298,13 +292,7 @@ def build_model(recipe: Recipe, tokenizer: PreTrainedTokenizerBase | None = None
             )
         names = ("bos_token_id", "eos_token_id", "pad_token_id")
         fields |= {name: getattr(tokenizer, name) for name in names if getattr(tokenizer, name) is not None}
-    if isinstance(recipe, GPTRecipe):
-        model = CottentionGPTForCausalLM(CottentionGPTConfig(**fields))
-        model.fused_loss = recipe.training.fused_loss
-    else:
-        assert isinstance(recipe, BertRecipe)
-        model_class = CottentionBertForPreTraining if recipe.model.next_sentence_head else CottentionBertForMaskedLM
-        model = model_class(CottentionBertConfig(**fields))
+    model = objective_of(recipe).new_model(fields)
     if recipe.training.gradient_checkpointing:
         # transformers 5.23 renamed it.
         enable = getattr(model, "activation_checkpointing_enable", None) or model.gradient_checkpointing_enable

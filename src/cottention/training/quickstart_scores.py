@@ -19,7 +19,7 @@ from cottention.evaluation import BigramModel, TrigramModel, UnigramModel, evalu
 from cottention.generation import fill_mask, generate_text, load_model_and_tokenizer
 from cottention.logging import get_logger
 from cottention.training.documents import open_documents
-from cottention.training.recipe import BertRecipe, Recipe
+from cottention.training.recipe import Recipe
 
 PROMPT = "My fellow citizens"
 MASKED = (
@@ -57,8 +57,9 @@ def score(
     logger.info("scoring the model on all of the held-out text")
     train, held_out = open_documents(recipe.data, seed=recipe.training.seed)
     bars = {"show_progress": sys.stderr.isatty()}
-    if isinstance(recipe, BertRecipe):
-        window, share = recipe.data.sequence_length, recipe.data.mlm_probability
+    if recipe.arch == "bert":
+        data: Any = recipe.data
+        window, share = data.sequence_length, data.mlm_probability
         masked = evaluate_masked_lm(model, tokenizer, held_out, window=window, mlm_probability=share, **bars)
         return {"model": masked.to_dict()}
     tokens, held_out_tokens = tokenize_documents(train, tokenizer), tokenize_documents(held_out, tokenizer)

@@ -70,6 +70,16 @@ class GPTRecipe:
             )
 
     @property
+    def objective(self) -> str:
+        """The way of training, by its name in `training/objectives/`."""
+        return "carried" if self.data.carry_state else "causal"
+
+    @property
+    def passes_at_most(self) -> int:
+        """Passes that a micro batch is cut into where its examples are longest."""
+        return 1
+
+    @property
     def num_lanes(self) -> int:
         """Stretches of the corpus that are read side by side where states are carried."""
         return self.data.carry_lanes or self.training.global_batch_size
@@ -152,6 +162,16 @@ class BertRecipe:
                 "training.micro_batch_size must be a multiple of data.long_sequence_length / data.sequence_length = "
                 f"{self.data.long_ratio}; got {self.training.micro_batch_size}"
             )
+
+    @property
+    def objective(self) -> str:
+        """The way of training, by its name in `training/objectives/`."""
+        return "pairs" if self.data.next_sentence else "masked"
+
+    @property
+    def passes_at_most(self) -> int:
+        """Passes that a micro batch is cut into where its examples are longest."""
+        return self.data.long_ratio
 
     @property
     def num_long_steps(self) -> int:

@@ -32,7 +32,6 @@ from transformers import (
 from cottention.errors import DataError
 from cottention.logging import get_logger
 from cottention.training.arguments import ENDLESS, compute_type
-from cottention.training.carried import CarriedStates
 from cottention.training.checkpointing_trainer import CheckpointingTrainer, NonFiniteLossError
 from cottention.training.checkpoints import (
     RUN_STATE,
@@ -46,14 +45,13 @@ from cottention.training.checkpoints import (
     writing_to,
 )
 from cottention.training.deadline import Deadline
-from cottention.training.held_out import count_targets
-from cottention.training.lanes import own_lanes
 from cottention.training.memory import keep_freed_memory
 from cottention.training.metrics import MetricsLog
 from cottention.training.neighbours import NeighbourWatch
+from cottention.training.objectives import objective_of
 from cottention.training.optimizer import build_optimizer, build_scheduler
 from cottention.training.progress import ProgressBar, RunControl
-from cottention.training.recipe import BertRecipe, GPTRecipe, Recipe
+from cottention.training.recipe import Recipe
 from cottention.training.recipe_files import replace_settings
 from cottention.training.stopwatch import Stopwatch
 from cottention.training.stream import FallingShares
@@ -66,7 +64,6 @@ _RUN_STATE_KINDS = {
     "elapsed_s": (int, float),
     "text": str,
 }
-_CARRIED = "carried_states.safetensors"
 
 logger = get_logger(__name__)
 
@@ -95,6 +92,7 @@ class PretrainingTrainer(CheckpointingTrainer):
         self.recipe = recipe
         self.run_dir = run_dir
         self.text = text
+        self.objective = objective_of(recipe)
         by_clock = recipe.training.minutes is not None
         stream = text.stream(replace_settings(recipe, {"training.max_steps": ENDLESS}) if by_clock else recipe)
         run_control = RunControl()
@@ -107,7 +105,7 @@ class PretrainingTrainer(CheckpointingTrainer):
             run_control,
             model=model,
             args=arguments,
-            data_collator=text.training_collator(recipe),
+            data_collator=self.objective.collator(text),
             train_dataset=stream,
             eval_dataset=stream,  # the Trainer insists on one; evaluate() below does not read it
             callbacks=[*([self.deadline, NeighbourWatch()] if self.deadline else []), run_control, ProgressBar(recipe)],
@@ -126,11 +124,10 @@ class PretrainingTrainer(CheckpointingTrainer):
         }
         self._stopwatch = Stopwatch(elapsed_s=0.0, step=0)
         self._grad_norm: Tensor | float = 0.0
-        self._losses = ("loss", "mlm_loss", "nsp_loss") if _has_pairs(recipe) else ("loss",)
-        self._window_losses = torch.zeros(len(self._losses), device=self.args.device)
+        self._window_losses = torch.zeros(len(self.objective.losses), device=self.args.device)
         self._window_start = 0
         self._first_bad_step = torch.full((), -1, device=self.args.device)
-        self._carried = self._carried_states()
+        self.objective.begin(model, self.args.device, self.args.process_index, max(1, self.args.world_size))
 
     def fit(self, resume_from: Path | None) -> None:
         """Train to the end of the recipe, or until a signal asks to stop.
@@ -159,8 +156,7 @@ class PretrainingTrainer(CheckpointingTrainer):
                     num_processes,
                     self.args.world_size,
                 )
-            if self._carried is not None:
-                self._carried.load(resume_from / _CARRIED)
+            self.objective.take_up(resume_from)
         self._window_start = state["window_start"]
         for rank, losses in enumerate(state["window_losses"]):
             if rank % self.args.world_size == self.args.process_index:
@@ -198,31 +194,19 @@ class PretrainingTrainer(CheckpointingTrainer):
         if not batch_samples:
             return None
         passes = [one for batch in batch_samples for one in batch.get("passes", [batch])]
-        count = torch.stack([count_targets(one, self.recipe.arch) for one in passes]).sum().to(device)
+        count = torch.stack([self.objective.num_targets(one) for one in passes]).sum().to(device)
         return cast(Tensor, self.accelerator.reduce(count)) if self.args.world_size > 1 else count
 
     def compute_loss(
         self, model: Any, inputs: dict, return_outputs: bool = False, num_items_in_batch: Any = None
     ) -> Any:
         """Loss over this pass, divided by the targets of the whole step, and that of pairs by its pairs."""
-        # Every text has one label, so their number is known; it is that of all processes, like the other.
-        texts = {"num_sequences_in_batch": self.recipe.training.global_batch_size} if len(self._losses) > 1 else {}
         # Our own autocast instead of the Trainer's: that one also turns the logits of every batch into fp32.
         with torch.autocast(**self._autocast):
-            outputs = self._outputs(model, inputs, num_items_in_batch=num_items_in_batch, **texts)
+            losses = self.objective.loss(model, inputs, num_items_in_batch)
         # Every process divides by the targets of all of them, and DDP takes the mean over processes.
-        loss = outputs.loss * self.args.world_size
-        self._window_losses += torch.stack([outputs[name].detach() for name in self._losses]) * self.args.world_size
-        return (loss, outputs) if return_outputs else loss
-
-    def _outputs(self, model: Any, inputs: dict, **options: Any) -> Any:
-        """What the model makes of a batch; where states are carried, from those of its lanes on."""
-        if self._carried is None:
-            return model(**inputs, **options)
-        own, cache = self._carried.open(inputs)
-        outputs = model(**own, past_key_values=cache, use_cache=True, **options)
-        self._carried.close(inputs, cache)
-        return outputs
+        self._window_losses += torch.stack([loss.detach() for loss in losses.values()]) * self.args.world_size
+        return losses["loss"] * self.args.world_size
 
     def training_step(self, model: Any, inputs: dict, num_items_in_batch: Any = None) -> Tensor:
         """Forward and backward over one micro batch, in passes where its windows are long; watches the loss."""
@@ -293,7 +277,7 @@ class PretrainingTrainer(CheckpointingTrainer):
         num_tokens = self.recipe.tokens_after(step) - self.recipe.tokens_after(self._stopwatch.lap_step)
         line = {
             "epoch": round(self.text.epochs_after(step, self.recipe), 4),
-            **{name: loss / num_steps for name, loss in zip(self._losses, losses.tolist(), strict=True)},
+            **{name: loss / num_steps for name, loss in zip(self.objective.losses, losses.tolist(), strict=True)},
             "learning_rate": logs["learning_rate"],
             "grad_norm": float(self._grad_norm),
             "tokens_per_s": round(num_tokens / self._stopwatch.lap(step), 1),
@@ -327,39 +311,21 @@ class PretrainingTrainer(CheckpointingTrainer):
         folder = self.checkpoints_dir
         writes = self.is_world_process_zero()
         run_state = self._run_state()
-        carried = None if self._carried is None else self._carried.to_tensors(self.accelerator)
+        more = self.objective.state_to_save(self.accelerator)
         with self._stopwatch.paused(), writing_to(folder):
             with ExitStack() as until_all_have_written:
                 if writes:
                     target = folder / checkpoint_name(self.state.global_step)
                     staging = until_all_have_written.enter_context(atomic_directory(target, sealed=True))
                     write_atomically(staging / RUN_STATE, json.dumps(run_state))
-                    if carried is not None:
-                        save_file(carried, staging / _CARRIED)
+                    if more is not None:
+                        save_file(more[1], staging / more[0])
                 self.accelerator.wait_for_everyone()
                 super()._save_checkpoint(model, trial)
                 self.accelerator.wait_for_everyone()
             if writes:
                 rotate(folder, self.recipe.training.save_total_limit)
             self.accelerator.wait_for_everyone()
-
-    def _carried_states(self) -> CarriedStates | None:
-        """Zero states of the lanes that this process reads, where the recipe carries them."""
-        recipe = self.recipe
-        if not (isinstance(recipe, GPTRecipe) and recipe.data.carry_state):
-            return None
-        lanes = own_lanes(
-            recipe.num_lanes,
-            recipe.training.micro_batch_size,
-            self.args.process_index,
-            max(1, self.args.world_size),
-        )
-        states = CarriedStates(
-            cast(Any, self.model).config, lanes=lanes, limit=recipe.data.carry_tokens, device=self.args.device
-        )
-        if self.is_world_process_zero():
-            logger.info("carrying the states of %d lanes on each device: %.1f MB", len(lanes), states.nbytes / 1e6)
-        return states
 
     def _run_state(self) -> dict[str, Any]:
         return {
@@ -369,7 +335,3 @@ class PretrainingTrainer(CheckpointingTrainer):
             "elapsed_s": self._stopwatch.elapsed_s,
             "text": self.text.fingerprint(),
         }
-
-
-def _has_pairs(recipe: Recipe) -> bool:
-    return isinstance(recipe, BertRecipe) and recipe.data.next_sentence
