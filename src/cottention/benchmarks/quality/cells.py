@@ -37,7 +37,7 @@ class Size:
 SIZES = {
     "0.2m": Size(n_embd=64, n_layer=2, n_head=2, n_inner=256, tied=True),
     "1m": Size(n_embd=128, n_layer=4, n_head=2, n_inner=512, tied=True),
-    "3m": Size(n_embd=192, n_layer=4, n_head=4, n_inner=768),  # the quickstart's
+    "3m": Size(n_embd=192, n_layer=4, n_head=4, n_inner=768),  # of quickstart_gpt_published
     "10m": Size(n_embd=320, n_layer=6, n_head=5, n_inner=1280),
     "125m": Size(n_embd=768, n_layer=12, n_head=12, n_inner=3072, tied=True),
     # For tasks that are made: K = V, so that the state of a layer is n_embd x K numbers at equal parameters.
