@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import re
 from importlib import metadata
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -103,3 +104,28 @@ def test_it_answers_without_torch():
     )
     assert ran.returncode == 1, ran.stderr
     assert any("torch cannot be imported" in each for each in json.loads(ran.stdout)["problems"])
+
+
+def test_a_row_says_what_runs_with_beta_on_this_machine():
+    diagnosis = doctor.Diagnosis()
+    doctor._try_implementations(diagnosis)
+    short = "native for float32, bfloat16, float16, chunk for float64"
+    expected = short if is_available() else "chunk for every float type"
+    assert diagnosis.chosen["cpu with beta"] == expected
+
+
+@pytest.mark.parametrize(
+    ("reason", "row"),
+    [
+        (None, "triton for every float type; triton is flash-linear-attention 0.6.0 there"),
+        ("it needs a package", "chunk for every float type; not triton: it needs a package"),
+    ],
+)
+def test_a_row_says_whose_kernels_erase_on_a_gpu_or_why_not(monkeypatch: pytest.MonkeyPatch, reason, row):
+    def empty(*shape, dtype, device):
+        return SimpleNamespace(shape=shape, dtype=dtype, device=torch.device(device), is_cuda=True)
+
+    monkeypatch.setattr(torch, "empty", empty)
+    monkeypatch.setattr(doctor, "_version_of", lambda name: {"flash-linear-attention": "0.6.0"}[name])
+    monkeypatch.setattr("cottention.ops.why_not_erase", lambda device, dtype, K: reason)
+    assert doctor._chosen("cuda", erases=True) == row

@@ -6,6 +6,7 @@ one dtype for q, k and v, gates in float32. tests/peers runs its own reference i
 
 from __future__ import annotations
 
+import weakref
 from dataclasses import replace
 from itertools import pairwise
 from typing import Any
@@ -242,3 +243,27 @@ def test_on_a_device_with_flash_linear_attention_itself(name: str) -> None:
     moved["initial_state"] = None if state is None else CosineState(*(x.cuda() for x in state))
     found = run(replace(case, **moved).to(torch.bfloat16), "triton")
     assert_same({name: x.cpu() for name, x in found.items()}, run(case, "naive"), torch.bfloat16)
+
+
+def test_a_backward_that_keeps_no_graph_frees_theirs(calls: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    kept: list[weakref.ref[Tensor]] = []
+
+    def rule(q: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor | None]:
+        factor = torch.full_like(q, 2.0)  # saved by the product, for the gradient of q
+        kept.append(weakref.ref(factor))
+        return chunk_stand_in(q * factor, *args, **kwargs)
+
+    monkeypatch.setattr(erase, "_rules", lambda: (rule, recurrent_stand_in))
+    case = gated_case("plain").to(torch.float32)
+    q = case.q.requires_grad_()
+    o, _ = cosine_attention(
+        q, case.k, case.v, None, causal=True, log_decay=case.log_decay, beta=case.beta, implementation="triton"
+    )
+    loss = o.square().sum()
+    first = torch.autograd.grad(loss, q, retain_graph=True)[0]
+    assert kept[-1]() is not None
+    second = torch.autograd.grad(loss, q)[0]
+    assert torch.equal(first, second)
+    assert kept[-1]() is None
+    with pytest.raises(RuntimeError, match="second time"):
+        torch.autograd.grad(loss, q)

@@ -47,8 +47,13 @@ def cut(
     cu_seqlens: Tensor | None,
     has_states: bool,
     chunk_size: int | None,
+    forgets: bool,
+    erases: bool,
+    has_backward: bool,
 ) -> tuple[int, int]:
-    """Tokens of a chunk and of a segment of chunks."""
+    """Tokens of a chunk and of a segment of chunks; with gates a chunk (0: `gated` chooses) is all."""
+    if forgets or erases:
+        return chunk_size or 0, 0
     if chunk_size is None:
         # 64: least arithmetic per token near K = V = 64 and measured fastest from K = 32 to 128. Without the causal
         # tile only the waste of the last chunk counts, so chunks are long unless sequences are packed.

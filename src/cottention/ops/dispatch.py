@@ -46,7 +46,8 @@ _SCHEMAS = {
     " -> (Tensor, Tensor, Tensor, Tensor, Tensor)",
     "bidirectional": f"({_INPUTS}, {_CUTS}) -> (Tensor, Tensor)",
     "bidirectional_backward": f"(Tensor grad, {_INPUTS}, Tensor saved, {_CUTS}) -> (Tensor, Tensor, Tensor, Tensor)",
-    "gated": f"({_INPUTS}, {_STATE}, {_GATES}, bool causal, {_CUTS}) -> (Tensor, Tensor, Tensor, Tensor)",
+    "gated": f"({_INPUTS}, {_STATE}, {_GATES}, bool causal, {_CUTS}, bool output_final_state=True)"
+    " -> (Tensor, Tensor, Tensor, Tensor)",
     "gated_backward": f"(Tensor grad, Tensor? grad_kv, {_INPUTS}, {_STATE}, {_GATES}, Tensor saved, bool causal,"
     f" {_CUTS}) -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)",
     "step": f"({_TOKEN}, {_STATE}, {_STEP_GATES}) -> (Tensor, Tensor, Tensor)",
@@ -72,21 +73,29 @@ def attend(
     beta: Tensor | None = None,  # [B, T, H]
 ) -> tuple[Tensor, CosineState | None]:
     """A call of an implementation: the numbers of `naive`. For the arguments see `cosine_attention`."""
-    is_gated = log_decay is not None or beta is not None
-    has_states = initial_state is not None or output_final_state or is_gated
-    cuts = cut(q, k, v, causal=causal, cu_seqlens=cu_seqlens, has_states=has_states, chunk_size=chunk_size)
-    if is_gated:
-        inputs = (q, k, v, norm_const, attention_mask, cu_seqlens, *(initial_state or (None, None)), log_decay, beta)
-        keeps = implementation == "native" and beta is not None and wants_gradient(*inputs)
-        if implementation != "triton":
-            cuts = (chunk_size or 0, _ERASE_SEGMENT if keeps else 0)
-        o, kv, seen, _ = torch.ops.cottention.gated.default(implementation, *inputs, causal, *cuts)
-        return o, CosineState(kv, seen) if output_final_state else None
-    inputs = (q, k, v, norm_const, attention_mask, cu_seqlens)
-    if not causal:
-        return torch.ops.cottention.bidirectional.default(implementation, *inputs, *cuts)[0], None
     kv, seen = (None, None) if initial_state is None else initial_state
-    o, kv, seen, _ = torch.ops.cottention.causal.default(implementation, *inputs, kv, seen, output_final_state, *cuts)
+    inputs = (q, k, v, norm_const, attention_mask, cu_seqlens)
+    forgets, erases = log_decay is not None, beta is not None
+    cuts = cut(
+        q,
+        k,
+        v,
+        causal=causal,
+        cu_seqlens=cu_seqlens,
+        has_states=initial_state is not None or output_final_state,
+        chunk_size=chunk_size,
+        forgets=forgets,
+        erases=erases,
+        has_backward=erases and wants_gradient(*inputs, kv, log_decay, beta),
+    )
+    if forgets or erases:
+        inputs = (*inputs, kv, seen, log_decay, beta, causal, *cuts)
+        o, kv, seen, _ = torch.ops.cottention.gated.default(implementation, *inputs, output_final_state)
+    elif causal:
+        inputs = (*inputs, kv, seen, output_final_state, *cuts)
+        o, kv, seen, _ = torch.ops.cottention.causal.default(implementation, *inputs)
+    else:
+        return torch.ops.cottention.bidirectional.default(implementation, *inputs, *cuts)[0], None
     return o, CosineState(kv, seen) if output_final_state else None
 
 
@@ -114,9 +123,6 @@ def _define(name: str, schema: str) -> None:
 for _name, _schema in _SCHEMAS.items():
     _define(_name, _schema)
 
-
-# Tokens between the states that the native kernels keep for the backward of an erasing call.
-_ERASE_SEGMENT = 512
 
 # Shapes, for tracing.
 
@@ -149,10 +155,15 @@ def _(_, q, k, v, norm_const, mask, cu_seqlens, kv, seen, output_final_state, ch
     saved = _nothing_like(q)
     if segment_tokens > 0:
         saved = _states_like(q, v, num_saved(q, cu_seqlens, segment_tokens))
+    return o, *_final_state_like(q, v, cu_seqlens, output_final_state), saved
+
+
+def _final_state_like(q: Tensor, v: Tensor, cu_seqlens: Tensor | None, output_final_state: bool) -> tuple[Tensor, ...]:
+    """kv and seen, empty unless asked for."""
     if not output_final_state:
-        return o, _nothing_like(q), q.new_empty(0, dtype=torch.int64), saved
+        return _nothing_like(q), q.new_empty(0, dtype=torch.int64)
     N = _num_sequences(q, cu_seqlens)
-    return o, _states_like(q, v, N), q.new_empty(N, dtype=torch.int64), saved
+    return _states_like(q, v, N), q.new_empty(N, dtype=torch.int64)
 
 
 @_shapes_of("causal_backward")
@@ -177,12 +188,13 @@ def _gradients_like(q: Tensor, k: Tensor, v: Tensor, norm_const: Tensor | None) 
 
 
 @_shapes_of("gated")
-def _(_, q, k, v, norm_const, mask, cu_seqlens, kv, seen, log_decay, beta, causal, chunk_size, segment_tokens):
-    N = _num_sequences(q, cu_seqlens)
+def _(
+    _, q, k, v, norm_const, mask, cu_seqlens, kv, seen, log_decay, beta, causal, chunk_size, segment_tokens, final=True
+):
     saved = _nothing_like(q)
     if segment_tokens > 0:
         saved = _states_like(q, v, num_saved(q, cu_seqlens, segment_tokens))
-    return q.new_empty((*q.shape[:3], v.shape[3])), _states_like(q, v, N), q.new_empty(N, dtype=torch.int64), saved
+    return q.new_empty((*q.shape[:3], v.shape[3])), *_final_state_like(q, v, cu_seqlens, final), saved
 
 
 @_shapes_of("gated_backward")
@@ -265,11 +277,12 @@ class _Bidirectional(torch.autograd.Function):
 class _Gated(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, *inputs: Any) -> tuple[Tensor, ...]:
-        ctx.implementation, *tensors, ctx.causal, chunk_size, segment_tokens = inputs
-        ctx.cuts = chunk_size, segment_tokens
+        ctx.implementation, tensors, (ctx.causal, *ctx.cuts) = inputs[0], inputs[1:11], inputs[11:14]
+        ctx.num_inputs = len(inputs)  # the last is left out where it is the default
         outputs = below_autograd(torch.ops.cottention.gated.default, *inputs)
         ctx.save_for_backward(*tensors, outputs[3])
-        ctx.mark_non_differentiable(*(outputs[2:] if ctx.causal else outputs[1:]))
+        has_state = ctx.causal and all(inputs[14:])
+        ctx.mark_non_differentiable(*outputs[2 if has_state else 1 :])
         ctx.set_materialize_grads(False)
         return outputs
 
@@ -277,7 +290,7 @@ class _Gated(torch.autograd.Function):
     def backward(ctx: Any, grad: Tensor | None, grad_kv: Tensor | None, *_: Any) -> tuple[Any, ...]:
         *tensors, saved = ctx.saved_tensors
         if grad is None and grad_kv is None:
-            return (None,) * 14
+            return (None,) * ctx.num_inputs
         if torch.is_grad_enabled() or is_transformed(grad, grad_kv, *tensors):
             plain = partial(plain_gated, causal=ctx.causal, chunk_size=ctx.cuts[0])
             found = plain_gradients(plain, tensors, (grad, grad_kv), ctx.needs_input_grad[1:])
@@ -293,13 +306,14 @@ class _Gated(torch.autograd.Function):
                 None if tensors[i] is None else x for i, x in zip((3, 6, 8, 9), others, strict=True)
             )
             found = (dq, dk, dv, dm, None, None, dkv, None, dlog_decay, dbeta)
-        return None, *found, None, None, None
+        return None, *found, *(None,) * (ctx.num_inputs - 11)
 
 
 def _through_plain_gated(_: str, *inputs: Any) -> tuple[Tensor, ...]:
-    *tensors, causal, chunk_size, _ = inputs
-    o, kv, seen = plain_gated(*tensors, causal=causal, chunk_size=chunk_size)
-    return o, kv, seen, _nothing_like(o)
+    tensors, (causal, chunk_size, _, *asked) = inputs[:10], inputs[10:]
+    o, kv, seen = plain_gated(*tensors, causal=causal, chunk_size=chunk_size, reaches=all(asked))
+    nothing = _nothing_like(o)
+    return (o, kv, seen, nothing) if all(asked) else (o, nothing, torch.empty_like(nothing, dtype=torch.int64), nothing)
 
 
 def _through_plain_causal(_: str, *inputs: Any) -> tuple[Tensor, ...]:

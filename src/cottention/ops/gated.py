@@ -193,8 +193,8 @@ class _Walk:
         """`[R, H, C, D]` of each chunk as `[B, T, H, D]`."""
         return self._layout.tokens(torch.stack(chunks, 1).transpose(2, 3))
 
-    def forward(self) -> tuple[Tensor, Tensor]:
-        """o `[B, T, H, V]` and the states that are reached `[N, H, K, V]`."""
+    def forward(self, *, reaches: bool = True) -> tuple[Tensor, Tensor]:
+        """o `[B, T, H, V]` and the states that are reached `[N, H, K, V]`, or without `reaches` those at the start."""
         state = self._start(self._kv)
         outputs, after = [], []
         for m in range(self._num_chunks):
@@ -203,10 +203,12 @@ class _Walk:
             u = chunk.written(state)
             outputs.append(chunk.read(state, u))
             state = chunk.state_after(state, u)
+            if not reaches or isinstance(self._layout, Padded):
+                after.clear()  # of packed sequences all are needed, of rows the last alone
             after.append(state)
         if not outputs:
             return torch.zeros_like(self._tokens.v), self._kv
-        return self._whole(outputs), self._layout.reached(after, self._kv)
+        return self._whole(outputs), self._layout.reached(after, self._kv) if reaches else self._kv
 
     def backward(self, grad: Tensor, grad_reached: Tensor) -> tuple[Tokens, Tensor]:
         """The gradients of the tokens and of kv, from those of o and of the states that are reached."""
@@ -250,13 +252,17 @@ def plain_gated(
     *,
     causal: bool,
     chunk_size: int,
+    reaches: bool = True,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """o `[B, T, H, V]`, and the kv and seen that are reached, which say nothing where it is not causal."""
+    """o `[B, T, H, V]`, and the kv and seen that are reached.
+
+    kv says nothing where it is not causal, or where that is not asked for (`reaches`).
+    """
     given = (q, k, v, norm_const, mask, cu_seqlens, kv, seen, log_decay, beta)
     call = _Call(*given, causal=causal, chunk_size=chunk_size)
-    o, reached = _Walk(call.layout, call.tokens, call.kv).forward()
+    o, reached = _Walk(call.layout, call.tokens, call.kv).forward(reaches=reaches and causal)
     if not causal:
-        back, _ = _Walk(*call.backwards(), call.kv).forward()
+        back, _ = _Walk(*call.backwards(), call.kv).forward(reaches=False)
         o = o + back.flip(1) - _diagonal(call.tokens) * call.tokens.v
     return finished(o, q, mask), reached, call.total
 
@@ -268,10 +274,30 @@ def _diagonal(tokens: Tokens) -> Tensor:
 # What `dispatch` runs.
 
 
-def gated(q, k, v, norm_const, mask, cu_seqlens, kv, seen, log_decay, beta, causal, chunk_size, segment_tokens):
-    """o, and the final kv and seen; all of their own, and contiguous, as tracing takes them to be. Nothing is kept."""
+def gated(
+    q,
+    k,
+    v,
+    norm_const,
+    mask,
+    cu_seqlens,
+    kv,
+    seen,
+    log_decay,
+    beta,
+    causal,
+    chunk_size,
+    segment_tokens,
+    output_final_state=True,
+) -> tuple[Tensor, ...]:
+    """o, and the final kv and seen (empty unless asked for); all of their own, and contiguous, as tracing takes them.
+
+    Nothing is kept for backward.
+    """
     given = (q, k, v, norm_const, mask, cu_seqlens, kv, seen, log_decay, beta)
-    o, reached, total = plain_gated(*given, causal=causal, chunk_size=chunk_size)
+    o, reached, total = plain_gated(*given, causal=causal, chunk_size=chunk_size, reaches=output_final_state)
+    if not output_final_state:
+        return o.contiguous(), reached.new_empty(0), total.new_empty(0), reached.new_empty(0)
     kv, seen = (x.clone() if x is own else x.contiguous() for x, own in ((reached, kv), (total, seen)))
     return o.contiguous(), kv, seen, reached.new_empty(0)
 

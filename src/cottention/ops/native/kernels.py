@@ -11,8 +11,9 @@ from torch import Tensor
 from cottention.ops.dispatch import num_saved
 from cottention.ops.native.binding import check_native, run, run_step
 
-# kEraseSegment of `src/erase_gates.h`, which the kernels have room for.
-_MOST_SEGMENT_TOKENS = 512
+# Tokens between the states that forward keeps for the backward of an erasing call: kTurn of `src/kernels.h`, for which
+# the kernels have room.
+ERASE_SEGMENT = 512
 
 
 def cut(
@@ -24,8 +25,11 @@ def cut(
     cu_seqlens: Tensor | None,
     has_states: bool,
     chunk_size: int | None,
+    forgets: bool,
+    erases: bool,
+    has_backward: bool,
 ) -> tuple[int, int]:
-    """Tokens of a chunk, 0: as the kernels choose; sequences are whole.
+    """Tokens of a chunk, 0: as the kernels choose; sequences are whole, but for the states that backward starts from.
 
     Raises:
         RuntimeError: the kernels were not built.
@@ -33,7 +37,9 @@ def cut(
         TypeError: tensors are float64.
     """
     check_native(q)
-    return chunk_size or 0, -1
+    if not (forgets or erases):
+        return chunk_size or 0, -1
+    return chunk_size or 0, ERASE_SEGMENT if erases and has_backward else 0
 
 
 def _states(q: Tensor, v: Tensor, num: int) -> Tensor:
@@ -87,21 +93,39 @@ def bidirectional_backward(grad, q, k, v, norm_const, mask, cu_seqlens, kv, chun
     return gradients.finished()
 
 
-def gated(q, k, v, norm_const, mask, cu_seqlens, kv, seen, log_decay, beta, causal, chunk_size, segment_tokens):
-    """o `[B, T, H, V]`, the final kv and seen, which are zeros where it is not causal, and states between segments."""
+def gated(
+    q,
+    k,
+    v,
+    norm_const,
+    mask,
+    cu_seqlens,
+    kv,
+    seen,
+    log_decay,
+    beta,
+    causal,
+    chunk_size,
+    segment_tokens,
+    output_final_state=True,
+) -> tuple[Tensor, ...]:
+    """o `[B, T, H, V]`, final kv and seen (empty unless asked for; zeros if not causal), states between segments."""
     o, N = q.new_empty((*q.shape[:3], v.shape[3])), _num_sequences(q, cu_seqlens)
     options = {"causal": causal, "chunk_size": chunk_size, "mask": mask, "cu_seqlens": cu_seqlens}
     options |= {"kv": kv, "seen": seen, "log_decay": _float(log_decay), "beta": _float(beta), "o": o}
     saved = _nothing(q)
-    if not causal:
-        run("forward", q, k, v, norm_const, **options)
-        return o, _states(q, v, N).zero_(), torch.zeros(N, dtype=torch.int64, device=q.device), saved
-    assert segment_tokens <= _MOST_SEGMENT_TOKENS, segment_tokens
+    final_kv, final_seen = _nothing(q), _nothing(q, torch.int64)
+    if output_final_state:
+        final_kv, final_seen = _states(q, v, N), torch.empty(N, dtype=torch.int64, device=q.device)
+        if causal:
+            options |= {"final_kv": final_kv, "final_seen": final_seen}
+        else:
+            final_kv.zero_(), final_seen.zero_()
+    assert segment_tokens <= ERASE_SEGMENT, segment_tokens
     if segment_tokens > 0:
         saved = _states(q, v, num_saved(q, cu_seqlens, segment_tokens)).zero_()  # not all are reached
         options |= {"saved": saved, "saved_tokens": segment_tokens}
-    final_kv, final_seen = _states(q, v, N), torch.empty(N, dtype=torch.int64, device=q.device)
-    run("forward", q, k, v, norm_const, **options, final_kv=final_kv, final_seen=final_seen)
+    run("forward", q, k, v, norm_const, **options)
     return o, final_kv, final_seen, saved
 
 

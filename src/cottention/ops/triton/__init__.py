@@ -52,6 +52,9 @@ def cut(
     cu_seqlens: Tensor | None,
     has_states: bool,
     chunk_size: int | None,
+    forgets: bool,
+    erases: bool,
+    has_backward: bool,
 ) -> tuple[int, int]:
     """Tokens of a chunk (0: as the table says) and of a segment (-1: sequences are whole, 0: the quadratic form).
 
@@ -66,6 +69,7 @@ def cut(
     if reason is not None:
         error = TypeError if q.dtype not in _DTYPES and q.device.type == _DEVICE else ValueError
         raise error(f'implementation="triton" cannot run here: {reason}')
-    config = choose(q.device, q.dtype, max(pad(K), pad(V)))
+    config = choose(q.device, q.dtype, max(pad(K), pad(V)), forgets=forgets)
     N = q.shape[0] if cu_seqlens is None else cu_seqlens.shape[0] - 1
-    return chunk_size or 0, segment_length(config, N, q.shape[2], q.shape[1], k.shape[1], K, V, causal, has_states)
+    sizes = (N, q.shape[2], q.shape[1], k.shape[1], K, V)
+    return chunk_size or 0, segment_length(config, *sizes, causal, has_states or forgets)  # no quadratic form forgets

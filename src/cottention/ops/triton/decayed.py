@@ -43,14 +43,15 @@ def run_gated(
     causal: bool,
     chunk_size: int,
     segment_tokens: int,
+    output_final_state: bool = True,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """o `[B, T, H, V]`, final kv and seen (of no meaning unless causal), and the states before segments."""
+    """o `[B, T, H, V]`, final kv and seen (empty unless asked for; causal alone), and the states before segments."""
     assert beta is None, "the kernels that erase are others"
     given = (q, k, v, norm_const, mask, cu_seqlens, seen, chunk_size, segment_tokens)
     call = Call(*given, causal=causal, log_decay=log_decay)
-    final, saved = call.new_states(call.num_sequences), None
+    final, saved = call.new_states(call.num_sequences) if output_final_state else None, None
     o = torch.empty((*q.shape[:3], call.V), dtype=q.dtype if causal else torch.float32, device=q.device)
-    if not causal or o.numel() == 0:
+    if final is not None and (not causal or o.numel() == 0):
         final.zero_() if kv is None else final.copy_(kv)
     if o.numel():
         segments, reached = call.cut(call.T), final if causal else None
@@ -66,6 +67,8 @@ def run_gated(
         saved = q.new_empty(0, dtype=torch.float32)
         if segment_tokens > 0:
             saved = call.new_states(num_saved(q, cu_seqlens, segment_tokens))
+    if final is None:
+        return o.to(q.dtype), q.new_empty(0, dtype=torch.float32), q.new_empty(0, dtype=torch.int64), saved
     return o.to(q.dtype), final, call.reached_seen(), saved
 
 

@@ -196,7 +196,10 @@ class _Erasing(torch.autograd.Function):
         reached = [(x, grad) for x, grad in zip(outputs, grads, strict=True) if grad is not None and x.requires_grad]
         if not reached:
             return (None,) * (1 + len(tensors))
-        # the graph lives as long as this node: a second backward may come
+        # a second backward comes where the graph around this node is kept for it, and there alone
+        is_kept = torch._C._autograd._get_current_graph_task_keep_graph()
         ends, flows = zip(*reached, strict=True)
-        found = iter(torch.autograd.grad(ends, leaves, flows, retain_graph=True, allow_unused=True))
+        found = iter(torch.autograd.grad(ends, leaves, flows, retain_graph=is_kept, allow_unused=True))
+        if not is_kept:
+            ctx.inner = None
         return None, *(next(found) if want else None for want in wanted)

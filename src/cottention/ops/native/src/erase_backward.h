@@ -211,7 +211,7 @@ void erase_backward(const Range& range, float* memory) { EraseBackward(range, me
 int64_t erase_scratch_size(int64_t K, int64_t V, int64_t chunk) {
     const int64_t Kp = round_up(K, 16), Vp = round_up(V, 16), scores = chunk * chunk + 16;
     const int64_t tile = chunk * (Kp + 3 * Vp) + 2 * scores + Kp * Vp + round_up(sizeof(Kept), 64) / 4;
-    return 3 * Kp * Vp + 5 * chunk * (Kp + Vp) + 3 * scores + tiles_of(kEraseSegment, chunk) * tile;
+    return 3 * Kp * Vp + 5 * chunk * (Kp + Vp) + 3 * scores + tiles_of(kTurn, chunk) * tile;
 }
 
 }  // namespace

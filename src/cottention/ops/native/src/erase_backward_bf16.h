@@ -279,7 +279,7 @@ int64_t erase_scratch_size(int64_t K, int64_t V, int64_t chunk) {
     const int64_t Kp = round_up(K, 32), Vp = round_up(V, 32), C = round_up(chunk, 32), scores = C * C + 16;
     const int64_t tile = C * (Kp + 2 * Vp) + 2 * scores + Kp * Vp / 2 + round_up(sizeof(KeptPairs), 64) / 4;
     const int64_t needed =
-        4 * Kp * Vp + C * (5 * Kp + 7 * Vp) + 3 * scores + 2 * C * C + tiles_of(kEraseSegment, chunk) * tile;
+        4 * Kp * Vp + C * (5 * Kp + 7 * Vp) + 3 * scores + 2 * C * C + tiles_of(kTurn, chunk) * tile;
     const int64_t plain = kernels_avx512.erase_scratch_size(K, V, chunk);
     return needed > plain ? needed : plain;
 }

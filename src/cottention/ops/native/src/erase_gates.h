@@ -28,9 +28,6 @@ inline float exp_of(float x) {
     return x < -87.0f ? 0.0f : result;
 }
 
-// Tokens that backward goes through forward again, keeping all tiles, before it comes back over them.
-constexpr int64_t kEraseSegment = 512;
-
 // Of less than this exp is zero; -inf is taken as it.
 constexpr float kLeastLogDecay = -1000.0f;
 

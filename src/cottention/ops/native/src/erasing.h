@@ -38,8 +38,6 @@ class Erasing {
     }
 
   private:
-    static constexpr int64_t kTurn = 512;
-
     int64_t turns(const Piece& piece) const {
         return piece.end > piece.start ? (piece.end - piece.start + turn_ - 1) / turn_ : 1;
     }

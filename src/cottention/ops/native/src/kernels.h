@@ -6,6 +6,10 @@
 
 #include <cstdint>
 
+// Tokens of a head that are computed at a time, before other heads have their turn; backward of the delta rule keeps the
+// tiles of so many, and starts each such part from a state that forward kept there. Python's ERASE_SEGMENT is the same.
+constexpr int64_t kTurn = 512;
+
 struct Rows {  // one head's tokens: [tokens, D], `stride` elements apart
     void* data;
     int64_t stride;
@@ -68,7 +72,7 @@ struct Kernels {
     void (*full_forward)(const Range&, float* scratch);
     void (*full_backward_q)(const Range&, float* scratch);
     void (*full_backward_kv)(const Range&, float* scratch);
-    // The delta rule, see erase.h; o may be null in forward. Backward takes at most kEraseSegment tokens.
+    // The delta rule, see erase.h; o may be null in forward. Backward takes at most kTurn tokens.
     int64_t (*erase_scratch_size)(int64_t K, int64_t V, int64_t chunk);
     void (*erase_forward)(const Range&, float* scratch);
     void (*erase_backward)(const Range&, float* scratch);

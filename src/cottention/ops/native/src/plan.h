@@ -250,7 +250,6 @@ class Plan {
 
   private:
     friend class Erasing;
-    static constexpr int64_t kTurn = 512;
     static constexpr int64_t kMaxHeads = 16;
     static constexpr int64_t kOffset = 16;  // floats that keep what follows on a cache line of its own
 
