@@ -46,3 +46,24 @@ def test_the_commands_on_own_labels(tmp_path: Path, monkeypatch: pytest.MonkeyPa
     assert len(Path("moods.jsonl").read_text().splitlines()) == 2
     assert len(Path("fits.csv").read_text().splitlines()) == 21
     assert Path("tagged.conll").read_text().startswith("the\t")
+
+
+@pytest.mark.slow
+def test_the_commands_on_embeddings(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    save_bert(Path("runs/bert/model"), max_position_embeddings=128)
+    notes = [f"the people {'order ' * n}" for n in range(12)]
+    Path("notes.txt").write_text("\n".join(notes))
+    Path("notes.csv").write_text("number,note\n" + "".join(f"{n},{note}\n" for n, note in enumerate(notes)))
+    Path("pairs.tsv").write_text(
+        "question\tanswer\n" + "".join(f"{note}\tthe {n}\n" for n, note in enumerate(notes * 3))
+    )
+    scores = "".join(f"{note}\tthe people\t{n}.5\n" for n, note in enumerate(notes * 3))
+    Path("sts.tsv").write_text(f"sentence1\tsentence2\tscore\n{scores}")
+    given = commands_of("embeddings.md")
+    assert len(given) == 8
+    for words in given:
+        if ">" in words:  # what a shell does
+            words = words[: words.index(">")]
+        assert main([*words, *(_QUICK if words[0] == "finetune" else [])]) == 0, words
+    assert all(Path(name).stat().st_size for name in ("vectors.npy", "notes.parquet", "alike.parquet"))

@@ -36,6 +36,7 @@ cottention finetune --model runs/bert/model --data train.csv --text-column revie
 cottention finetune --model runs/bert/model --data a.tsv --dev b.tsv --text-column question --text-pair-column answer
 cottention finetune --model runs/bert/model --data movies.jsonl --label-column genres --label-type several
 cottention finetune --model runs/bert/model --data train.conll --dev dev.conll
+cottention finetune --model runs/bert/model --objective similarity --data a.tsv --text-column q --text-pair-column a
 cottention finetune --model runs/bert/model --task cola,rte --data glue/ --seeds 1,2,3
 """
 
@@ -71,6 +72,12 @@ def build_parser() -> jsonargparse.ArgumentParser:
     )
     add("--label-separator", metavar="SIGN", help="what stands between several labels in one cell")
     add("--dev-share", type=float, default=0.1, metavar="X", help="share of the rows held out where there is no --dev")
+    add(
+        "--objective",
+        choices=["labels", "similarity"],
+        default="labels",
+        help="similarity: vectors of alike texts become alike, from pairs, or pairs with numbers (--label-column)",
+    )
     add("--task", help="GLUE: cola, sst2, mrpc, qqp, stsb, mnli, qnli, rte, wnli, several with commas, or all")
     add("--output-dir", metavar="DIR", help=f"the run (default: {_OWN_DIR}; with --task {_GLUE_DIR}/TASK)")
     add("--seeds", default="0", metavar="N,N", help="one training per seed")
@@ -117,6 +124,8 @@ def run(args: jsonargparse.Namespace) -> int:
     seeds = _seeds(args.seeds)
     if args.task is None:
         return _own_data(args, settings, seeds)
+    if args.objective != "labels":
+        raise SettingsError(f"--objective {args.objective} goes with rows of one's own, --task with GLUE's; got both")
     for name in ("dev", "text_column", "text_pair_column", "label_column", "label_separator"):
         if args[name] is not None:
             raise SettingsError(f"--{name.replace('_', '-')} goes with rows of one's own, --task with GLUE's; got both")
@@ -168,13 +177,17 @@ def _own_data(args: jsonargparse.Namespace, settings: FinetuneSettings, seeds: l
         label_separator=args.label_separator,
         dev_share=args.dev_share,
     )
-    rows.check_files()
-    from cottention.training.labelled import finetune_labels
+    alike = args.objective == "similarity"
+    if alike and rows.text_pair_column is None:
+        raise SettingsError("--objective similarity needs --text-pair-column: it learns from pairs of texts")
+    rows.check_files(needs_labels=not alike)
+    if alike:
+        from cottention.training.similarity import finetune_similarity as train
+    else:
+        from cottention.training.labelled import finetune_labels as train
 
     output_dir = args.output_dir or _OWN_DIR
-    result = finetune_labels(
-        args.model, rows, output_dir=output_dir, settings=settings, seeds=seeds, overwrite=args.overwrite
-    )
+    result = train(args.model, rows, output_dir=output_dir, settings=settings, seeds=seeds, overwrite=args.overwrite)
     if result.stopped_by is not None:
         return result.exit_code
     if args.json:
@@ -185,7 +198,8 @@ def _own_data(args: jsonargparse.Namespace, settings: FinetuneSettings, seeds: l
     if details := report(_best_scores(result)["dev"]):
         print(details, end="\n\n")
     print(_summary(Path(args.data).name, result))
-    print(f"next: cottention classify --model {shlex.quote(str(result.model_dir))} FILE")
+    following = "embed" if alike else "classify"
+    print(f"next: cottention {following} --model {shlex.quote(str(result.model_dir))} FILE")
     return 0
 
 

@@ -281,6 +281,8 @@ def _usable(
 
 def _labels_in(where: str, columns: Sequence[str], values: Sequence[Any], separator: str | None) -> list[str]:
     """The labels of a row as text."""
+    if not columns:
+        return []
     if len(columns) > 1:
         return [name for name, value in zip(columns, values, strict=True) if _flag(where, name, value)]
     (column,), (value,) = columns, values

@@ -25,7 +25,8 @@ class OwnData:
     text_pair_column: str | None = None
     """Column of the second text, for pairs."""
     label_column: tuple[str, ...] = ()
-    """Column of the label; several: columns of 0 and 1, each a label of its own. None: label, or tags."""
+    """Column of the label; several: columns of 0 and 1, each a label of its own. None: label, or tags; to learn
+    similarity from pairs alone, none."""
     label_type: Literal["auto", "classes", "number", "several", "words"] = "auto"
     """One of some classes, a number, several labels to a text, a tag to each word; auto tells by the column."""
     label_separator: str | None = None
@@ -61,8 +62,11 @@ class OwnData:
         """The columns of labels."""
         return self.label_column or (("tags",) if self.of_words else ("label",))
 
-    def check_files(self) -> None:
+    def check_files(self, *, needs_labels: bool = True) -> None:
         """Look at the files' first rows, before anything heavy is loaded.
+
+        Args:
+            needs_labels: whether there must be a column of labels where none was named.
 
         Raises:
             SettingsError: the choices do not go together.
@@ -84,7 +88,7 @@ class OwnData:
             elif is_tagged_file(path):
                 raise SettingsError(f"{path} holds a tag to each word, not {self.label_type}")
             else:
-                first_row(path, texts=self.texts, values=self.labels)
+                first_row(path, texts=self.texts, values=self.labels if needs_labels else self.label_column)
 
     def as_dict(self) -> dict[str, Any]:
         """The choices in plain types, for YAML; dev_share only where it decides something."""
