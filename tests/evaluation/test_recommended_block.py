@@ -113,12 +113,13 @@ def test_a_gpt_is_fine_tuned_to_tell_texts_apart(kind: str, tmp_path: Path) -> N
 @pytest.mark.parametrize("kind", KINDS)
 def test_a_bert_is_fine_tuned_on_a_task(kind: str, tmp_path: Path) -> None:
     # Both directions of a text: no erase, and a convolution of the tokens around.
-    parts = {**PARTS, "short_conv": 3, "decay": "learned", "divisor": "none", "norm_first": True}
-    mix = {"layer_types": MIX} if kind == "hybrid" else {}
+    parts: dict[str, Any] = {**PARTS, "short_conv": 3, "decay": "learned", "divisor": "none", "norm_first": True}
+    mix: dict[str, Any] = {"layer_types": MIX} if kind == "hybrid" else {}
     source = tiny.save(tmp_path / "bert", tiny.bert(dtype=torch.float32, **parts, **mix), tiny.wordpiece_tokenizer())
     data = write_glue(tmp_path / "glue", num_rows=20)
     settings = FinetuneSettings(epochs=1, batch_size=8, max_length=32)
     result = finetune(source, task="rte", data=data, output_dir=tmp_path / "run", settings=settings)
+    assert result.model_dir is not None
     opened = load_model_and_tokenizer(result.model_dir, "classifier")[0]
     assert opened.config.short_conv == 3
     assert set(opened.config.layer_types) == set(MIX if kind == "hybrid" else MIX[:1])
