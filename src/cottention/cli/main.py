@@ -12,13 +12,13 @@ import argparse
 import logging
 import os
 import sys
-import textwrap
 from collections.abc import Iterator, Mapping, Sequence
 from importlib import import_module
 
 import jsonargparse
 
 import cottention
+from cottention.cli._help import help_options, spelled_as_defined
 from cottention.cli._messages import explain
 from cottention.cli._process import (
     drop_stdout,
@@ -61,7 +61,6 @@ _USER_MISTAKE = 2
 _INTERRUPTED = 130  # 128 + SIGINT, what a shell reports
 _PIPE_CLOSED = 141  # 128 + SIGPIPE
 _LONGEST_MESSAGE = 1000
-_HELP_WIDTH = 79
 # What torch says, in an error of no class of its own, where an allocation failed.
 _OUT_OF_MEMORY = ("can't allocate memory", "out of memory")
 
@@ -118,28 +117,20 @@ def _flush_stdout() -> str:
     return ""
 
 
-class _WithExamples(argparse.RawDescriptionHelpFormatter, jsonargparse.DefaultHelpFormatter):
-    """Help with defaults, whose head and end keep their lines."""
-
-
 def new_parser(command: str, description: str, *, examples: str = "", **options: object) -> jsonargparse.ArgumentParser:
     """Make the parser of a command, or of a subcommand, so that all of them behave alike.
 
     Args:
         command: the words after `cottention`, e.g. "pretrain" or "convert official".
         description: the text at the head of its --help.
-        examples: command lines at its end, one a line.
+        examples: command lines at its end, one a line; none: those in `_examples.py`.
         **options: anything else that jsonargparse.ArgumentParser takes.
 
     Returns:
         A parser that raises argparse.ArgumentError, which `main` turns into one line, and takes no abbreviations (a
         script that relies on one breaks when an option is added).
     """
-    settings: dict = {"exit_on_error": False, "allow_abbrev": False, **options}
-    if examples:
-        description = "\n\n".join(textwrap.fill(part, _HELP_WIDTH) for part in description.split("\n\n"))
-        lines = "\n".join(f"  {line.strip()}" for line in examples.strip().splitlines())
-        settings |= {"formatter_class": _WithExamples, "epilog": f"examples:\n{lines}"}
+    settings: dict = {"exit_on_error": False, "allow_abbrev": False, **help_options(command, examples), **options}
     return jsonargparse.ArgumentParser(prog=f"cottention {command}", description=description, **settings)
 
 
@@ -172,7 +163,7 @@ def _guarded(command: str, rest: Sequence[str]) -> int:
         module = import_module(COMMANDS[command][0])
         parser = module.build_parser()
         with ending_cleanly():
-            return module.run(parser.parse_args(rest)) or 0
+            return module.run(parser.parse_args(spelled_as_defined(parser, rest))) or 0
     except argparse.ArgumentError as error:
         _complain(command, explain(str(error), _names(parser)))
     except CottentionError as error:

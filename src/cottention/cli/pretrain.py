@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 import jsonargparse
 
+from cottention.cli._help import help_options
 from cottention.cli._process import rank
 from cottention.errors import SettingsError
 from cottention.training.recipe import RECIPE_CLASSES
@@ -31,10 +32,12 @@ directory continues a run that was stopped or killed."""
 
 def build_parser() -> jsonargparse.ArgumentParser:
     """Make the parser: one subcommand per architecture, one flag per setting of its recipe."""
-    parser = _PretrainParser(prog="cottention pretrain", description=_DESCRIPTION, exit_on_error=False)
+    settings = {"description": _DESCRIPTION, "exit_on_error": False, **help_options("pretrain")}
+    parser = _PretrainParser(prog="cottention pretrain", **settings)
     subcommands = parser.add_subcommands(dest="arch", required=True)
     for arch, recipe_class in RECIPE_CLASSES.items():
-        subparser = RecipeParser(recipe_class=recipe_class, description=_DESCRIPTION)
+        shown = help_options(f"pretrain {arch}")
+        subparser = RecipeParser(recipe_class=recipe_class, description=_DESCRIPTION, **shown)
         subparser.add_argument("--output-dir", default=f"runs/{arch}", help="The run directory.")
         subparser.add_argument("--overwrite", action="store_true", help="Delete the run in the directory first.")
         subparser.add_argument(
