@@ -77,6 +77,9 @@ fuzz: $(VENV)/.stamp-test $(VENV)/.stamp-native ## try thousands of command line
 	COTTENTION_FUZZ_EXAMPLES=$(or $(EXAMPLES),2000) OMP_NUM_THREADS=1 HF_HUB_OFFLINE=1 \
 	    $(BIN)/python -m pytest -m slow $(ARGS) tests/hostile/test_fuzz.py
 
+test-slurm: $(VENV)/.stamp-test $(VENV)/.stamp-native ## run a job in a SLURM on this machine: needs root, slurm-wlm, munge
+	$(BIN)/python -m pytest -m slurm tests/slurm $(ARGS)
+
 test-gpu: $(VENV)/.stamp-test ## run the tests that need a CUDA or HIP device
 	$(BIN)/python -m pytest -m "gpu and not slurm and not network and not peers" $(ARGS)
 

@@ -39,6 +39,7 @@ COMMANDS: dict[str, tuple[str, str]] = {
     "data": ("cottention.cli.data", "turn text into corpora of sentences, pairs or tokens"),
     "pretrain": ("cottention.cli.pretrain", "pretrain a GPT or a BERT from a recipe"),
     "compare": ("cottention.cli.compare", "show training runs beside each other: a table and curves"),
+    "slurm": ("cottention.cli.slurm", "submit a pretraining run to a SLURM cluster"),
     "recipes": ("cottention.cli.recipes", "list the recipes of the package, or print one"),
     "finetune": ("cottention.cli.finetune", "fine-tune on labels of your own, or on tasks of GLUE"),
     "classify": ("cottention.cli.classify", "label the rows of a file with a fine-tuned model"),
