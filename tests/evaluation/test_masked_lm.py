@@ -13,7 +13,7 @@ import torch
 
 from cottention.data import MaskedLMCollator
 from cottention.errors import CottentionError, DataError
-from cottention.evaluation import MaskedLMResult, evaluate_masked_lm
+from cottention.evaluation import MaskedLMResult, UnigramModel, evaluate_masked_lm
 from cottention.models import CottentionBertForPreTraining
 from tests import tiny
 from tests.models.helpers import bert_config, randomised
@@ -94,6 +94,27 @@ def test_a_model_that_copies_its_input_fills_nothing(bert: Any, monkeypatch: pyt
     result = score(bert, TEXTS * 20)
     assert result.hidden_accuracy == 0
     assert 0 < result.accuracy < 0.3, "about a tenth of the targets stays in place"
+
+
+def test_hidden_targets_are_scored_apart_beside_frequencies(bert: Any) -> None:
+    texts = TEXTS * 20
+    log_probs = np.log(np.arange(1, 61) / np.arange(1, 61).sum())
+    unigram = UnigramModel(log_probs=log_probs, eos_token_id=SEP)
+    collator = MaskedLMCollator(tiny.wordpiece_tokenizer(), 0.15, 0)
+    nats, counted = [], []
+    for row in windows_by_hand(texts, 12):
+        batch = collator([{"input_ids": np.array(row, dtype=np.int32)}])
+        with torch.no_grad():
+            log_p = bert(batch["input_ids"]).logits[0].log_softmax(-1)
+        for place, label in enumerate(batch["labels"][0].tolist()):
+            if label not in (-100, int(batch["input_ids"][0, place])):
+                nats.append(-log_p[place, label].item())
+                counted.append(-log_probs[label])
+    result = score(bert, texts, unigram=unigram)
+    assert 0 < len(nats) < result.num_targets, "some targets stay in place"
+    assert result.hidden_nats_per_token == pytest.approx(np.mean(nats), rel=1e-12)
+    assert result.unigram_nats_per_token == pytest.approx(np.mean(counted), rel=1e-12)
+    assert score(bert, texts).unigram_nats_per_token is None
 
 
 def test_the_batch_size_does_not_change_the_result(bert: Any) -> None:

@@ -24,6 +24,7 @@ from cottention.data.collators import IGNORED, MaskedLMCollator
 from cottention.data.packing import pack_mlm_windows
 from cottention.errors import DataError, SettingsError
 from cottention.evaluation.inputs import as_tokens
+from cottention.evaluation.ngram import UnigramModel
 from cottention.models.configuration import check_vocabulary
 
 
@@ -43,10 +44,14 @@ class MaskedLMResult:
     """That token."""
     baseline_nats_per_token: float
     """Entropy of the targets: the cross-entropy of a model that knows their frequencies and nothing else."""
+    hidden_nats_per_token: float
+    """Mean cross-entropy over the targets that the input does not show; 0 where it shows all."""
     num_targets: int
     """Tokens that were to be predicted."""
     num_windows: int
     """Rows that they are in."""
+    unigram_nats_per_token: float | None = None
+    """Cross-entropy of a counting model's frequencies over the same hidden targets; None where none was given."""
 
     def to_dict(self) -> dict[str, float | int | str]:
         """Plain values, for JSON."""
@@ -62,6 +67,7 @@ def evaluate_masked_lm(
     batch_size: int = 16,
     mlm_probability: float = 0.15,
     seed: int = 0,
+    unigram: UnigramModel | None = None,
     show_progress: bool = False,
 ) -> MaskedLMResult:
     """Score masked-token prediction on held-out text.
@@ -74,6 +80,7 @@ def evaluate_masked_lm(
         batch_size: rows per forward pass; decides speed and memory, not the result.
         mlm_probability: share of the tokens that are targets.
         seed: of the masking.
+        unigram: word frequencies, of the text that the model was trained on, say, to score beside it.
         show_progress: show a bar on stderr.
 
     Raises:
@@ -88,8 +95,8 @@ def evaluate_masked_lm(
     check_vocabulary(tokenizer, model.config)
     collator = MaskedLMCollator(tokenizer, mlm_probability, seed)
     windows = _windows(documents, tokenizer, window)
-    nats, num_right, num_hidden, num_hidden_right = 0.0, 0, 0, 0
-    frequencies = np.zeros(len(tokenizer), dtype=np.int64)
+    nats, hidden_nats, num_right, num_hidden, num_hidden_right = 0.0, 0.0, 0, 0, 0
+    frequencies, hidden_frequencies = (np.zeros(len(tokenizer), dtype=np.int64) for _ in range(2))
     was_training = model.training
     model.eval()
     try:
@@ -97,11 +104,13 @@ def evaluate_masked_lm(
             for start in range(0, len(windows), batch_size):
                 rows = [windows[index] for index in range(start, min(start + batch_size, len(windows)))]
                 labels, batch_nats, right, hidden = _score_batch(model, collator(rows))
-                nats += batch_nats
+                nats += batch_nats.sum()
+                hidden_nats += batch_nats[hidden].sum()
                 num_right += int(right.sum())
                 num_hidden += int(hidden.sum())
                 num_hidden_right += int(right[hidden].sum())
                 frequencies += np.bincount(labels, minlength=len(frequencies))
+                hidden_frequencies += np.bincount(labels[hidden], minlength=len(frequencies))
                 bar.update(len(rows))
     finally:
         model.train(was_training)
@@ -112,13 +121,20 @@ def evaluate_masked_lm(
     return MaskedLMResult(
         accuracy=num_right / num_targets,
         hidden_accuracy=num_hidden_right / max(1, num_hidden),
-        nats_per_token=nats / num_targets,
+        nats_per_token=float(nats / num_targets),
+        hidden_nats_per_token=float(hidden_nats / max(1, num_hidden)),
         baseline_accuracy=float(frequencies.max() / num_targets),
         baseline_token=str(tokenizer.convert_ids_to_tokens(int(frequencies.argmax()))),
         baseline_nats_per_token=float(-(shares * np.log(shares)).sum()),
         num_targets=num_targets,
         num_windows=len(windows),
+        unigram_nats_per_token=None if unigram is None else _nats_of(unigram, hidden_frequencies),
     )
+
+
+def _nats_of(unigram: UnigramModel, frequencies: np.ndarray) -> float:
+    """Cross-entropy of the model's frequencies over tokens that occur so often."""
+    return float(-(frequencies @ unigram.log_probs[: len(frequencies)]) / max(1, frequencies.sum()))
 
 
 def _windows(documents: Dataset | Sequence[str], tokenizer: PreTrainedTokenizerBase, window: int) -> Dataset:
@@ -129,8 +145,8 @@ def _windows(documents: Dataset | Sequence[str], tokenizer: PreTrainedTokenizerB
 
 def _score_batch(
     model: PreTrainedModel, batch: dict[str, torch.Tensor]
-) -> tuple[np.ndarray, float, np.ndarray, np.ndarray]:
-    """Targets, their nats together, whether each is guessed, and whether the input does not show it."""
+) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
+    """Targets, the nats of each, whether it is guessed, and whether the input does not show it."""
     labels = batch.pop("labels").to(model.device)
     outputs = model(**{name: value.to(model.device) for name, value in batch.items()})
     # A pretraining model names them after the task, a plain one does not.
@@ -140,4 +156,4 @@ def _score_batch(
     chosen = chosen if chosen.dtype == torch.float64 else chosen.float()
     losses = F.cross_entropy(chosen, targets, reduction="none")
     right, hidden = chosen.argmax(-1) == targets, batch["input_ids"].to(model.device)[is_target] != targets
-    return targets.cpu().numpy(), losses.double().sum().item(), right.cpu().numpy(), hidden.cpu().numpy()
+    return targets.cpu().numpy(), losses.double().cpu().numpy(), right.cpu().numpy(), hidden.cpu().numpy()
