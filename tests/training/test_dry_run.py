@@ -50,6 +50,12 @@ def test_longer_windows_at_the_end_are_counted(corpus: Path) -> None:
     assert dry_run(longer).tokens == 8 * 32 * (10 + 2 * 10)
 
 
+def test_a_run_by_the_clock_has_the_steps_that_fit(corpus: Path) -> None:
+    found = dry_run(replace_settings(tiny_recipe("gpt", corpus), {"training.minutes": 2.0}))
+    assert found.run_s == pytest.approx(120, abs=found.step_s)
+    assert found.tokens == found.steps * 8 * 32
+
+
 def test_the_command_prints_and_writes_nothing(
     corpus: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

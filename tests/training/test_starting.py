@@ -112,6 +112,11 @@ def test_what_cannot_go_further_is_one_line(finished_gpt: Run, finished_bert: Ru
     shorter = replace_settings(finished_gpt.recipe, {"training.max_steps": 10})
     with pytest.raises(CottentionError, match=r"training.max_steps \(20 there, 10 now\)"):
         pretrain(shorter, output_dir=folder, extend=True)
+    by_the_clock = replace_settings(finished_gpt.recipe, {"training.minutes": 5.0})
+    clocked = shutil.copytree(finished_gpt.directory, tmp_path / "clocked")
+    (clocked / "recipe.yaml").write_text(recipe_text(by_the_clock))
+    with pytest.raises(CottentionError, match=r"^--extend needs a run without training.minutes; got 5"):
+        pretrain(replace_settings(by_the_clock, {"training.max_steps": 28}), output_dir=clocked, extend=True)
     shutil.rmtree(folder / "checkpoints")
     with pytest.raises(CottentionError, match=r"^--extend needs a checkpoint to go on from; .*/run has none"):
         pretrain(longer, output_dir=folder, extend=True)

@@ -114,6 +114,9 @@ def dry_run(recipe: Recipe) -> DryRun:
         pass_s, optimizer_s, kept = _measure(recipe, model, num_windows, device)
     training = recipe.training
     step_s = pass_s * training.global_batch_size / num_windows + optimizer_s
+    if training.minutes is not None:  # then max_steps is a forecast
+        recipe = replace_settings(recipe, {"training.max_steps": max(1, round(60 * training.minutes / step_s))})
+        training = recipe.training
     tokens = recipe.tokens_after(training.max_steps)
     parameters = _parameters(model)
     return DryRun(

@@ -94,6 +94,8 @@ def check_goes_further(run_dir: Path, recipe: Recipe) -> None:
         bound = [name for name in ("long_sequence_length", "mlm_probability_start") if getattr(data, name) is not None]
     else:
         bound = ["carry_state"] if data.carry_state else []
+    if recipe.training.minutes is not None:
+        raise SettingsError(f"--extend needs a run without training.minutes; got {recipe.training.minutes:g}")
     if bound:
         raise SettingsError(
             f"--extend needs a run without data.{bound[0]}, whose text is laid out by training.max_steps"
