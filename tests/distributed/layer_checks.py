@@ -1,4 +1,4 @@
-"""What `test_layers.py` runs on every rank: layers over slices, bytes, derivatives, refusals, FSDP2 beside it."""
+"""What `test_sequence.py` runs on every rank: layers over slices, bytes, derivatives, refusals, FSDP2 beside it."""
 
 from __future__ import annotations
 

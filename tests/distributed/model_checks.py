@@ -1,4 +1,4 @@
-"""What `test_models.py` runs on every rank: a model over slices against the same model over whole texts."""
+"""What `test_sequence.py` runs on every rank: a model over slices against the same model over whole texts."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What `test_operation.py` runs on every rank: attention over slices against attention over the whole sequence."""
+"""What `test_sequence.py` runs on every rank: attention over slices against attention over the whole sequence."""
 
 from __future__ import annotations
 
