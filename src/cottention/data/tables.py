@@ -225,7 +225,8 @@ class _RowsOf:
     def _chunks(self) -> Iterator[bytes]:
         if self.name != STDIN:
             return decoded_chunks(self.path, self.compression, size=_CHUNK)
-        return iter(lambda: sys.stdin.buffer.read1(_CHUNK), b"")
+        stdin: Any = sys.stdin.buffer  # a buffered reader, which gives what is there without waiting for more
+        return iter(lambda: stdin.read1(_CHUNK), b"")
 
 
 # Lines of text, JSON, parquet

@@ -79,7 +79,7 @@ def label_texts(
         SettingsError: the tokenizer is not the model's, or a size makes no sense.
     """
     reads = _Reader(model, with_text_ends(tokenizer), batch_size, max_length, cuts)
-    names = [str(model.config.id2label[at]) for at in range(model.config.num_labels)]
+    names = _names(model)
 
     def said(logits: Tensor) -> dict[str, Any]:
         return _said(logits, names, model.config.problem_type, all_scores)
@@ -119,7 +119,7 @@ def label_words(
         SettingsError: the tokenizer is not the model's, or a size makes no sense.
     """
     reads = _Reader(model, with_text_ends(tokenizer), batch_size, max_length, cuts)
-    names = [str(model.config.id2label[at]) for at in range(model.config.num_labels)]
+    names = _names(model)
     for window in reads.windows(rows, lambda words: sum(map(len, words))):
         found = words_to_tokens(reads.tokenizer, window, reads.limit)
         outputs = reads.in_batches(found, lambda batch, rows: split_tokens(model, batch, rows))
@@ -145,6 +145,11 @@ def split_tokens(
     if "cu_seqlens" in batch:
         return list(logits[0].split(lengths))
     return [row[:length] for row, length in zip(logits, lengths, strict=True)]
+
+
+def _names(model: PreTrainedModel) -> list[str]:
+    config: Any = model.config
+    return [str(config.id2label[at]) for at in range(config.num_labels)]
 
 
 class _Reader:
@@ -187,9 +192,10 @@ class _Reader:
 
     def texts(self, rows: Sequence[tuple[str | None, str]]) -> dict[str, list[Any]]:
         """Columns input_ids, num_first, was_cut of texts and pairs."""
+        firsts: Any = [first for first, _ in rows]
         seconds = [second for _, second in rows]
         found: Any = self.tokenizer(
-            [first for first, _ in rows],
+            firsts,
             seconds if any(seconds) else None,
             truncation="longest_first",
             max_length=min(self.limit, 1 << 30),
@@ -208,7 +214,9 @@ class _Reader:
             return []
         self.cuts.count += sum(columns["was_cut"])
         names = ("input_ids", "num_first")
-        rows = [dict(zip(names, row, strict=True)) for row in zip(*(columns[name] for name in names), strict=True)]
+        rows: list[dict[str, Any]] = [
+            dict(zip(names, row, strict=True)) for row in zip(*(columns[name] for name in names), strict=True)
+        ]
         order = sorted(range(len(rows)), key=lambda at: len(rows[at]["input_ids"]))
         results: dict[int, Tensor] = {}
         for start in range(0, len(order), self.batch_size):
