@@ -98,8 +98,9 @@ def cosine_attention(
             wholly, to 2, beyond which states grow; not checked. Causal only. None: nothing is erased.
         chunk_size: tokens per tile of the chunked form, any; None chooses. It changes speed and memory, not results.
         implementation: "auto", or a name of `cottention.ops.IMPLEMENTATIONS`, which runs or raises, never falls back.
-            torch.export and torch.onnx.export write plain operators in its place ("naive" as it is; with log_decay or
-            beta the operator stays): an exported program runs where there is no cottention, for any batch and length.
+            torch.export and torch.onnx.export write plain operators in its place ("naive" as it is), with log_decay or
+            beta in a loop over the tokens (with cu_seqlens too the operator stays): an exported program runs where
+            there is no cottention, for any batch and length.
         process_group: ranks (a ProcessGroup, or a DeviceMesh of one dimension) that share the sequence: each gives the
             tokens of its slice, one behind the other in the order of the ranks, of any lengths. What is no token's own
             is the same on every rank: cu_seqlens (boundaries of the whole row) and initial_state. The final state is
@@ -133,10 +134,11 @@ def cosine_attention(
     options: dict[str, Any] = {} if name == "naive" else {"chunk_size": chunk_size}
     if is_gated:
         options |= {"log_decay": log_decay, "beta": beta}
-    writes_plain = name != "naive" and not is_gated and _is_exporting()
-    run = plain_cosine_attention if writes_plain else IMPLEMENTATIONS[name]
+    run = IMPLEMENTATIONS[name]
     if name == "triton" and beta is not None:
         run = attend_erasing
+    if name != "naive" and _is_exporting():
+        run = _written_out(run, is_gated=is_gated, is_packed=cu_seqlens is not None)
     if process_group is not None:
         run = _sharded(run, chunk_size if name != "naive" else None, process_group)
         options = {"log_decay": log_decay, "beta": beta}
@@ -173,6 +175,23 @@ def _is_exporting() -> bool:
             "cosine attention needs torch.onnx.export(..., dynamo=True): the TorchScript exporter keeps no free lengths"
         )
     return torch.compiler.is_exporting()
+
+
+def _written_out(run: Callable[..., Any], *, is_gated: bool, is_packed: bool) -> Callable[..., Any]:
+    """What is written into an exported program in the place of `run`.
+
+    Raises:
+        RuntimeError: ONNX has no form of it.
+    """
+    if not is_gated:
+        return plain_cosine_attention
+    if not is_packed:
+        from cottention.ops.scanned import scanned_cosine_attention  # what torch has for loops takes a second
+
+        return scanned_cosine_attention
+    if torch.onnx.is_in_onnx_export():
+        raise RuntimeError("ONNX has no form of packed texts with decay or erase: export a call without cu_seqlens")
+    return run
 
 
 def choose_implementation(

@@ -54,7 +54,7 @@ class Tokens(NamedTuple):
         )
 
 
-class _Call:
+class Call:
     """A call's tokens and their layout in chunks."""
 
     def __init__(
@@ -259,15 +259,16 @@ def plain_gated(
     kv says nothing where it is not causal, or where that is not asked for (`reaches`).
     """
     given = (q, k, v, norm_const, mask, cu_seqlens, kv, seen, log_decay, beta)
-    call = _Call(*given, causal=causal, chunk_size=chunk_size)
+    call = Call(*given, causal=causal, chunk_size=chunk_size)
     o, reached = _Walk(call.layout, call.tokens, call.kv).forward(reaches=reaches and causal)
     if not causal:
         back, _ = _Walk(*call.backwards(), call.kv).forward(reaches=False)
-        o = o + back.flip(1) - _diagonal(call.tokens) * call.tokens.v
+        o = o + back.flip(1) - diagonal(call.tokens) * call.tokens.v
     return finished(o, q, mask), reached, call.total
 
 
-def _diagonal(tokens: Tokens) -> Tensor:
+def diagonal(tokens: Tokens) -> Tensor:
+    """q_hat_t . k_hat_t, which both walks of bidirectional attention have."""
     return (tokens.q * tokens.k).sum(-1, keepdim=True)  # [B, T, H, 1]
 
 
@@ -308,7 +309,7 @@ def gated_backward(
 ) -> tuple[Tensor, ...]:
     """Gradients of q, k, v, norm_const, kv, log_decay and beta; empty where there is no such input."""
     given = (q, k, v, norm_const, mask, cu_seqlens, kv, seen, log_decay, beta)
-    call = _Call(*given, causal=causal, chunk_size=chunk_size)
+    call = Call(*given, causal=causal, chunk_size=chunk_size)
     tokens = call.tokens
     grad = _masked(grad.to(tokens.v.dtype), mask)
     dreached = torch.zeros_like(call.kv) if grad_kv is None else grad_kv
@@ -319,7 +320,7 @@ def gated_backward(
         dq, dk, dv, ddecay, _ = back.each(lambda x: x.flip(1))
         inner = (grad * tokens.v).sum(-1, keepdim=True)
         dq, dk = dq - inner * tokens.k, dk - inner * tokens.q
-        dv = dv - _diagonal(tokens) * grad
+        dv = dv - diagonal(tokens) * grad
         found = Tokens(found.q + dq, found.k + dk, found.v + dv, found.log_decay + ddecay.roll(1, 1), None)
     nothing = q.new_empty(0, dtype=tokens.v.dtype)
     dv, dm = found.v, nothing
