@@ -64,8 +64,9 @@ def fit_to_time(recipe: Recipe, text: PreparedText, *, budget_s: float) -> Recip
     logger.info("a step takes %.3f s: %d steps in %s", mean_step_s, max_steps, duration(budget_s))
     changes = {
         "training.max_steps": max_steps,
-        # The evaluation at the end comes when the time is over.
-        "training.minutes": max(left_s - evaluation_s, step_s) / 60,
+        # The evaluation at the end comes when the time is over. Where neighbours make it take a good part of that, the
+        # run is rather late than untrained.
+        "training.minutes": max(left_s - evaluation_s, budget_s / 2) / 60,
         "training.eval_every": math.ceil(max_steps / num_evaluations),
         "training.save_every": max(1, round(_BETWEEN_CHECKPOINTS_S / step_s)),
     }
