@@ -67,7 +67,11 @@ def fit_to_time(recipe: Recipe, text: PreparedText, *, budget_s: float) -> Recip
         # The evaluation at the end comes when the time is over. Where neighbours make it take a good part of that, the
         # run is rather late than untrained.
         "training.minutes": max(left_s - evaluation_s, budget_s / 2) / 60,
-        "training.eval_every": math.ceil(max_steps / num_evaluations),
+        "training.eval_every": max(
+            math.ceil(max_steps / num_evaluations),
+            # Not at every step of a run that will have more than was left for it.
+            round(budget_s / 2 / mean_step_s) if left_s - evaluation_s < budget_s / 2 else 1,
+        ),
         "training.save_every": max(1, round(_BETWEEN_CHECKPOINTS_S / step_s)),
     }
     return replace_settings(recipe, changes)
