@@ -26,10 +26,11 @@ from torch import Tensor
 from transformers import PreTrainedModel, set_seed
 
 from cottention.training.arguments import compute_type
+from cottention.training.objectives import objective_of
 from cottention.training.optimizer import build_optimizer
 from cottention.training.pretraining import build_model
 from cottention.training.progress import duration
-from cottention.training.recipe import BertRecipe, Recipe
+from cottention.training.recipe import Recipe
 from cottention.training.recipe_files import replace_settings
 
 _BYTES_A_PARAMETER = 16
@@ -176,13 +177,7 @@ def _random_batch(recipe: Recipe, num_windows: int, device: torch.device) -> dic
     """Full windows of any tokens, as many of them hidden as the recipe hides."""
     shape = (num_windows, recipe.data.sequence_length)
     input_ids = torch.randint(1, recipe.model.vocab_size, shape, device=device)
-    if not isinstance(recipe, BertRecipe):
-        return {"input_ids": input_ids, "labels": input_ids}
-    hidden = torch.rand(shape, device=device) < recipe.data.mlm_probability
-    batch = {"input_ids": input_ids, "labels": input_ids.masked_fill(~hidden, -100)}
-    if recipe.data.next_sentence:
-        batch["next_sentence_label"] = torch.zeros(num_windows, dtype=torch.int64, device=device)
-    return batch
+    return {"input_ids": input_ids, **objective_of(recipe).random_labels(input_ids)}
 
 
 def _parameters(model: PreTrainedModel) -> dict[str, int]:

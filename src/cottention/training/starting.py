@@ -17,10 +17,10 @@ from transformers import PreTrainedModel, TrainerCallback, TrainerControl, Train
 from cottention.data.tokenizer import load_tokenizer
 from cottention.errors import SettingsError
 from cottention.generation import load_model_and_tokenizer
-from cottention.generation.loading import Kind
 from cottention.training.checkpoints import list_checkpoints
 from cottention.training.corpora import TRAINED
-from cottention.training.recipe import BertRecipe, Recipe
+from cottention.training.objectives import objective_of
+from cottention.training.recipe import Recipe
 
 # What of a config says nothing about its weights.
 _FREE = frozenset(
@@ -58,9 +58,7 @@ def open_start(recipe: Recipe) -> Start | None:
     source = recipe.training.init_from
     if source is None:
         return None
-    kind: Kind = "causal-lm"
-    if isinstance(recipe, BertRecipe):
-        kind = "next-sentence" if recipe.model.next_sentence_head else "masked-lm"
+    kind = objective_of(recipe).model_kind
     model, tokenizer = load_model_and_tokenizer(source, kind, device="cpu", dtype=torch.float32)
     own: Any = type(model.config)(**recipe.config_fields())
     for name in recipe.config_fields():
@@ -89,13 +87,9 @@ def check_goes_further(run_dir: Path, recipe: Recipe) -> None:
     Raises:
         SettingsError: it would be so, or no checkpoint is left.
     """
-    data: Any = recipe.data
-    if isinstance(recipe, BertRecipe):
-        bound = [name for name in ("long_sequence_length", "mlm_probability_start") if getattr(data, name) is not None]
-    else:
-        bound = ["carry_state"] if data.carry_state else []
     if recipe.training.minutes is not None:
         raise SettingsError(f"--extend needs a run without training.minutes; got {recipe.training.minutes:g}")
+    bound = [name for name in objective_of(recipe).laid_out_by_steps if getattr(recipe.data, name)]
     if bound:
         raise SettingsError(
             f"--extend needs a run without data.{bound[0]}, whose text is laid out by training.max_steps"

@@ -23,6 +23,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from cottention.data.documents import DocumentWindows
 from cottention.data.pair_examples import PairExamples
+from cottention.generation.loading import Kind
 from cottention.training.held_out import HeldOut, count_targets
 from cottention.training.held_out_carried import CarriedHeldOut
 from cottention.training.lanes import LaneStream
@@ -129,8 +130,20 @@ class PretrainingObjective(Objective):
     reads_token_corpora = False
     """Whether data.source may be tokens that were made before."""
 
+    laid_out_by_steps: tuple[str, ...] = ()
+    """Settings of data that, where they are given, make the order of the text depend on training.max_steps."""
+
     def __init__(self, recipe: Any) -> None:
         self.recipe = recipe
+
+    @property
+    @abstractmethod
+    def model_kind(self) -> Kind:
+        """What its models are to those who open them."""
+
+    @abstractmethod
+    def random_labels(self, input_ids: Tensor) -> dict[str, Tensor]:
+        """Labels for windows of any tokens `[B, T]`, as many as a batch has: what a step costs is tried with them."""
 
     @property
     def leaves_parameters_unused(self) -> bool:

@@ -31,6 +31,7 @@ logger = get_logger(__name__)
 class Carried(Causal):
     """A cosine GPT's objective on long documents."""
 
+    laid_out_by_steps = ("carry_state",)
     _states: CarriedStates
 
     def examples(self, opened: OpenedText) -> PreparedText:

@@ -10,12 +10,14 @@ from collections.abc import Mapping
 from typing import Any
 
 from datasets import Dataset
+from torch import Tensor
 from transformers import PreTrainedModel
 
 from cottention.data.collators import CausalCollator
 from cottention.data.documents import DocumentWindows, collate_documents
 from cottention.data.packing import pack_windows, packing_report
 from cottention.data.tokenization import arrow_batches
+from cottention.generation.loading import Kind
 from cottention.logging import get_logger
 from cottention.models import CottentionGPTConfig, CottentionGPTForCausalLM
 from cottention.training.held_out import HeldOut
@@ -28,6 +30,15 @@ class Causal(PretrainingObjective):
     """A GPT's objective."""
 
     reads_token_corpora = True
+
+    @property
+    def model_kind(self) -> Kind:
+        """One that writes text."""
+        return "causal-lm"
+
+    def random_labels(self, input_ids: Tensor) -> dict[str, Tensor]:
+        """Every token is a target."""
+        return {"labels": input_ids}
 
     def new_model(self, fields: Mapping[str, Any]) -> PreTrainedModel:
         """A GPT with a language-modelling head."""

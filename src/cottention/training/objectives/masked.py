@@ -9,13 +9,17 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
+import torch
 from datasets import Dataset
+from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from cottention.data.collators import MaskedLMCollator
 from cottention.data.packing import pack_mlm_windows
 from cottention.data.pair_examples import PairExamples
 from cottention.errors import SettingsError
+from cottention.files import IGNORE_INDEX
+from cottention.generation.loading import Kind
 from cottention.logging import get_logger
 from cottention.models import CottentionBertConfig, CottentionBertForMaskedLM, CottentionBertForPreTraining
 from cottention.training.held_out import HeldOut
@@ -29,6 +33,17 @@ class Masked(PretrainingObjective):
     """A BERT's objective on windows."""
 
     what = "windows"
+    laid_out_by_steps = ("long_sequence_length", "mlm_probability_start")
+
+    @property
+    def model_kind(self) -> Kind:
+        """One that fills in words, and tells sentences apart where it has the head."""
+        return "next-sentence" if self.recipe.model.next_sentence_head else "masked-lm"
+
+    def random_labels(self, input_ids: Tensor) -> dict[str, Tensor]:
+        """As many targets as the recipe hides at its end."""
+        hidden = torch.rand(input_ids.shape, device=input_ids.device) < self.recipe.data.mlm_probability
+        return {"labels": input_ids.masked_fill(~hidden, IGNORE_INDEX)}
 
     @property
     def leaves_parameters_unused(self) -> bool:

@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
+import torch
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
@@ -29,6 +30,10 @@ class Pairs(Masked):
     def leaves_parameters_unused(self) -> bool:
         """Both heads learn."""
         return False
+
+    def random_labels(self, input_ids: Tensor) -> dict[str, Tensor]:
+        """Hidden tokens, and an answer for each pair."""
+        return {**super().random_labels(input_ids), "next_sentence_label": torch.zeros_like(input_ids[:, 0])}
 
     def examples(self, opened: PairText) -> PreparedText:  # type: ignore[override]
         """Pairs of one length, or of two."""
