@@ -27,7 +27,7 @@ def test_classes_are_scored_as_by_scikit_learn() -> None:
         [values[name] for name in ("precision", "recall", "f1", "rows")]
         for values in scores.details["classes"].values()
     ]
-    np.testing.assert_allclose(found, np.transpose(each))
+    np.testing.assert_allclose(found, np.transpose(np.asarray(each)))
     wrong = matrix - np.diag(np.diag(matrix))
     true, other, count = scores.details["most_confused"][0]
     assert wrong[NAMES.index(true), NAMES.index(other)] == count == wrong.max()

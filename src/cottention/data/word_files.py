@@ -55,7 +55,8 @@ def read_words(
     columns = {"texts": [words]} if is_text else {"texts": [], "values": [words, *([] if tags is None else [tags])]}
     for row in read_table(path, left_out=left_out, **columns):
         if is_text:
-            yield row.number, row.where, (row.cells[0] or "").split() or None, None
+            written: str = row.cells[0] or ""
+            yield row.number, row.where, written.split() or None, None
             continue
         try:
             found = [_strings(row.where, name, cell) for name, cell in zip((words, tags), row.cells, strict=False)]

@@ -73,7 +73,7 @@ def tag_scores(names: Sequence[str], predicted: Sequence[np.ndarray], labels: Se
         return words
     found, given, right = 0, 0, 0
     for mine, true in zip(predicted, labels, strict=True):
-        spans = [spans_of([names[tag] for tag in row[true != IGNORE_INDEX]]) for row in (mine, true)]
+        spans = [spans_of([names[int(tag)] for tag in row[true != IGNORE_INDEX]]) for row in (mine, true)]
         found, given, right = found + len(spans[0]), given + len(spans[1]), right + len(spans[0] & spans[1])
     f1 = _f1(right, found, given)
     official = {"span_f1": f1, "accuracy": words.official["accuracy"]}

@@ -137,7 +137,7 @@ def between_texts(
     if cu_seqlens is not None:
         if B != 1:
             raise ValueError(f"cu_seqlens needs a batch of one packed row, B=1; got B={B}")
-        if not (torch.compiler.is_compiling() or torch.jit.is_tracing()):
+        if not (torch.compiler.is_compiling() or torch.jit.is_tracing()):  # pyright: ignore[reportPrivateImportUsage]
             check_boundaries(cu_seqlens.tolist(), T)
         boundaries = cu_seqlens.to(torch.int64)
         N = boundaries.shape[0] - 1  # not len, which torch.jit.trace keeps as a number
@@ -156,7 +156,7 @@ def between_texts(
 
 def convolve(rows: Float[Tensor, "R S_plus_W_minus_1 C"], weight: Float[Tensor, "C W"]) -> Float[Tensor, "R S C"]:
     """y_s = sum_i weight_i rows_(s + i), for each channel, in the dtype of the rows."""
-    if torch.compiler.is_compiling() or torch.jit.is_tracing() or is_transformed(rows, weight):
+    if torch.compiler.is_compiling() or torch.jit.is_tracing() or is_transformed(rows, weight):  # pyright: ignore[reportPrivateImportUsage]
         return _sum_of_taps(rows, weight)
     return _Convolution.apply(rows, weight.to(rows.dtype))
 

@@ -78,7 +78,7 @@ def softmax_attention(
         )
     if cu_seqlens is not None:
         _check_packing(q, k, attention_mask)
-        if torch.compiler.is_compiling() or torch.jit.is_tracing():
+        if torch.compiler.is_compiling() or torch.jit.is_tracing():  # pyright: ignore[reportPrivateImportUsage]
             return _attend_masked(q, k, v, _same_sequence(cu_seqlens, T, causal, sliding_window), dropout_p)
         lengths = [length for length in cu_seqlens.diff().tolist() if length]
         if sum(lengths) != T:
@@ -104,7 +104,7 @@ def _attend(
 ) -> Tensor:
     T, S = q.shape[1], k.shape[1]
     # An exported or traced program is for any length: it cannot choose by it.
-    if sliding_window is not None and not (torch.compiler.is_exporting() or torch.jit.is_tracing()):
+    if sliding_window is not None and not (torch.compiler.is_exporting() or torch.jit.is_tracing()):  # pyright: ignore[reportPrivateImportUsage]
         if sliding_window >= S:
             sliding_window = None  # which hides nothing
         elif is_narrow(T, S, sliding_window):

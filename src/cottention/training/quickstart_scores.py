@@ -56,7 +56,7 @@ def score(
     """
     logger.info("scoring the model on all of the held-out text")
     train, held_out = open_documents(recipe.data, seed=recipe.training.seed)
-    bars = {"show_progress": sys.stderr.isatty()}
+    bars: Any = {"show_progress": sys.stderr.isatty()}
     if recipe.arch == "bert":
         data: Any = recipe.data
         window, share = data.sequence_length, data.mlm_probability

@@ -120,7 +120,8 @@ def gated(
         if causal:
             options |= {"final_kv": final_kv, "final_seen": final_seen}
         else:
-            final_kv.zero_(), final_seen.zero_()
+            final_kv.zero_()
+            final_seen.zero_()
     assert segment_tokens <= ERASE_SEGMENT, segment_tokens
     if segment_tokens > 0:
         saved = _states(q, v, num_saved(q, cu_seqlens, segment_tokens)).zero_()  # not all are reached

@@ -197,7 +197,7 @@ class _Erasing(torch.autograd.Function):
         if not reached:
             return (None,) * (1 + len(tensors))
         # a second backward comes where the graph around this node is kept for it, and there alone
-        is_kept = torch._C._autograd._get_current_graph_task_keep_graph()
+        is_kept = torch._C._autograd._get_current_graph_task_keep_graph()  # pyright: ignore[reportAttributeAccessIssue]
         ends, flows = zip(*reached, strict=True)
         found = iter(torch.autograd.grad(ends, leaves, flows, retain_graph=is_kept, allow_unused=True))
         if not is_kept:
