@@ -7,7 +7,7 @@ from dataclasses import replace
 
 import pytest
 
-from cottention.benchmarks import attention, roofline
+from cottention.benchmarks import attention, roofline, table
 from cottention.benchmarks.attention import benchmark_attention, write_report
 from cottention.benchmarks.check import WrongResultError
 from cottention.benchmarks.measure import Timing
@@ -146,6 +146,22 @@ def _rounds(calls, order, options):
         for call in calls.values():
             call()
     return {key: Timing(samples_s=(float(i), float(i))) for i, key in enumerate(calls, 1)}
+
+
+@pytest.mark.parametrize(
+    ("seconds", "shown"),
+    [
+        (9.994e-4, "999 us"),
+        (9.996e-4, "1 ms"),
+        (9.994e-2, "99.9 ms"),
+        (0.9994, "999 ms"),
+        (0.9996, "1 s"),
+        (999.6, "1000 s"),
+        (12345.0, "12345 s"),
+    ],
+)
+def test_a_duration_has_no_exponent(seconds: float, shown: str) -> None:
+    assert table._duration(seconds) == shown
 
 
 def test_a_wrong_implementation_is_never_timed(monkeypatch):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -13,9 +14,11 @@ import pytest
 import cottention
 from cottention.cli import pretrain
 from cottention.cli.main import main
+from cottention.data import building
 from cottention.errors import CheckpointError, DataError, SettingsError
 from cottention.generation.loading import choose_device
 from cottention.generation.source import resolve_directory
+from cottention.stopping import Stopped
 from tests.subprocesses import run_python
 
 
@@ -133,6 +136,35 @@ def test_the_package_lists_what_it_has_and_says_where_the_rest_is() -> None:
         assert not hasattr(cottention, "CottentionGPTConfig")
         assert not {"torch", "transformers"} & set(sys.modules)
     """)
+
+
+def test_a_summary_says_how_often_the_next_sentence_is_right(tmp_path: Path) -> None:
+    from cottention.training.pretraining import PretrainResult
+
+    metrics = {"val_loss": 5.0, "val_ppl": 148.41, "val_accuracy": 0.25, "val_nsp_accuracy": 0.7512}
+    result = PretrainResult(run_dir=tmp_path, model_dir=tmp_path / "model", step=1, metrics=metrics)
+    said = "25.0% of the masked tokens right, 75.1% of the next sentences told right"
+    assert pretrain._summary("bert", result).splitlines()[1].endswith(said)
+
+
+@pytest.mark.parametrize(
+    ("error", "code", "said"),
+    [
+        (KeyboardInterrupt(), 130, "interrupted"),
+        (Stopped(signal.SIGTERM), 143, "stopped by SIGTERM"),
+    ],
+)
+def test_a_build_that_was_ended_says_how_it_goes_on(
+    error: BaseException, code: int, said: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys
+) -> None:
+    def end(*_: Any, **__: Any) -> None:
+        raise error
+
+    monkeypatch.setattr(building, "build_documents", end)
+    (tmp_path / "text.txt").write_text("A text.")
+    words = ["data", "build", "gpt", str(tmp_path / "text.txt"), "--output-dir", str(tmp_path / "corpus")]
+    assert main(words) == code
+    assert capsys.readouterr().err == f"cottention data: error: {said}; the same command goes on\n"
 
 
 @pytest.mark.parametrize("rank", ["0", "x"])

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import fields
 from typing import Any
 
 import numpy as np
@@ -10,6 +11,7 @@ import torch
 from datasets import Dataset
 
 from cottention.convert.distil_layers import attention_sublayers, record
+from cottention.convert.distil_report import DistillationReport, Scores
 from cottention.convert.distil_scores import _Unexplained
 from cottention.convert.distil_text import scoring_batches, split_off_end, training_batches
 from cottention.convert.distil_train import unexplained
@@ -45,6 +47,14 @@ def test_recorded_calls_give_the_recorded_outputs_again(kind: str, attention_typ
 def test_parameters_of_a_sublayer_are_its_projections_and_norm_const() -> None:
     for model, num in ((tiny.bert(), 9), (tiny.bert("softmax"), 8), (tiny.gpt(), 5), (tiny.gpt("softmax"), 4)):
         assert len(attention_sublayers(model)[0].parameters()) == num
+
+
+def test_a_table_says_what_its_errors_mean() -> None:
+    nothing: dict[str, Any] = {field.name: 0 for field in fields(DistillationReport)}
+    source, before = Scores(loss=1.5), Scores(loss=1.6, attention_errors=(0.5, 0.7), hidden_error=2.0)
+    table = DistillationReport(**nothing | {"source": source, "before": before, "after": None}).table()
+    assert table[2].split() == ["attention", "output", "error", "-", "0.600"]
+    assert table[-1] == "  errors: 0 equals the source, 1 is what the best constant does"
 
 
 def test_unexplained_is_0_for_a_copy_and_1_for_the_mean() -> None:

@@ -94,6 +94,14 @@ def test_what_limits_a_figure_is_said(tmp_path: Path) -> None:
     assert cells_of(text, "mine")[0][:2] == ["50.0", "–"]
 
 
+def test_a_limit_that_left_nothing_out_is_not_said(tmp_path: Path) -> None:
+    scores = [epoch(1, ("dev",), {"accuracy": 0.5}, {"accuracy": 0.5})]
+    for limit, remarks in ((100, ()), (20, ("WNLI: the first 20 dev rows",))):
+        rows = {"train": 100, "dev": min(limit, 71)}
+        folder = write_run(tmp_path / str(limit), "wnli", [scores], [1], dev_limit=limit, num_rows=rows)
+        assert read_glue_run(folder).remarks == remarks
+
+
 def test_wnli_has_a_column_only_where_it_was_run_and_is_in_no_average(tmp_path: Path) -> None:
     folder = write_all(tmp_path / "mine")
     without = glue_tables([read_glue_run(folder)]).markdown()

@@ -14,6 +14,8 @@ import termios
 import threading
 import time
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
 
@@ -55,6 +57,22 @@ def test_without_a_terminal_lines_come_now_and_then(
         assert line.endswith(" left")
     assert "held-out " in steps[-1]
     assert "training:" not in stderr.getvalue(), "no bar in a log file"
+
+
+def test_one_slow_moment_is_no_forecast(monkeypatch: pytest.MonkeyPatch, log_lines: list[str]) -> None:
+    """What is left follows from the speed of the last laps together; a held-out loss says of which step it is."""
+    monkeypatch.setattr(progress, "_SECONDS_BETWEEN_LINES", 0.0)
+    monkeypatch.setattr(sys, "stderr", io.StringIO())
+    recipe = tiny_recipe("gpt", Path("text.txt"))
+    shown = progress.ProgressBar(recipe)
+    state: Any = SimpleNamespace(global_step=100, max_steps=1100, is_world_process_zero=True)
+    nothing: Any = None
+    shown.on_log(nothing, state, nothing, {"val_loss": 5.5421})
+    left = recipe.tokens_after(1100) - recipe.tokens_after(100)
+    for speed in [left / 100] * 9 + [left / 2000]:
+        shown.on_log(nothing, state, nothing, {"loss": 5.0, "tokens_per_s": speed})
+    assert [line.rpartition(", ")[2] for line in log_lines] == ["1 min 40 s left"] * 9 + ["4 min 50 s left"]
+    assert all("held-out 5.542 at step 100, " in line for line in log_lines)
 
 
 def test_on_a_terminal_a_bar_shows_loss_speed_and_remaining_time(

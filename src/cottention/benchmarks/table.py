@@ -143,8 +143,8 @@ def _note(point: Point) -> str:
 
 def _duration(seconds: float) -> str:
     for unit, factor in (("s", 1.0), ("ms", 1e-3)):
-        if seconds >= factor:
-            return f"{seconds / factor:.3g} {unit}" if seconds < 1000 * factor else f"{seconds / factor:.0f} {unit}"
+        if seconds >= 0.9995 * factor:  # what three digits round to 1000 is one of the next unit
+            return f"{seconds / factor:.3g} {unit}" if seconds < 999.5 * factor else f"{seconds / factor:.0f} {unit}"
     return f"{seconds / 1e-6:.3g} us"
 
 

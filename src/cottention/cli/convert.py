@@ -7,7 +7,6 @@ cottention convert softmax bert-base-cased models/bert-from-softmax --distil-tex
 from __future__ import annotations
 
 import json
-import sys
 from typing import TYPE_CHECKING
 
 from jsonargparse import ArgumentParser, Namespace
@@ -112,7 +111,7 @@ def run(args: Namespace) -> None:
             keep_every=chosen.keep_every,
             distillation=_distillation(chosen),
             device=chosen.device,
-            show_progress=sys.stderr.isatty(),
+            show_progress=True,
             **places,
         )
     print(json.dumps(report.to_dict(), indent=2) if chosen.json else report.summary())

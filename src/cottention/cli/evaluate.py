@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import json
 import math
-import sys
 from collections.abc import Mapping
 from typing import Any
 
@@ -113,7 +112,7 @@ def _run_perplexity(chosen: Namespace) -> None:
         stride=chosen.stride,
         carry_state=chosen.carry_state,
         batch_size=chosen.batch_size,
-        show_progress=sys.stderr.isatty(),
+        show_progress=True,
     )
     figures = result.to_dict()
     print(_json({"model": chosen.model, "data": data, **figures}) if chosen.json else _table(figures))

@@ -62,6 +62,8 @@ _USER_MISTAKE = 2
 _INTERRUPTED = 130  # 128 + SIGINT, what a shell reports
 _PIPE_CLOSED = 141  # 128 + SIGPIPE
 _LONGEST_MESSAGE = 1000
+# What a command that was ended can say about its work.
+_AFTERWARDS = {"data": "; the same command goes on"}
 # What torch says, in an error of no class of its own, where an allocation failed.
 _OUT_OF_MEMORY = ("can't allocate memory", "out of memory")
 
@@ -186,10 +188,10 @@ def _guarded(command: str, rest: Sequence[str]) -> int:
             raise
         _complain(command, f"not enough memory; smaller batches or a smaller model need less ({one_line(error, 100)})")
     except Stopped as stopped:
-        _complain(command, f"stopped by {stopped}")
+        _complain(command, f"stopped by {stopped}{_AFTERWARDS.get(command, '')}")
         return 128 + stopped.number
     except KeyboardInterrupt:
-        _complain(command, "interrupted")
+        _complain(command, f"interrupted{_AFTERWARDS.get(command, '')}")
         return _INTERRUPTED
     except SystemExit as leaving:
         # argparse leaves like this behind --help; coming back instead lets `main` flush what was printed.

@@ -150,6 +150,8 @@ def _summary(arch: str, result: PretrainResult) -> str:
             figures += f", {result.metrics['val_nats_per_byte']:.4f} nats per byte"
         if "val_accuracy" in result.metrics:
             figures += f", {result.metrics['val_accuracy']:.1%} of the masked tokens right"
+        if "val_nsp_accuracy" in result.metrics:
+            figures += f", {result.metrics['val_nsp_accuracy']:.1%} of the next sentences told right"
         lines.append(figures)
     lines.append(f"curve: {result.run_dir / 'loss_curve.png'}")
     prompt = "generate --model {} --prompt 'The people'"

@@ -24,9 +24,9 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from tqdm import tqdm
 from transformers import PreTrainedModel
 
+from cottention.bars import progress
 from cottention.convert.distil_layers import attention_sublayers, hidden_states_of, record
 from cottention.errors import CottentionError
 
@@ -146,7 +146,7 @@ def _descend(
     )
     for key, parameter in model.named_parameters():
         parameter.requires_grad_(key in parameters)
-    with tqdm(total=steps, desc=name, unit="update", disable=not show_progress) as bar:
+    with progress(name, "update", total=steps, on=show_progress) as bar:
         for step, batch in enumerate(batches):
             loss = loss_of({key: tensor.to(model.device) for key, tensor in batch.items()})
             optimizer.zero_grad()

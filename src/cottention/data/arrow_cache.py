@@ -26,8 +26,8 @@ from datasets import Dataset, Features
 from datasets import config as datasets_config
 from datasets.fingerprint import Hasher
 from datasets.table import InMemoryTable
-from tqdm import tqdm
 
+from cottention.bars import progress
 from cottention.data.parallel import ordered_map
 from cottention.errors import DataError
 from cottention.files import WholeFile
@@ -91,7 +91,7 @@ def cached_map(
 
     def tables() -> Iterator[pa.Table]:
         batches: Any = dataset.with_format(None).iter(batch_size)
-        with tqdm(unit="row", total=len(dataset), desc="Tokenising", delay=3, leave=False) as bar:
+        with progress("Tokenising", "row", total=len(dataset), delay=3, leave=False) as bar:
             for columns in ordered_map(work, batches, num_proc=num_proc):
                 table = pa.table({name: pa.array(columns[name], schema.field(name).type) for name in schema.names})
                 yield table

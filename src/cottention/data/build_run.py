@@ -12,9 +12,9 @@ from dataclasses import asdict, dataclass
 from typing import Any, TypeVar
 
 import pyarrow as pa
-from tqdm import tqdm
 from transformers import PreTrainedTokenizerBase
 
+from cottention.bars import progress
 from cottention.data.parallel import ordered_map
 from cottention.data.shards import CorpusWriter
 from cottention.files import usable_cores
@@ -98,7 +98,7 @@ def run_build(
         # What the reader counted up to a task travels beside it, and is added when the task's rows are.
         read: deque[Counter[str]] = deque()
         results = ordered_map(work, _remaining(tasks, writer.num_tasks, read), num_proc=num_proc)
-        with _bar(what, num_rows) as bar:
+        with progress(what, "B" if num_rows is None else "row", total=num_rows, delay=3, leave=False) as bar:
             for table, counts in results:
                 counts.update(read.popleft())
                 writer.add(table, counts)
@@ -134,12 +134,6 @@ def _remaining(
             read.append(Counter(counts))
             yield task
         counts.clear()
-
-
-def _bar(what: str, num_rows: int | None) -> Any:
-    if num_rows is None:
-        return tqdm(desc=what, unit="B", unit_scale=True, delay=3, leave=False)
-    return tqdm(desc=what, unit="row", total=num_rows, delay=3, leave=False)
 
 
 def processes_for(num_proc: int | None, num_bytes: int | None) -> int:

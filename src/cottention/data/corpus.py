@@ -25,8 +25,8 @@ from pathlib import Path
 
 import pyarrow as pa
 from datasets import Dataset, DatasetDict, Features, Value
-from tqdm import tqdm
 
+from cottention.bars import progress
 from cottention.data.arrow_cache import cached_dataset
 from cottention.data.malformed import described_malformed
 from cottention.data.readers import SEPARATORS, read_rows
@@ -229,7 +229,7 @@ def _tables(rows: Iterable[tuple[str, bool]]) -> Iterator[pa.Table]:
     texts: list[str] = []
     ends: list[bool] = []
     num_characters = 0
-    with tqdm(unit="B", unit_scale=True, desc="Reading text", delay=3, leave=False) as bar:
+    with progress("Reading text", "B", delay=3, leave=False) as bar:
         for text, ends_document in rows:
             texts.append(text)
             ends.append(ends_document)

@@ -33,8 +33,8 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 from datasets import Dataset, Features, List, Value
-from tqdm import tqdm
 
+from cottention.bars import progress
 from cottention.data.arrow_cache import cached_dataset, fingerprint_of
 from cottention.data.tokenization import arrow_batches
 from cottention.data.tokenization import tokenize_documents as tokenize_documents  # the step before; used together
@@ -207,7 +207,7 @@ def join_documents(tokens: Dataset, separator: int, *, outer: bool) -> Iterator[
         Ids (int32), and the positions among them where documents begin.
     """
     begins_next, is_first = True, True
-    with tqdm(total=len(tokens), unit="row", desc="Packing", delay=3, leave=False) as bar:
+    with progress("Packing", "row", total=len(tokens), delay=3, leave=False) as bar:
         for table in arrow_batches(tokens):
             lengths = lengths_of(table)
             flat = pc.list_flatten(table["input_ids"]).to_numpy()  # pyright: ignore[reportAttributeAccessIssue]

@@ -20,9 +20,9 @@ from datasets import Dataset
 from huggingface_hub import snapshot_download
 from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
 from tokenizers import Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, processors, trainers
-from tqdm import tqdm
 from transformers import AutoTokenizer, PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
+from cottention.bars import progress
 from cottention.data.tokenization import check_has_text
 from cottention.data.tokenizer_files import damage_told_as, open_tokenizer
 from cottention.errors import DataError, SettingsError, did_you_mean, why_offline
@@ -156,7 +156,7 @@ def _wordpiece_vocab(dataset: Dataset, first: list[str], alphabet: list[str], vo
 def _texts(dataset: Dataset) -> Iterator[list[str]]:
     """Yield lists of texts below a bar that shows itself only when it takes seconds."""
     rows = dataset.select_columns("text")
-    with tqdm(total=len(rows), unit="row", desc="Training the tokenizer", delay=3, leave=False) as bar:
+    with progress("Training the tokenizer", "row", total=len(rows), delay=3, leave=False) as bar:
         for batch in rows.iter(batch_size=_ROWS_PER_BATCH):
             texts = batch["text"]  # pyright: ignore[reportArgumentType, reportCallIssue]  # a dict of columns
             yield texts

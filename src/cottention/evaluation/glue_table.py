@@ -10,6 +10,7 @@ those cells of the published rows empty, and the second one counts our predictio
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -112,7 +113,8 @@ def _remarks(metrics: Mapping[str, Any]) -> list[str]:
     remarks = [f"{title}: {split} absent" for split in metrics["absent"]]
     if metrics["train_limit"] is not None:
         remarks.append(f"{title}: {metrics['num_rows']['train']} training rows")
-    if metrics["dev_limit"] is not None:
+    rows = [number for split, number in metrics["num_rows"].items() if split.startswith("dev")]
+    if metrics["dev_limit"] is not None and max(rows, default=math.inf) >= metrics["dev_limit"]:
         remarks.append(f"{title}: the first {metrics['dev_limit']} dev rows")
     if metrics["from_scratch"]:
         remarks.append(f"{title}: no pretraining")

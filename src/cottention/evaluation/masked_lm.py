@@ -17,9 +17,9 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from datasets import Dataset
-from tqdm import tqdm
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from cottention.bars import progress
 from cottention.data.collators import IGNORED, MaskedLMCollator
 from cottention.data.packing import pack_mlm_windows
 from cottention.errors import DataError, SettingsError
@@ -100,7 +100,7 @@ def evaluate_masked_lm(
     was_training = model.training
     model.eval()
     try:
-        with torch.inference_mode(), tqdm(total=len(windows), unit="window", disable=not show_progress) as bar:
+        with torch.inference_mode(), progress("Scoring", "window", total=len(windows), on=show_progress) as bar:
             for start in range(0, len(windows), batch_size):
                 rows = [windows[index] for index in range(start, min(start + batch_size, len(windows)))]
                 labels, batch_nats, right, hidden = _score_batch(model, collator(rows))

@@ -33,9 +33,9 @@ import torch
 import torch.nn.functional as F
 from datasets import Dataset
 from torch import Tensor
-from tqdm import tqdm
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from cottention.bars import progress
 from cottention.data.tokenization import arrow_batches
 from cottention.errors import DataError, SettingsError
 from cottention.evaluation.inputs import as_tokens
@@ -153,7 +153,7 @@ def evaluate_perplexity(
     was_training = model.training
     model.eval()
     try:
-        with torch.inference_mode(), tqdm(total=num_targets, unit="tok", disable=not show_progress) as bar:
+        with torch.inference_mode(), progress("Scoring", "token", total=num_targets, on=show_progress) as bar:
             for hidden, targets, first_position in outputs:
                 asked = targets != IGNORED
                 nats = _nats_of(hidden[asked.to(hidden.device)], targets[asked].to(hidden.device), head)

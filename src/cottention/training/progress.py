@@ -12,8 +12,10 @@ import signal
 import sys
 import threading
 import time
+from collections import deque
 from collections.abc import Iterator
 from contextlib import contextmanager
+from statistics import harmonic_mean
 from types import FrameType
 from typing import Any
 
@@ -27,6 +29,7 @@ from cottention.training.metrics import short_number
 from cottention.training.recipe import Recipe
 
 _SECONDS_BETWEEN_LINES = 30.0
+_SPEEDS_KEPT = 20  # logged ones whose mean says how long the rest takes: one slow moment is no forecast
 
 logger = get_logger(__name__)
 
@@ -38,6 +41,7 @@ class ProgressBar(TrainerCallback):
         self._recipe = recipe
         self._bar: tqdm[Any] | None = None
         self._shown: dict[str, str] = {}
+        self._speeds: deque[float] = deque(maxlen=_SPEEDS_KEPT)
         self._next_line = 0.0
 
     def on_train_begin(
@@ -70,14 +74,15 @@ class ProgressBar(TrainerCallback):
         if "loss" in logs:
             self._shown["loss"] = f"{logs['loss']:.3f}"
             self._shown["tokens/s"] = short_number(logs["tokens_per_s"])
+            self._speeds.append(max(logs["tokens_per_s"], 0.1))
         if "val_loss" in logs:
-            self._shown["held-out"] = f"{logs['val_loss']:.3f}"
+            self._shown["held-out"] = f"{logs['val_loss']:.3f} at step {state.global_step}"
         if self._bar is not None:
             self._bar.set_postfix(self._shown, refresh=False)
         elif state.is_world_process_zero and "loss" in logs and time.monotonic() >= self._next_line:
             self._next_line = time.monotonic() + _SECONDS_BETWEEN_LINES
             left = self._recipe.tokens_after(state.max_steps) - self._recipe.tokens_after(state.global_step)
-            left_s = left / logs["tokens_per_s"]
+            left_s = left / harmonic_mean(self._speeds)  # each lap has as many tokens
             values = ", ".join(f"{name} {value}" for name, value in self._shown.items())
             logger.info("step %d of %d: %s, %s left", state.global_step, state.max_steps, values, duration(left_s))
 
