@@ -53,8 +53,8 @@ def test_a_table_says_what_its_errors_mean() -> None:
     nothing: dict[str, Any] = {field.name: 0 for field in fields(DistillationReport)}
     source, before = Scores(loss=1.5), Scores(loss=1.6, attention_errors=(0.5, 0.7), hidden_error=2.0)
     table = DistillationReport(**nothing | {"source": source, "before": before, "after": None}).table()
-    assert table[2].split() == ["attention", "output", "error", "-", "0.600"]
-    assert table[-1] == "  errors: 0 equals the source, 1 is what the best constant does"
+    assert table[3].split() == ["attention", "output", "error", "-", "0.600"]
+    assert table[0] == "  errors: 0 equals the source, 1 is what the best constant does"
 
 
 def test_unexplained_is_0_for_a_copy_and_1_for_the_mean() -> None:

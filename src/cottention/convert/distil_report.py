@@ -81,7 +81,7 @@ class DistillationReport:
             for name, values in rows.items()
             if any(value is not None for value in values)
         ]
-        return [head, *lines, "  errors: 0 equals the source, 1 is what the best constant does"]
+        return ["  errors: 0 equals the source, 1 is what the best constant does", head, *lines]
 
 
 def _shown(value: float | None) -> str:
