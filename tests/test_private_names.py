@@ -26,6 +26,7 @@ _SOURCE = Path(cottention.__file__).parent
 # Library's class -> what subclasses of ours replace of it.
 _OVERRIDDEN = {
     "jsonargparse.ArgumentParser": ["parse_args"],
+    "jsonargparse.DefaultHelpFormatter": ["_fill_text", "_get_help_string"],
     "lm_eval.models.huggingface.HFLM": ["_encode_pair", "tok_batch_encode"],
     "transformers.Cache": ["batch_repeat_interleave", "batch_select_indices", "reorder_cache", "reset"],
     "transformers.cache_utils.CacheLayerMixin": [
@@ -101,11 +102,13 @@ _OVERRIDDEN = {
 
 # Library's class or module -> what we take from it: private names, and public ones that have no promise.
 _USED = {
+    "argparse": ["_HelpAction", "_SubParsersAction"],
     "argparse.ArgumentParser": ["_actions", "_option_string_actions"],
     "datasets.Dataset": ["_fingerprint"],
     "jsonargparse": ["ActionConfigFile"],
-    "torch": ["_C", "_assert_async", "_dynamo"],
-    "torch._C": ["_AutoDispatchBelowAutograd", "_are_functorch_transforms_active", "_is_tracing"],
+    "torch": ["_C", "_assert_async", "_dynamo", "_higher_order_ops"],
+    "torch._C": ["_AutoDispatchBelowAutograd", "_autograd", "_are_functorch_transforms_active", "_is_tracing"],
+    "torch._C._autograd": ["_get_current_graph_task_keep_graph"],
     "torch._dynamo.config": ["capture_dynamic_output_shape_ops"],
     "torch.autograd.forward_ad": ["_current_level"],
     "torch.ops.aten": [
@@ -129,7 +132,7 @@ _USED = {
         "activation_checkpointing_enable|gradient_checkpointing_enable",
     ],
     "transformers.models.auto.configuration_auto": ["AutoConfig"],
-    "transformers.models.auto.modeling_auto": ["AutoModel"],
+    "transformers.models.auto.modeling_auto": ["AutoModel", "MODEL_FOR_CAUSAL_LM_MAPPING_NAMES"],
 }
 
 # Module -> names that it looks for in what we hand it.

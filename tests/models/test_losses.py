@@ -7,9 +7,10 @@ from typing import Any
 
 import pytest
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 from torch.utils.data import Dataset
-from transformers import Trainer, TrainingArguments
+from transformers import GPTJConfig, GPTJForCausalLM, Trainer, TrainingArguments
 
 from cottention.models import (
     CottentionBertForMaskedLM,
@@ -144,6 +145,26 @@ def test_the_trainer_gets_the_same_losses_and_weights_with_accumulation(name: st
     assert losses_4 == pytest.approx(losses, rel=1e-3)  # the Trainer logs four digits
     for key in weights:
         torch.testing.assert_close(weights_4[key], weights[key], rtol=1e-9, atol=1e-11)
+
+
+@pytest.mark.parametrize(
+    ("name", "is_shifted"), [("causal_lm", True), ("masked_lm", False), ("single_label", False), ("stock", True)]
+)
+def test_the_trainer_smooths_the_labels_that_the_loss_has(name: str, is_shifted: bool, tmp_path: Path) -> None:
+    """It finds the loss by itself from the logits, and shifts the labels of classes that it knows by name alone."""
+    if name == "stock":
+        model: Any = GPTJForCausalLM(GPTJConfig(vocab_size=61, n_embd=16, n_layer=1, n_head=2, rotary_dim=4)).eval()
+        labels = {"labels": SPARSE}
+    else:
+        model, labels = task(name)
+    arguments = TrainingArguments(output_dir=str(tmp_path), label_smoothing_factor=0.3, use_cpu=True)
+    rows = {"input_ids": TOKENS, **labels}
+    with torch.no_grad():
+        found = Trainer(model, arguments).compute_loss(model, dict(rows))
+        logits = model(input_ids=TOKENS).logits
+    logits, targets = (logits[:, :-1], labels["labels"][:, 1:]) if is_shifted else (logits, labels["labels"])
+    expected = F.cross_entropy(logits.flatten(0, -2), targets.flatten(), label_smoothing=0.3)
+    torch.testing.assert_close(found, expected, check_dtype=False, rtol=1e-5, atol=0)
 
 
 @pytest.mark.parametrize("attention_type", ATTENTION_TYPES)

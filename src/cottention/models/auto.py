@@ -170,3 +170,6 @@ def _register(table: str, module: str) -> None:
                 auto.register(config_class, tokenizer_class=ours, exist_ok=True)
         else:
             auto.register(ours.model_type if table == _CONFIG_TABLE else ours.config_class, ours, exist_ok=True)
+        if auto_name == "AutoModelForCausalLM":
+            # By this name the Trainer knows whose labels to shift when it smooths them; unshifted, they teach copying.
+            sys.modules[table].MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.setdefault(ours.config_class.model_type, class_name)
