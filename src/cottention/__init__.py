@@ -9,6 +9,7 @@ The public names below are imported on first use, so `import cottention` itself 
 from __future__ import annotations
 
 import sys
+from functools import cache
 from importlib import import_module
 from opcode import opmap
 from pathlib import Path
@@ -69,11 +70,14 @@ def __dir__() -> list[str]:
 
 def _home_of(name: str) -> str | None:
     """The subpackage whose __all__ has this name, without importing any."""
-    for subpackage in sorted(_SUBPACKAGES):
-        text = (Path(__file__).parent / subpackage / "__init__.py").read_text(encoding="utf-8")
-        if f'"{name}"' in text.partition("__all__")[2]:
-            return subpackage
-    return None
+    return next((subpackage for subpackage, names in _public_names().items() if f'"{name}"' in names), None)
+
+
+@cache  # libraries that resolve annotations ask for a name of typing's a hundred times
+def _public_names() -> dict[str, str]:
+    """Subpackage -> what its __init__ says from __all__ on."""
+    files = {name: Path(__file__).parent / name / "__init__.py" for name in sorted(_SUBPACKAGES)}
+    return {name: file.read_text(encoding="utf-8").partition("__all__")[2] for name, file in files.items()}
 
 
 def _is_import(caller: FrameType) -> bool:

@@ -192,8 +192,8 @@ def test_an_empty_prompt_starts_a_text(gpt_dir: Path, expected: Any, capsys: pyt
         (["--model", "GPT", "--prompt", "a", "--each-line"], "--each-line needs --prompt-file"),
         (["--model", "GPT", "--promt", "a"], "unknown option --promt; did you mean '--prompt'?"),
         (
-            ["--model", "GPT", "--max_new_tokens", "3"],
-            "unknown option --max_new_tokens; did you mean '--max-new-tokens'?",
+            ["--model", "GPT", "--max-new-token", "3"],
+            "unknown option --max-new-token; did you mean '--max-new-tokens'?",
         ),
         (["--model", "GPT", "--prompt", "a", "--max-new-tokens", "many"], "max_new_tokens: expected int; got 'many'"),
         (["--model", "GPT", "--prompt", "a", "--max-new-tokens", "0"], f"{AT_LEAST_ONE}; got 0"),

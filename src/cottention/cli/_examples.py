@@ -46,6 +46,11 @@ EXAMPLES: dict[str, str] = {
     "chat": """
         cottention chat --model runs/mine/model
         cottention chat --model runs/mine/model --read book.txt""",
+    "compare": """
+        cottention compare runs/cosine runs/softmax
+        cottention compare runs/cosine runs/softmax --plot compare.png""",
+    "slurm": """
+        cottention slurm --config gpt_300m_cosine --nodes 2 --gpus-per-node 8 --output-dir runs/300m --dry-run""",
     "playground": """
         cottention playground --model runs/mine/model""",
     "fill-mask": """
