@@ -178,6 +178,7 @@ def test_a_wrong_implementation_is_never_timed(monkeypatch):
         benchmark_attention(TINY)
 
 
+@pytest.mark.slow
 def test_what_was_skipped_is_in_the_table_and_in_the_json_with_its_reason(monkeypatch):
     real = attention.measure_memory
 

@@ -54,6 +54,7 @@ def weights_of(directory: Path) -> dict[str, torch.Tensor]:
 
 
 @pytest.mark.parametrize("name", NAMES)
+@pytest.mark.slow
 def test_teaching_each_layer_closes_most_of_the_gap(
     sources: dict[str, Path], text: Path, held_out: Path, tmp_path: Path, name: str
 ) -> None:

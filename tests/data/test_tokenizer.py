@@ -162,6 +162,7 @@ def test_the_same_text_gives_the_same_tokenizer(kind):
     assert len({trained_hash(kind) for _ in range(5)}) == 1
 
 
+@pytest.mark.slow
 def test_the_same_text_gives_the_same_tokenizer_in_another_process():
     ran = run_python(
         """

@@ -44,6 +44,7 @@ def test_equals_the_plain_loss_and_its_gradients(bias: bool, num_items: Any) -> 
 
 
 @pytest.mark.usefixtures("chunk")
+@pytest.mark.slow
 def test_passes_gradcheck() -> None:
     x, weight, bias, labels = _inputs()
     assert bias is not None

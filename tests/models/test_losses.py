@@ -138,6 +138,7 @@ def trained(name: str, folder: Path, steps: int) -> tuple[list[float], dict[str,
 
 
 @pytest.mark.parametrize("name", ["causal_lm", "masked_lm", "single_label"])
+@pytest.mark.slow
 def test_the_trainer_gets_the_same_losses_and_weights_with_accumulation(name: str, tmp_path: Path) -> None:
     losses, weights = trained(name, tmp_path / "1", 1)
     losses_4, weights_4 = trained(name, tmp_path / "4", 4)

@@ -38,6 +38,7 @@ def _inputs(kind: str, B: int, T: int) -> tuple[Tensor, ...]:
 
 
 @pytest.mark.parametrize("kind", ["erasing", "bidirectional"])
+@pytest.mark.slow
 def test_an_exported_call_with_gates_takes_any_batch_and_length(kind: str) -> None:
     states = () if kind == "bidirectional" else (_TOKENS, {0: _BATCH}, {0: _BATCH})
     shapes = (*(_TOKENS,) * 3, None, _TOKENS, (_TOKENS, *states))

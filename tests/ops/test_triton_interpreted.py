@@ -142,7 +142,7 @@ def test_without_a_divisor(segment: int, causal: bool) -> None:
     _check(_case(norm_const=False, causal=causal, mask="holes", H=1), segment)
 
 
-@_DIRECTIONS
+@pytest.mark.parametrize("causal", [pytest.param(True, marks=_LONG), False], ids=["causal", "bidirectional"])
 def test_what_the_table_and_the_rules_choose(causal: bool) -> None:
     for case in (_case(H=1, T=70, causal=causal), _case(H=1, T=530, causal=causal, mask="left")):
         assert_same(run(case.to(torch.float32), "triton"), run(case, "naive"), torch.float32)
@@ -150,6 +150,7 @@ def test_what_the_table_and_the_rules_choose(causal: bool) -> None:
 
 @_DIRECTIONS
 @pytest.mark.parametrize("segment", [_SHORT, _SEGMENTS], ids=["short", "segments"])
+@pytest.mark.slow
 def test_any_strides_are_taken_and_inputs_are_left_alone(segment: int, causal: bool) -> None:
     case = _case(B=2, causal=causal, mask="holes").to(torch.float32)
 
@@ -258,7 +259,7 @@ def test_a_split_sequence_continues_where_it_was() -> None:
     assert torch.equal(state.seen, last.seen)
 
 
-@pytest.mark.parametrize("segment", [None, _SEGMENTS], ids=["table", "segments"])
+@pytest.mark.parametrize("segment", [pytest.param(None, marks=_LONG), _SEGMENTS], ids=["table", "segments"])
 @pytest.mark.parametrize("case", sorted(path.stem for path in _FIXTURES.glob("*.npz")))
 def test_matches_the_original(case: str, segment: int | None) -> None:
     with override(segment_tokens=segment):

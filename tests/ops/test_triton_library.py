@@ -29,6 +29,7 @@ def _inputs(case: Case) -> list[Tensor]:
 
 @pytest.mark.parametrize("segment", [0, -1, 16], ids=["short", "whole", "segments"])
 @pytest.mark.parametrize("packed", [pytest.param(False, marks=pytest.mark.slow), True])
+@pytest.mark.slow
 def test_causal_operator_passes_opcheck(packed: bool, segment: int) -> None:
     has_states = segment != 0
     case = _case(T=20, lengths=[9, 0, 11] if packed else None, with_state=has_states, mask=None if packed else "holes")

@@ -61,6 +61,7 @@ def test_held_out_text_is_masked_alike_whatever_the_start(stories: Path) -> None
     assert torch.equal(batches[0]["labels"], batches[1]["labels"])
 
 
+@pytest.mark.slow
 def test_a_stopped_run_goes_on_with_its_share(stories: Path, tmp_path: Path) -> None:
     recipe = tiny_recipe("bert", stories, **{**FALLING, "training__max_steps": 8, "training__save_every": 2})
     pretrain(recipe, output_dir=tmp_path / "whole")

@@ -57,6 +57,7 @@ def run(pretrained: Path, glue: Path, output: Path, task: str = "rte", **changes
 
 
 @pytest.mark.parametrize("task", GLUE_TASKS)
+@pytest.mark.slow
 def test_every_task_end_to_end(task: str, pretrained: Path, glue: Path, tmp_path: Path) -> None:
     result = run(pretrained, glue, tmp_path, task)
     assert result.metrics == json.loads((tmp_path / task / "metrics.json").read_text())

@@ -42,6 +42,7 @@ def source_of(mode: str, corpus: Path, books: Path) -> Path:
 
 
 @pytest.mark.parametrize("mode", MODES)
+@pytest.mark.slow
 def test_four_micro_batches_give_the_losses_and_gradients_of_one(
     mode: str, corpus: Path, books: Path, tmp_path: Path
 ) -> None:
@@ -83,6 +84,7 @@ def test_states_are_carried_after_the_steps_asked_for(books: Path, tmp_path: Pat
     assert afresh[3] != pytest.approx(later[3], rel=1e-6)
 
 
+@pytest.mark.slow
 def test_a_carried_run_killed_in_a_document_ends_like_one_that_never_was(books: Path, tmp_path: Path) -> None:
     recipe = tiny_recipe("gpt", books, **CARRIED, data__carry_lanes=16, data__carry_after=4)
     pretrain(recipe, output_dir=tmp_path / "whole")

@@ -234,6 +234,7 @@ def test_a_run_killed_while_it_is_scored_is_scored_again_and_not_trained(
     assert _run(corpus, tmp_path).scores == done_gpt.scores
 
 
+@pytest.mark.slow
 def test_overwrite_starts_again(corpus: Path, tmp_path: Path, fixed_time: None) -> None:
     first = _run(corpus, tmp_path)
     settings = QuickstartSettings(minutes=SECONDS, seed=1)

@@ -41,6 +41,7 @@ BERT_FATES = [
 ]
 
 
+@pytest.mark.parametrize("finished", [pytest.param("gpt", marks=pytest.mark.slow), "bert"], indirect=True)
 def test_a_run_killed_at_every_kind_of_moment_ends_like_one_that_never_was(finished: Run, tmp_path: Path) -> None:
     run_dir = tmp_path / "run"
     expected = metrics_of(finished.directory)

@@ -98,6 +98,7 @@ def test_the_logged_loss_is_the_mean_over_all_targets(corpus: Path, tmp_path: Pa
 
 
 @pytest.mark.parametrize("arch", ["gpt", "bert"])
+@pytest.mark.slow
 def test_recomputed_activations_give_the_same_run(arch: str, corpus: Path, tmp_path: Path) -> None:
     """Dropout included: what is recomputed drops out the same units."""
     plain = gradients_of(short(arch, corpus, model__dropout=0.2), tmp_path / "plain")

@@ -1,7 +1,8 @@
 """The entry point: finds the command, runs it, and turns a user's mistake into one line and exit code 2.
 
 Only the module of the command that was asked for is imported, and it imports torch inside `run`, so every `--help`
-answers at once. A command is a module with `build_parser()` and `run(args)` and one row in COMMANDS.
+answers at once. A command is a module with `build_parser()` and `run(args)`, and where parsers take long to make
+`parser_for(words)`, and one row in COMMANDS.
 
     sys.exit(main(["generate", "--model", "runs/mine/model", "--prompt", "My fellow Americans"]))
 """
@@ -164,7 +165,8 @@ def _guarded(command: str, rest: Sequence[str]) -> int:
     parser = argparse.ArgumentParser()
     try:
         module = import_module(COMMANDS[command][0])
-        parser = module.build_parser()
+        # Where a parser takes long to make, its module makes the part that the words need.
+        parser = module.parser_for(rest) if hasattr(module, "parser_for") else module.build_parser()
         with ending_cleanly():
             return module.run(parser.parse_args(spelled_as_defined(parser, rest))) or 0
     except argparse.ArgumentError as error:
