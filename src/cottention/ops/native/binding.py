@@ -13,6 +13,7 @@ from __future__ import annotations
 import ctypes
 import json
 import os
+import struct
 from functools import cache
 from pathlib import Path
 
@@ -42,6 +43,8 @@ def _load() -> tuple[ctypes.CDLL | None, str]:
     path = Path(given) if given else beside[0]
     remedy = "COTTENTION_NATIVE_LIBRARY names it" if given else _REMEDY
     try:
+        if _is_cut_off(path):
+            return None, f"the native kernels cannot be loaded ({path} ends too early); {remedy}"
         library = ctypes.CDLL(str(path))
         version = library.cottention_abi_version()
     except (OSError, AttributeError) as error:
@@ -60,6 +63,19 @@ def _load() -> tuple[ctypes.CDLL | None, str]:
         known = ", ".join(_names(library))
         return None, f"COTTENTION_NATIVE_ISA must be one of {known} on this machine; got {wanted!r}"
     return library, ""
+
+
+def _is_cut_off(path: Path) -> bool:
+    """Whether an ELF file of 64 bits is shorter than its header says: touching what is missing ends the process."""
+    with path.open("rb") as file:
+        header = file.read(64)
+    if header[:6] != b"\x7fELF\x02\x01":  # little-endian; of others the loader says what is wrong
+        return False
+    if len(header) < 64:
+        return True
+    section_headers = struct.unpack_from("<Q", header, 0x28)[0]
+    size, count = struct.unpack_from("<HH", header, 0x3A)
+    return path.stat().st_size < section_headers + size * count
 
 
 def _why_not_built() -> str:
