@@ -10,6 +10,7 @@ from cottention.benchmarks import attention, roofline
 from cottention.benchmarks.settings import FULL_GRID, AttentionSettings, DecodeSettings
 from cottention.cli import bench
 from cottention.cli.main import main
+from tests.benchmarks.memory_forks import measure_in_forks
 from tests.subprocesses import run_python
 
 
@@ -129,6 +130,7 @@ def test_help_needs_no_torch():
 
 @pytest.fixture
 def _quick(monkeypatch):
+    measure_in_forks(monkeypatch)
     monkeypatch.setattr(roofline, "_MATRIX", 32)
     monkeypatch.setattr(roofline, "_COPIED_BYTES", 1 << 12)
     monkeypatch.setattr(roofline, "_SAMPLE_S", 0.0)

@@ -15,6 +15,7 @@ from cottention.cli import doctor
 from cottention.cli.main import main
 from cottention.ops.native import is_available
 from cottention.ops.native.binding import instruction_set
+from tests.forks import run_fork
 from tests.subprocesses import run_python
 
 
@@ -53,13 +54,16 @@ def test_it_says_how_the_native_library_runs_and_for_what_it_is_taken(capsys):
 
 
 def test_a_missing_native_library_is_named_with_its_reason_and_is_no_problem():
-    ran = run_python("""
-        from cottention.ops.native import binding
-        binding._library, binding._reason = None, "there was no compiler; install one"
-        binding.loaded_library.cache_clear()
-        from cottention.cli.main import main
-        sys.exit(main(["doctor", "--json"]))
-    """)
+    code = """
+import sys
+from cottention.ops.native import binding
+binding._library, binding._reason = None, "there was no compiler; install one"
+binding.loaded_library.cache_clear()
+from cottention.cli.main import main
+sys.exit(main(["doctor", "--json"]))
+"""
+    ran = run_fork("-c", code)
+    assert ran.returncode == 0, ran.stderr
     found = json.loads(ran.stdout)
     assert "there was no compiler; install one" in found["implementations"]["native"]
     assert found["chosen"]["cpu"] == "chunk for every float type"

@@ -18,6 +18,7 @@ import pytest
 from cottention.cli.main import main
 from cottention.generation import generate_text, load_model_and_tokenizer
 from tests import tiny
+from tests.forks import Fork, start_fork
 
 PROMPT = "The people"
 AT_LEAST_ONE = "max_new_tokens must be at least 1 (0 reads only, with --save-state)"
@@ -326,12 +327,11 @@ def endless_dir(tmp_path: Path) -> Path:
     return tiny.save(tmp_path / "endless", model, tiny.bpe_tokenizer())
 
 
-def started(directory: Path, *words: str) -> subprocess.Popen[bytes]:
+def started(directory: Path, *words: str) -> Fork:
     """The command in a process of its own, once it has begun to write."""
-    command = [*COMMAND, "--model", str(directory), "--prompt", PROMPT, "--max-new-tokens", "100000000", *words]
-    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
-    assert process.stdout is not None
-    assert process.stdout.read(len(PROMPT) + 5).startswith(PROMPT.encode())
+    command = ["generate", "--model", str(directory), "--prompt", PROMPT, "--max-new-tokens", "100000000", *words]
+    process = start_fork("-m", "cottention", *command)
+    assert process.stdout.read(len(PROMPT) + 5).startswith(PROMPT)
     return process
 
 
@@ -343,20 +343,18 @@ def test_ctrl_c_keeps_what_was_written_and_ends_in_one_line(endless_dir: Path) -
     out, err = process.communicate(timeout=60)
     assert process.returncode == 130
     assert len(out) > 5
-    assert out.endswith(b"\n")
-    *_, last = err.decode().splitlines()
+    assert out.endswith("\n")
+    *_, last = err.splitlines()
     assert last == "cottention generate: error: interrupted"
-    assert b"Traceback" not in err
+    assert "Traceback" not in err
 
 
 def test_a_reader_that_leaves_ends_it_quietly(endless_dir: Path) -> None:
     process = started(endless_dir)
-    assert process.stdout is not None
-    assert process.stderr is not None
     process.stdout.close()
-    assert process.wait(timeout=60) == 141
-    assert re.fullmatch(rb"(cosine attention runs as '\w+'\n)?", process.stderr.read())
-    process.stderr.close()
+    _, err = process.communicate(timeout=60)
+    assert process.returncode == 141
+    assert re.fullmatch(r"(cosine attention runs as '\w+'\n)?", err)
 
 
 def test_a_terminal_without_the_characters_shows_their_codes() -> None:

@@ -19,6 +19,7 @@ from cottention.cli.main import main
 from cottention.locks import sole_writer
 from tests import tiny
 from tests.damage import HARMS
+from tests.forks import start_fork
 
 
 @pytest.fixture(scope="module")
@@ -144,9 +145,9 @@ def test_a_missing_text_is_told_before_torch_is_imported() -> None:
 def test_a_build_that_is_asked_to_end_tidies_up_and_goes_on(number: signal.Signals, tmp_path: Path) -> None:
     source, corpus = tmp_path / "a.txt", tmp_path / "corpus"
     source.write_text("One sentence is here. Another one follows it.\n\n" * 60_000)
-    command = [sys.executable, "-m", "cottention", "data", "build", "gpt", str(source), "--output-dir", str(corpus)]
+    command = ["data", "build", "gpt", str(source), "--output-dir", str(corpus)]
     command += ["--split-by", "paragraph", "--shard-size-mb", "1"]
-    with subprocess.Popen(command, stderr=subprocess.PIPE, text=True) as process:
+    with start_fork("-m", "cottention", *command) as process:
         while not (corpus / "progress.json").exists() and process.poll() is None:
             time.sleep(0.01)
         process.send_signal(number)
@@ -155,7 +156,7 @@ def test_a_build_that_is_asked_to_end_tidies_up_and_goes_on(number: signal.Signa
     assert f"stopped by {number.name}" in err
     assert not list(corpus.glob("*.partial"))
     assert not (corpus / ".lock").exists()
-    assert main(command[3:]) == 0
+    assert main(command) == 0
     assert not (corpus / "progress.json").exists()
 
 

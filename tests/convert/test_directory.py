@@ -2,10 +2,7 @@
 
 from __future__ import annotations
 
-import os
 import signal
-import subprocess
-import sys
 import textwrap
 from collections.abc import Callable
 from pathlib import Path
@@ -20,6 +17,7 @@ from tests.convert.helpers import (
     change_tensors,
     message_of,
 )
+from tests.forks import run_fork
 
 Published = Callable[[str], Path]
 
@@ -95,7 +93,7 @@ def test_a_killed_conversion_leaves_no_destination_and_is_cleared_up(published: 
         convert_official(sys.argv[1], sys.argv[2])
         """
     )
-    killed = subprocess.run([sys.executable, "-c", script, source, destination], env=os.environ, check=False)
+    killed = run_fork("-c", script, source, destination)
     assert killed.returncode == -signal.SIGKILL
     assert not destination.exists()
     leftovers = [entry for entry in tmp_path.iterdir() if entry.name.startswith(".converted.partial-")]

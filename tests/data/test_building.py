@@ -3,10 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
-import signal
-import subprocess
-import sys
 import time
 from pathlib import Path
 from typing import Any
@@ -28,6 +24,7 @@ from cottention.data.sources import ReadSettings
 from cottention.errors import CottentionError
 from tests import tiny
 from tests.data.helpers import documents_of, refusal, write
+from tests.forks import start_fork
 
 SMALL_SHARDS = 6000
 
@@ -249,14 +246,13 @@ def test_a_killed_command_goes_on_to_the_same_bytes(tmp_path):
     text = "The people came. They saw what was there to see, and nobody was there. Then they left again.\n\n" * 36_000
     source = write(tmp_path / "long.txt", text)
     words = ["data", "build", "bert", str(source), "--shard-size-mb", "1", "--num-proc", "1", "--output-dir"]
-    program = "import sys; from cottention.cli.main import main; sys.exit(main(sys.argv[1:]))"
     part = tmp_path / "part"
-    running = subprocess.Popen([sys.executable, "-c", program, *words, str(part)], stderr=subprocess.DEVNULL)
+    running = start_fork("-m", "cottention", *words, str(part))
     while not (part / "shard-00001.arrow").exists():
         assert running.poll() is None
         time.sleep(0.005)
-    os.kill(running.pid, signal.SIGKILL)
-    running.wait()
+    running.kill()
+    running.communicate()
     assert not (part / "manifest.json").exists()
     assert (part / "progress.json").exists()
     whole = build_sentences(source, tmp_path / "whole", shard_bytes=1 << 20)

@@ -30,6 +30,7 @@ from cottention.data import (
 from cottention.data.arrow_cache import fingerprint_of
 from cottention.errors import DataError
 from tests.data.helpers import documents_of, ordinary_user, refusal, refused, write
+from tests.forks import run_fork, start_fork
 from tests.subprocesses import run_python
 
 
@@ -249,20 +250,16 @@ for dataset in (corpus, tokens, windows):
 """
 
 
-def _start(code: str, path: Path, cache: Path, hash_seed: str) -> subprocess.Popen[str]:
-    return subprocess.Popen(
-        [sys.executable, "-c", code.format(path=str(path))],
-        env={**os.environ, "HF_DATASETS_CACHE": str(cache), "PYTHONHASHSEED": hash_seed},
-        stdout=subprocess.PIPE,
-        text=True,
-    )
-
-
 def test_two_processes_that_build_the_same_caches_do_no_harm(tmp_path, cache):
     path = write(tmp_path / "a.txt", "some words " * 100_000)
     train_tokenizer(load_corpus(path), vocab_size=300).save_pretrained(tmp_path / "tokenizer")
     shutil.rmtree(cache)
-    running = [_start(_PIPELINE, path, cache, seed) for seed in ("1", "2")]
+    code, env = _PIPELINE.format(path=str(path)), {**os.environ, "HF_DATASETS_CACHE": str(cache)}
+    other = {**env, "PYTHONHASHSEED": "2" if os.environ.get("PYTHONHASHSEED") == "1" else "1"}
+    running = [
+        start_fork("-c", code, env=env),
+        subprocess.Popen([sys.executable, "-c", code], env=other, stdout=subprocess.PIPE, text=True),
+    ]
     printed = {process.communicate(timeout=280)[0] for process in running}
     assert [process.returncode for process in running] == [0, 0]
     assert {file.suffix for file in cache.rglob("*.*")} == {".arrow"}
@@ -278,8 +275,7 @@ def test_two_processes_that_build_the_same_caches_do_no_harm(tmp_path, cache):
 
 def test_a_run_killed_while_it_builds_leaves_no_half_of_a_corpus(tmp_path, cache):
     path = write(tmp_path / "a.txt", "a line of text\n" * 300_000)
-    killed = _start(
-        """
+    code = f"""
 import os, signal
 from cottention.data import corpus
 def tables(rows, made=corpus._tables):
@@ -288,13 +284,9 @@ def tables(rows, made=corpus._tables):
             os.kill(os.getpid(), signal.SIGKILL)
         yield table
 corpus._tables = tables
-corpus.load_corpus({path!r}, split_by="line")
-""",
-        path,
-        cache,
-        "0",
-    )
-    killed.communicate(timeout=120)
+corpus.load_corpus({str(path)!r}, split_by="line")
+"""
+    killed = run_fork("-c", code, env={**os.environ, "HF_DATASETS_CACHE": str(cache)})
     assert killed.returncode == -signal.SIGKILL
     assert [file.suffix for file in cache.rglob("*.*")] == [".partial"]
     assert len(load_corpus(path, split_by="line")) == 300_000

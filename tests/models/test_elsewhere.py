@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import os
 import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +15,7 @@ from transformers import AutoConfig, AutoModelForCausalLM
 from cottention import models as ours
 from cottention.models import CottentionGPTConfig, CottentionGPTForCausalLM
 from tests import tiny
+from tests.forks import run_fork
 from tests.models.helpers import bert_config, gpt_config
 
 MODULE = "modeling_cottention.py"
@@ -34,7 +34,7 @@ def elsewhere(code: str, cache: Path, *, installed: bool = True) -> subprocess.C
     """Run code in a process that has transformers and, where we are installed, could import us, but has not."""
     code = f"import sys\n{'' if installed else HIDDEN}{code}"
     environment = {**os.environ, "HF_MODULES_CACHE": str(cache), "HF_HUB_OFFLINE": "1"}
-    return subprocess.run([sys.executable, "-c", code], env=environment, text=True, capture_output=True, check=False)
+    return run_fork("-c", code, env=environment)
 
 
 OPENING = """

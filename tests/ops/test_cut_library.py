@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from cottention.ops.native import binding
-from tests.subprocesses import run_python
+from tests.forks import run_fork
 
 pytestmark = pytest.mark.skipif(not binding.is_available(), reason="the native library was not built")
 
@@ -35,12 +35,12 @@ def test_a_process_with_such_a_library_goes_on_with_another_implementation(
 ) -> None:
     (tmp_path / "cut.so").write_bytes(_library()[:100_000])
     monkeypatch.setenv("COTTENTION_NATIVE_LIBRARY", str(tmp_path / "cut.so"))
-    ran = run_python(
-        """
-        import torch
-        from cottention import cosine_attention
-        x = torch.ones(1, 3, 1, 4)
-        print(cosine_attention(x, x, x, None, causal=True)[0].isfinite().all().item())
-        """
-    )
+    code = """
+import torch
+from cottention import cosine_attention
+x = torch.ones(1, 3, 1, 4)
+print(cosine_attention(x, x, x, None, causal=True)[0].isfinite().all().item())
+"""
+    ran = run_fork("-c", code)
+    assert ran.returncode == 0, ran.stderr
     assert ran.stdout.strip() == "True"

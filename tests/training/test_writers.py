@@ -8,8 +8,6 @@ import random
 import shutil
 import signal
 import stat
-import subprocess
-import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -23,6 +21,7 @@ from cottention.training.checkpoints import PARTS, newest_intact_checkpoint
 from cottention.training.pretraining import pretrain
 from cottention.training.recipe_files import recipe_text
 from tests.damage import HARMS
+from tests.forks import start_fork
 from tests.training.conftest import Run
 from tests.training.helpers import tiny_recipe
 
@@ -39,10 +38,7 @@ def everything_in(folder: Path) -> dict[str, bytes]:
 def test_a_second_run_in_one_directory_touches_nothing(finished_gpt: Run, copied: Path) -> None:
     shutil.rmtree(copied / "model")
     held = f"import sys; from pathlib import Path; from cottention.locks import *\nwith sole_writer(Path({str(copied)!r})):\n print(1, flush=True); sys.stdin.read()"  # noqa: E501
-    with subprocess.Popen(
-        [sys.executable, "-c", held], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
-    ) as first:
-        assert first.stdout is not None
+    with start_fork("-c", held) as first:
         first.stdout.readline()
         before = everything_in(copied)
         for overwrite in (False, True):
