@@ -79,24 +79,6 @@ _OVERRIDDEN = {
         "set_output_embeddings",
         "supports_gradient_checkpointing",
     ],
-    "transformers.Trainer": [
-        "_created_lr_scheduler",
-        "_get_grad_norm",
-        "_get_num_items_in_batch",
-        "_get_output_dir",
-        "_get_train_sampler",
-        "_load_from_checkpoint",
-        "_save",
-        "_save_checkpoint",
-        "compute_loss",
-        "create_optimizer",
-        "create_scheduler",
-        "evaluate",
-        "floating_point_ops",
-        "log",
-        "model_accepts_loss_kwargs",
-        "training_step",
-    ],
     "transformers.TrainerCallback": ["on_log", "on_step_end", "on_train_begin", "on_train_end"],
 }
 
@@ -125,7 +107,6 @@ _USED = {
         "_parameters",
     ],
     "torch.nn.modules.module": ["_has_any_global_hook"],
-    "transformers.TrainingArguments": ["_n_gpu"],
     "transformers.modeling_layers": ["GradientCheckpointingLayer"],
     "transformers.utils.import_utils": ["is_tracing"],
     "transformers.PreTrainedModel": [

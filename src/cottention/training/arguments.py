@@ -1,4 +1,4 @@
-"""What the Trainer of transformers is told: a recipe as TrainingArguments, and the type that is computed in.
+"""What the loop and its callbacks are told: a recipe as TrainingArguments, and the type that is computed in.
 
 arguments = training_arguments(recipe, run_dir)
 """
@@ -20,7 +20,7 @@ ENDLESS = 1_000_000_000
 
 
 def training_arguments(recipe: Recipe, run_dir: Path) -> TrainingArguments:
-    """What the Trainer of transformers needs to know; sets up the processes and the device.
+    """How long a run is, in which portions, what is due when; sets up the processes and the device.
 
     Raises:
         SettingsError: the batch cannot be shared out among the processes.
@@ -36,18 +36,12 @@ def training_arguments(recipe: Recipe, run_dir: Path) -> TrainingArguments:
         logging_steps=settings.log_every,
         eval_strategy="steps",
         eval_steps=settings.eval_every,
-        save_strategy="steps",
         save_steps=settings.save_every,
         ddp_find_unused_parameters=objective_of(recipe).leaves_parameters_unused,
-        logging_nan_inf_filter=False,  # hides a NaN loss behind the mean of the others, at the price of a sync per step
-        remove_unused_columns=False,
         dataloader_num_workers=2 if on_gpu else 0,
         dataloader_pin_memory=on_gpu,
         use_cpu=not on_gpu,
-        disable_tqdm=True,
         report_to="none",
-        log_level="error",
-        log_level_replica="error",
     )
     # Only now is the number of processes known.
     num_processes = max(1, arguments.world_size)
@@ -80,7 +74,11 @@ def shared_out(recipe: Recipe, num_processes: int) -> Recipe:
 
 def compute_type(recipe: Recipe, device: torch.device) -> torch.dtype:
     """The type that a recipe computes in on a device: bf16 under autocast, or fp32."""
-    precision = recipe.training.precision
+    return type_of(recipe.training.precision, device)
+
+
+def type_of(precision: str, device: torch.device) -> torch.dtype:
+    """The type that "auto", "bf16" or "fp32" means on a device."""
     if precision == "auto":
         precision = "bf16" if device.type == "cuda" and torch.cuda.is_bf16_supported() else "fp32"
     return torch.bfloat16 if precision == "bf16" else torch.float32

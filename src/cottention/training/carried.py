@@ -15,7 +15,6 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any, cast
 
 import torch
 from safetensors.torch import load_file
@@ -26,6 +25,7 @@ from cottention.layers import AttentionState
 from cottention.models import CosineCache, CottentionGPTConfig
 from cottention.models.layer_types import check_carries
 from cottention.ops import CosineState
+from cottention.training.processes import Processes
 
 
 class CarriedStates:
@@ -111,16 +111,16 @@ class CarriedStates:
         assert cache.next_position is not None
         self._seen[own] = cache.next_position[last]
 
-    def to_tensors(self, accelerator: Any = None) -> dict[str, Tensor]:
+    def to_tensors(self, processes: Processes | None = None) -> dict[str, Tensor]:
         """The states of all processes' lanes, in the lanes' order and on the CPU, to save with safetensors.
 
         Args:
-            accelerator: where several processes each keep their own lanes; all of them must call this.
+            processes: where several each keep their own lanes; all of them must call this.
         """
-        gather = accelerator.gather if accelerator is not None and accelerator.num_processes > 1 else lambda x: x
-        order = cast(Tensor, gather(self._lanes)).argsort()
-        tensors = {name: cast(Tensor, gather(part))[order].cpu() for name, part in self._named().items()}
-        return {**tensors, "seen": cast(Tensor, gather(self._seen))[order].cpu()}
+        gather = processes.gather if processes is not None else lambda x: x
+        order = gather(self._lanes).argsort()
+        tensors = {name: gather(part)[order].cpu() for name, part in self._named().items()}
+        return {**tensors, "seen": gather(self._seen)[order].cpu()}
 
     def load(self, path: Path) -> None:
         """Take up the states that `to_tensors` gave, of the lanes that are kept here.

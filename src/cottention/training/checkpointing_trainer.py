@@ -1,7 +1,6 @@
-"""transformers' Trainer with checkpoints of ours: whole or not there, strict, and without anything that could run code.
+"""The loop with checkpoints: whole or not there, strict, and without anything that could run code.
 
-What pretraining and fine-tuning share. Each decides what else a checkpoint holds (`_save_checkpoint`) and how often;
-the examples come in the order of the stream that it is given.
+What pretraining and fine-tuning share. Each decides what else a checkpoint holds (`save_checkpoint`) and how often.
 
     class OurTrainer(CheckpointingTrainer): ...
     trainer.train_on_from(newest_intact_checkpoint(folder))
@@ -10,41 +9,64 @@ the examples come in the order of the stream that it is given.
 from __future__ import annotations
 
 import pickle
+import random
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
+import numpy as np
 import torch
-from transformers import PreTrainedModel, PreTrainedTokenizerBase, Trainer
+from transformers import PreTrainedModel, PreTrainedTokenizerBase, TrainerState, TrainingArguments, set_seed
 
 from cottention.data.tokenizer_files import save_tokenizer
 from cottention.errors import CheckpointError, CottentionError
 from cottention.generation.loading import quiet_progress
-from cottention.training.checkpoints import staging_area
+from cottention.training.checkpoints import OPTIMIZER, RANDOM_STATE, SCHEDULER, TRAINER_STATE
+from cottention.training.loop import TrainingLoop
+from cottention.training.memory import keep_freed_memory
 from cottention.training.progress import RunControl
-from cottention.training.stream import InOrder
+
+# What an array of numpy's is put together from; its state is one.
+_NUMPY_STATE: Any = [np.zeros(0).__reduce__()[0], np.ndarray, np.dtype, type(np.dtype(np.uint32))]
 
 
 class NonFiniteLossError(CottentionError):
     """The loss or the gradient became infinite or NaN; the run stopped before the next checkpoint was written."""
 
 
-class CheckpointingTrainer(Trainer):
-    """Reads a stream in its order, saves into a staging area, loads strictly.
+class CheckpointingTrainer(TrainingLoop):
+    """Saves the whole state of a run and takes it up again.
 
     Args:
+        model: to train; its dropout begins with the arguments' seed.
+        arguments: see `TrainingLoop`.
         checkpoints_dir: where checkpoints lie.
         tokenizer: saved beside the model.
         run_control: stops at a signal; the caller lists it among the callbacks too.
-        **options: of `Trainer`.
+        **options: of `TrainingLoop`.
     """
 
     def __init__(
-        self, checkpoints_dir: Path, tokenizer: PreTrainedTokenizerBase, run_control: RunControl, **options: Any
+        self,
+        model: PreTrainedModel,
+        arguments: TrainingArguments,
+        *,
+        checkpoints_dir: Path,
+        tokenizer: PreTrainedTokenizerBase,
+        run_control: RunControl,
+        **options: Any,
     ) -> None:
+        super().__init__(model, arguments, **options)
         self.checkpoints_dir = checkpoints_dir
         self.saved_tokenizer = tokenizer
         self.run_control = run_control
-        super().__init__(**options)
+        if self.processes.is_first:
+            checkpoints_dir.mkdir(parents=True, exist_ok=True)
+        if self.processes.num_processes > 1:
+            run_control.agree_among(self.processes.num_processes)
+        set_seed(arguments.seed + self.processes.process_index)  # each process drops out other units
+        self.model.config.use_cache = False  # nothing is read twice in training
+        if self.processes.device.type == "cpu":
+            keep_freed_memory()
 
     def train_on_from(self, checkpoint: Path | None) -> None:
         """Train from a checkpoint, or from the start; a signal stops it after a step.
@@ -54,40 +76,58 @@ class CheckpointingTrainer(Trainer):
         """
         try:
             with self.run_control.listening():
-                self.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint))
+                self.train(checkpoint)
         except pickle.UnpicklingError as error:
             raise CheckpointError(f"{checkpoint} holds more than tensors and plain numbers: not loaded") from error
 
-    def _get_train_sampler(self, train_dataset: Any = None) -> InOrder:
-        return InOrder(len(cast(Any, self.train_dataset)))
+    def save_state(self, folder: Path) -> None:
+        """Write weights, tokenizer, optimizer, schedule, number of steps, and each process its random state."""
+        if self.processes.is_first:
+            save_model(self.model, self.saved_tokenizer, folder)
+            torch.save(self.optimizer.state_dict(), folder / OPTIMIZER)
+            torch.save(self.lr_scheduler.state_dict(), folder / SCHEDULER)
+            self.state.save_to_json(str(folder / TRAINER_STATE))
+        states: dict[str, Any] = {"python": random.getstate(), "cpu": torch.random.get_rng_state()}
+        states["numpy"] = np.random.get_state()  # noqa: NPY002  # of libraries; ours have generators of their own
+        if torch.cuda.is_available():
+            states["cuda"] = torch.cuda.random.get_rng_state(self.processes.device)
+        torch.save(states, self._random_state_in(folder))
 
-    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
-        # The stock version leaves weights that a checkpoint lacks as they are; ours says so in one line.
-        own = cast(PreTrainedModel, self.model)
+    def load_state(self, checkpoint: Path) -> None:
+        """Take up weights, every one of them, optimizer, schedule and number of steps."""
         with quiet_progress():
-            saved = type(own).from_pretrained(resume_from_checkpoint, config=own.config, dtype=torch.float32)
-        own.load_state_dict(saved.state_dict())
+            saved = type(self.model).from_pretrained(checkpoint, config=self.model.config, dtype=torch.float32)
+        self.model.load_state_dict(saved.state_dict())
+        self.optimizer.load_state_dict(torch.load(checkpoint / OPTIMIZER, map_location="cpu", weights_only=True))
+        self.lr_scheduler.load_state_dict(torch.load(checkpoint / SCHEDULER, weights_only=True))
+        self.state.global_step = TrainerState.load_from_json(str(checkpoint / TRAINER_STATE)).global_step
 
-    def _get_output_dir(self, trial: Any) -> str:
-        return str(staging_area(self.checkpoints_dir))
+    def load_random_state(self, checkpoint: Path) -> None:
+        """Take up this process's random state; one that was not there when it was written begins afresh."""
+        path = self._random_state_in(checkpoint)
+        if not path.is_file():
+            return
+        with torch.serialization.safe_globals(_NUMPY_STATE):
+            states = torch.load(path, weights_only=True)
+        random.setstate(states["python"])
+        np.random.set_state(states["numpy"])  # noqa: NPY002
+        torch.random.set_rng_state(states["cpu"])
+        if torch.cuda.is_available() and "cuda" in states:
+            torch.cuda.random.set_rng_state(states["cuda"], self.processes.device)
 
-    def _save(self, output_dir: str | None = None, state_dict: dict | None = None) -> None:
-        # The stock version also pickles the arguments, which only arbitrary-code loading could read again.
-        if self.args.should_save:
-            assert output_dir is not None
-            save_model(cast(PreTrainedModel, self.model), self.saved_tokenizer, Path(output_dir), state_dict=state_dict)
+    def _random_state_in(self, folder: Path) -> Path:
+        one = self.processes.num_processes == 1
+        return folder / (RANDOM_STATE if one else RANDOM_STATE.replace(".", f"_{self.processes.process_index}."))
 
 
-def save_model(
-    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, folder: Path, *, state_dict: dict | None = None
-) -> None:
+def save_model(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, folder: Path) -> None:
     """Write a model directory: config, weights, tokenizer; the caller seals it."""
-    # The Trainer switches the cache off for training; whoever opens the model wants it on.
+    # The cache is switched off for training; whoever opens the model wants it on.
     training_use_cache = getattr(model.config, "use_cache", None)
     if training_use_cache is not None:
         model.config.use_cache = True
     with quiet_progress():
-        model.save_pretrained(folder, state_dict=state_dict, seal=False)  # pyright: ignore[reportCallIssue]  # ours
+        model.save_pretrained(folder, seal=False)  # pyright: ignore[reportCallIssue]  # ours
     if training_use_cache is not None:
         model.config.use_cache = training_use_cache
     save_tokenizer(tokenizer, folder)

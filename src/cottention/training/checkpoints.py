@@ -32,19 +32,23 @@ from cottention.seals import WEIGHTS, check_model, damage, missing_parts
 from cottention.seals import seal as _write_manifest
 
 RUN_STATE = "run_state.json"
-"""What a run adds to the Trainer's files."""
+"""What a run adds to the files of every one."""
+OPTIMIZER, SCHEDULER = "optimizer.pt", "scheduler.pt"
+RANDOM_STATE = "rng_state.pth"
+"""Of the only process; that of one of several has its number behind an underscore."""
+TRAINER_STATE = "trainer_state.json"
+"""The number of steps and what else transformers' `TrainerState` holds."""
 
 PARTS = (
     ("config.json",),
     WEIGHTS,
-    ("optimizer.pt",),
-    ("scheduler.pt",),
-    ("rng_state.pth", "rng_state_*.pth"),
+    (OPTIMIZER,),
+    (SCHEDULER,),
+    (RANDOM_STATE, RANDOM_STATE.replace(".", "_*.")),
     (RUN_STATE,),
 )
 """What a run goes on from, beside trainer_state.json; of the names in brackets one has to be there."""
 
-_TRAINER_STATE = "trainer_state.json"
 # What pretraining and fine-tuning write into RUN_STATE.
 _RUN_STATES: tuple[dict[str, type | tuple[type, ...]], ...] = (
     {"step": int, "window_start": int, "window_losses": list, "elapsed_s": (int, float), "text": str},
@@ -145,8 +149,8 @@ def _nonsense(path: Path) -> str | None:
             return str(error)
         if file.name == RUN_STATE and not any(_has_kinds(content, kinds) for kinds in _RUN_STATES):
             return f"{RUN_STATE} is not that of a run"
-        if file.name == _TRAINER_STATE and not _is_trainer_state(content):
-            return f"{_TRAINER_STATE} is not that of a run"
+        if file.name == TRAINER_STATE and not _is_trainer_state(content):
+            return f"{TRAINER_STATE} is not that of a run"
     strange = [file.name for file in path.iterdir() if file.suffix in (".pt", ".pth") and not zipfile.is_zipfile(file)]
     return f"{strange[0]} is no file of torch" if strange else None
 
@@ -175,9 +179,9 @@ def _lacks(path: Path, parts: Sequence[Sequence[str]]) -> str | None:
     for patterns in parts:
         if not any(fnmatch(name, pattern) for name in names for pattern in patterns):
             return f"{patterns[0]} is missing"
-    step = _json_object(path / _TRAINER_STATE).get("global_step")
+    step = _json_object(path / TRAINER_STATE).get("global_step")
     if step != checkpoint_step(path):
-        return f"{_TRAINER_STATE} is not that of step {checkpoint_step(path)}"
+        return f"{TRAINER_STATE} is not that of step {checkpoint_step(path)}"
     return None
 
 

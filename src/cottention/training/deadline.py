@@ -78,5 +78,5 @@ class Deadline(TrainerCallback):
         self._marks.append((now, step))
         while len(self._marks) > 2 and now - self._marks[1][0] >= _HORIZON_S:
             self._marks.popleft()
-        # The Trainer ends at max_steps before it asks here, so that lies ahead as long as there is time.
+        # The loop ends at max_steps before it asks here, so that lies ahead as long as there is time.
         self.num_steps = state.max_steps = step + max(2, round(left_s / step_s))

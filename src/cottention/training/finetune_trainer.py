@@ -1,4 +1,4 @@
-"""Fine-tunes one classifier with one seed, on transformers' Trainer; measures every epoch and keeps the best one.
+"""Fine-tunes one classifier with one seed, on the training loop; measures every epoch and keeps the best one.
 
 As in pretraining, the order of the rows is a function of the seed, checkpoints are atomic, and a killed run goes on to
 the same result. Rows are drawn as one long stream of permutations cut into full batches, so an epoch ends at the first
@@ -21,12 +21,11 @@ from typing import Any, ClassVar, NoReturn, Protocol, cast
 import numpy as np
 import torch
 from datasets import Dataset
-from torch import Tensor
+from torch import Tensor, nn
 from tqdm import tqdm
 from transformers import (
     PreTrainedModel,
     PreTrainedTokenizerBase,
-    PrinterCallback,
     TrainerCallback,
     TrainerControl,
     TrainerState,
@@ -40,6 +39,7 @@ from cottention.errors import DataError
 from cottention.evaluation.glue import glue_logits, glue_scores, predictions_of
 from cottention.logging import get_logger
 from cottention.seals import model_files, seal
+from cottention.training.arguments import type_of
 from cottention.training.checkpointing_trainer import CheckpointingTrainer, NonFiniteLossError, save_model
 from cottention.training.checkpoints import (
     PARTS,
@@ -53,7 +53,6 @@ from cottention.training.checkpoints import (
     writing_to,
 )
 from cottention.training.finetune_settings import FinetuneSettings
-from cottention.training.memory import keep_freed_memory
 from cottention.training.optimizer import build_optimizer
 from cottention.training.progress import RunControl
 from cottention.training.recipe_sections import OptimizerSettings
@@ -75,6 +74,8 @@ class Task(Protocol):
 
 class FinetuneTrainer(CheckpointingTrainer):
     """One seed of one task: of GLUE, or by `make_collator` and `measured` of another."""
+
+    stepwise = False  # _Milestones asks for what is due
 
     fields: ClassVar[tuple[str, ...]] = ("input_ids", "num_first", "label")
     """Columns of the rows that the collator takes."""
@@ -115,28 +116,25 @@ class FinetuneTrainer(CheckpointingTrainer):
         batch_size, num_steps = settings.batch_size_for(num_rows), settings.num_steps(num_rows)
         self.epoch_ends = {settings.num_steps(num_rows, epoch): epoch for epoch in range(1, settings.epochs + 1)}
         arguments = _arguments(settings, seed, run_dir, num_steps, batch_size)
-        autocasts = _precision(settings, arguments.device) == torch.bfloat16
-        self.autocast = {"device_type": arguments.device.type, "dtype": torch.bfloat16, "enabled": autocasts}
         self.collator = self.make_collator(
             pad_token_id=tokenizer.pad_token_id or 0,
             packed=packs_best(model.config.attention_type, arguments.device),
             num_token_types=getattr(model.config, "type_vocab_size", 1),
         )
         super().__init__(
-            run_dir / "checkpoints",
-            tokenizer,
-            run_control,
-            model=model,
-            args=arguments,
-            data_collator=self.collator,
-            train_dataset=ExampleStream(self._train, num_examples=num_steps * batch_size, seed=seed),
+            model,
+            arguments,
+            checkpoints_dir=run_dir / "checkpoints",
+            tokenizer=tokenizer,
+            run_control=run_control,
+            stream=ExampleStream(self._train, num_examples=num_steps * batch_size, seed=seed),
+            collator=self.collator,
             callbacks=[run_control, _Milestones(self.epoch_ends), _Bar(f"{task.title}, seed {seed}")],
         )
-        self.remove_callback(PrinterCallback)
-        if self.args.device.type == "cpu":
-            keep_freed_memory()
+        device = self.processes.device
+        autocasts = type_of(settings.precision, device) == torch.bfloat16
+        self.autocast = {"device_type": device.type, "dtype": torch.bfloat16, "enabled": autocasts}
         self._loss_sum = torch.zeros((), dtype=torch.float64)
-        self._bad_step = -1
 
     @property
     def best_epoch(self) -> int | None:
@@ -172,52 +170,34 @@ class FinetuneTrainer(CheckpointingTrainer):
 
     # What the loop asks for
 
-    def create_optimizer(self, model: Any = None) -> torch.optim.Optimizer:
+    def create_optimizer(self) -> torch.optim.Optimizer:
         """AdamW, as in pretraining, at the settings' rate."""
-        if self.optimizer is None:
-            settings = OptimizerSettings(
-                learning_rate=self.settings.learning_rate, weight_decay=self.settings.weight_decay, warmup_steps=0
-            )
-            self.optimizer = build_optimizer(model or cast(PreTrainedModel, self.model), settings)
-        return self.optimizer
+        settings = OptimizerSettings(
+            learning_rate=self.settings.learning_rate, weight_decay=self.settings.weight_decay, warmup_steps=0
+        )
+        return build_optimizer(self.model, settings)
 
-    def create_scheduler(self, num_training_steps: int, optimizer: Any = None) -> Any:
+    def create_scheduler(self, optimizer: torch.optim.Optimizer, num_steps: int) -> Any:
         """The settings' schedule."""
-        if self.lr_scheduler is None:
-            self.lr_scheduler = torch.optim.lr_scheduler.LambdaLR(
-                optimizer or self.optimizer,
-                lambda step: self.settings.learning_rate_factor(step, num_training_steps),
-            )
-            self._created_lr_scheduler = True
-        return self.lr_scheduler
+        return torch.optim.lr_scheduler.LambdaLR(
+            optimizer, lambda step: self.settings.learning_rate_factor(step, num_steps)
+        )
 
-    def compute_loss(
-        self, model: Any, inputs: dict, return_outputs: bool = False, num_items_in_batch: Any = None
-    ) -> Any:
+    def compute_loss(self, model: nn.Module, batch: Any, num_targets: Tensor | None) -> Tensor:
         """Loss of one batch."""
         with torch.autocast(**self.autocast):
-            outputs = model(**inputs)
-        return (outputs.loss, outputs) if return_outputs else outputs.loss
+            return model(**batch).loss
 
-    def training_step(self, model: Any, inputs: dict, num_items_in_batch: Any = None) -> Tensor:
-        """Forward and backward; stops at a loss that is no number, before it reaches the weights."""
-        loss = super().training_step(model, inputs, num_items_in_batch)
+    def watch(self, loss: Tensor) -> None:
+        """Stop at a loss that is no number, before it reaches the weights."""
         value = loss.item()
         if not np.isfinite(value):
             self.stop_at("loss", self.state.global_step + 1)
         self._loss_sum += value
-        return loss
-
-    def floating_point_ops(self, inputs: dict) -> int:
-        """Nothing: counting walks over all parameters at every step, and nobody reads the sum."""
-        return 0
-
-    def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
-        """Nothing: an epoch's figures are logged where they are measured."""
 
     # Evaluation
 
-    def evaluate(self, *_args: Any, **_options: Any) -> dict[str, float]:
+    def evaluate(self) -> None:
         """Measure the epoch that has just ended, and keep its model when it is the best so far."""
         step = self.state.global_step
         epoch = self.epoch_ends[step]
@@ -245,15 +225,13 @@ class FinetuneTrainer(CheckpointingTrainer):
         )
         if self.best_epoch == epoch:
             with writing_to(self.run_dir), atomic_directory(self.run_dir / "best", sealed=False) as staging:
-                save_model(cast(PreTrainedModel, self.model), self.saved_tokenizer, staging)
+                save_model(self.model, self.saved_tokenizer, staging)
                 seal(staging, model_files(staging, tokenizer=True))
-        measured = {"score": first["main"]}
-        self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics=measured)
-        return measured
+        self.tell("on_evaluate", metrics={"score": first["main"]})
 
     def logits_of(self, rows: Dataset) -> np.ndarray:
         """The model's outputs `[N, labels]` for encoded rows; stops where they are no numbers."""
-        logits = glue_logits(cast(PreTrainedModel, self.model), rows, self.collator, autocast=self.autocast)
+        logits = glue_logits(self.model, rows, self.collator, autocast=self.autocast)
         if not np.isfinite(logits).all():
             self.stop_at("output", self.state.global_step)
         return logits
@@ -273,7 +251,8 @@ class FinetuneTrainer(CheckpointingTrainer):
 
     # Checkpoints
 
-    def _save_checkpoint(self, model: Any, trial: Any) -> None:
+    def save_checkpoint(self) -> None:
+        """Write all that the seed goes on from, in place of the checkpoint before."""
         folder = self.checkpoints_dir
         run_state = {
             "epochs": self.epochs,
@@ -283,7 +262,7 @@ class FinetuneTrainer(CheckpointingTrainer):
         with writing_to(folder):
             with atomic_directory(folder / checkpoint_name(self.state.global_step), sealed=True) as staging:
                 write_atomically(staging / RUN_STATE, json.dumps(run_state))
-                super()._save_checkpoint(model, trial)
+                self.save_state(staging)
             rotate(folder, 1)
 
 
@@ -337,30 +316,13 @@ def _arguments(
     settings: FinetuneSettings, seed: int, run_dir: Path, num_steps: int, batch_size: int
 ) -> TrainingArguments:
     on_gpu = torch.cuda.is_available()
-    arguments = TrainingArguments(
+    return TrainingArguments(
         output_dir=str(run_dir / "checkpoints"),
         max_steps=num_steps,
         per_device_train_batch_size=batch_size,
         seed=seed,
         max_grad_norm=settings.max_grad_norm or 0.0,
-        logging_strategy="no",
-        eval_strategy="no",  # _Milestones asks for it
-        save_strategy="no",
-        logging_nan_inf_filter=False,
-        remove_unused_columns=False,
         dataloader_pin_memory=on_gpu,
         use_cpu=not on_gpu,
-        disable_tqdm=True,
         report_to="none",
-        log_level="error",
     )
-    if arguments.device.type == "cuda":
-        arguments._n_gpu = 1  # several would each get a piece of a packed row
-    return arguments
-
-
-def _precision(settings: FinetuneSettings, device: torch.device) -> torch.dtype:
-    precision = settings.precision
-    if precision == "auto":
-        precision = "bf16" if device.type == "cuda" and torch.cuda.is_bf16_supported() else "fp32"
-    return torch.bfloat16 if precision == "bf16" else torch.float32

@@ -16,6 +16,7 @@ from torch.nn.functional import cross_entropy
 from transformers import PreTrainedModel
 
 from cottention.files import IGNORE_INDEX
+from cottention.training.processes import Processes
 
 _SUMS = (
     *("nats", "right", "targets"),
@@ -46,7 +47,9 @@ class HeldOut:
         self._batch_size = batch_size
         self._targets_per_byte = targets_per_byte
 
-    def measure(self, model: PreTrainedModel, autocast: Mapping[str, Any], accelerator: Any = None) -> dict[str, float]:
+    def measure(
+        self, model: PreTrainedModel, autocast: Mapping[str, Any], processes: Processes | None = None
+    ) -> dict[str, float]:
         """Measure the loss, and the perplexity per token.
 
         For a GPT val_nats_per_byte. For a BERT val_mlm_loss and val_accuracy over all targets, and apart from each
@@ -57,19 +60,19 @@ class HeldOut:
         Args:
             model: left in the mode it came in.
             autocast: arguments of torch.autocast.
-            accelerator: where several processes share the work.
+            processes: several that share the work.
         """
         training = model.training
         model.eval()
-        rank, world_size = (accelerator.process_index, accelerator.num_processes) if accelerator else (0, 1)
+        rank, world_size = (processes.process_index, processes.num_processes) if processes else (0, 1)
         sums = torch.zeros(len(_SUMS), dtype=torch.float64)
         starts = range(0, len(self._windows), self._batch_size)
         with torch.inference_mode(), torch.autocast(**autocast):
             for start in starts[rank::world_size]:
                 sums += self._measure_batch(model, start)
         model.train(training)
-        if world_size > 1:
-            sums = accelerator.reduce(sums.to(accelerator.device)).cpu()
+        if processes is not None:
+            sums = processes.reduce(sums.to(processes.device)).cpu()
         return self._figures(dict(zip(_SUMS, sums.tolist(), strict=True)))
 
     def _measure_batch(self, model: PreTrainedModel, start: int) -> Tensor:

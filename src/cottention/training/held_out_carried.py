@@ -22,6 +22,7 @@ from transformers import PreTrainedModel
 from cottention.files import IGNORE_INDEX
 from cottention.training.carried import CarriedStates
 from cottention.training.lanes import collate_lanes, read_windows
+from cottention.training.processes import Processes
 
 
 class CarriedHeldOut:
@@ -52,17 +53,19 @@ class CarriedHeldOut:
         self._targets_per_byte = targets_per_byte
         self._limit = limit
 
-    def measure(self, model: PreTrainedModel, autocast: Mapping[str, Any], accelerator: Any = None) -> dict[str, float]:
+    def measure(
+        self, model: PreTrainedModel, autocast: Mapping[str, Any], processes: Processes | None = None
+    ) -> dict[str, float]:
         """Measure loss and perplexity per token, nats per byte, and as val_reset_loss the loss without carried states.
 
         Args:
             model: a cosine GPT, left in the mode it came in.
             autocast: arguments of torch.autocast.
-            accelerator: where several processes share the work.
+            processes: several that share the work.
         """
         training = model.training
         model.eval()
-        rank, world_size = (accelerator.process_index, accelerator.num_processes) if accelerator else (0, 1)
+        rank, world_size = (processes.process_index, processes.num_processes) if processes else (0, 1)
         own = range(len(self._stretches))[rank::world_size]
         sums = torch.zeros(3, dtype=torch.float64, device=model.device)
         with torch.inference_mode(), torch.autocast(**autocast):
@@ -76,8 +79,8 @@ class CarriedHeldOut:
             for batch in self._batches(own):
                 sums += _sums(model, states, {name: value.to(model.device) for name, value in batch.items()})
         model.train(training)
-        if world_size > 1:
-            sums = accelerator.reduce(sums)
+        if processes is not None:
+            sums = processes.reduce(sums)
         carried, reset, num_targets = sums.tolist()
         loss = carried / max(1.0, num_targets)
         measured = {"val_loss": loss, "val_ppl": math.exp(min(loss, 700.0))}

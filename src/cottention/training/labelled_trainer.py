@@ -7,18 +7,17 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Any, ClassVar, cast
+from typing import Any, ClassVar
 
 import numpy as np
 import torch
-from accelerate.utils import send_to_device
 from datasets import Dataset
-from transformers import PreTrainedModel
 
 from cottention.data.label_batches import LabelCollator
 from cottention.evaluation.labels import label_scores, tag_scores
 from cottention.generation.labelling import split_tokens
 from cottention.training.finetune_trainer import FinetuneTrainer
+from cottention.training.processes import to_device
 
 _BATCH = 64
 
@@ -57,13 +56,13 @@ class LabelTrainer(FinetuneTrainer):
     @torch.inference_mode()
     def _tags(self, rows: Dataset) -> Iterator[np.ndarray]:
         """The tag of each word, row by row; of one that was cut off the first, which may be right or wrong."""
-        model = cast(PreTrainedModel, self.model)
+        model = self.model
         was_training = model.training
         model.eval()
         try:
             for start in range(0, len(rows), _BATCH):
                 picked = rows.select(range(start, min(start + _BATCH, len(rows)))).remove_columns("label").to_list()
-                batch = send_to_device(self.collator(picked), model.device)
+                batch = to_device(self.collator(picked), model.device)
                 with torch.autocast(**self.autocast):
                     outputs = split_tokens(model, batch, picked)
                 for row, logits in zip(picked, outputs, strict=True):

@@ -1,4 +1,4 @@
-"""One pretraining run: data, model, Trainer, model directory; continues where a killed run stopped.
+"""One pretraining run: data, model, loop, model directory; continues where a killed run stopped.
 
 The run directory holds recipe.yaml (resolved), metrics.jsonl, loss_curve.png, tokenizer/, checkpoints/ and at the end
 model/, which every other command opens. The same call on the same directory resumes from the newest intact checkpoint.
@@ -196,7 +196,7 @@ def _pretrain(
         logger.info("resuming from %s", checkpoint)
     trainer.fit(checkpoint)
     stopped_by = trainer.run_control.stopped_by
-    if trainer.is_world_process_zero():
+    if trainer.processes.is_first:
         with writing_to(run_dir):
             draw_loss_curve(read_metrics(run_dir / "metrics.jsonl"), run_dir / "loss_curve.png", title=run_dir.name)
             if stopped_by is None:  # last of all, for with a model the run counts as finished
@@ -210,7 +210,7 @@ def _pretrain(
                         data=_held_out_name(recipe),
                     )
                     seal(staging, model_files(staging, tokenizer=True))
-    trainer.accelerator.wait_for_everyone()
+    trainer.processes.wait_for_everyone()
     step = trainer.state.global_step
     if stopped_by is not None:
         logger.info("stopped after step %d of %d; the same command continues", step, trainer.state.max_steps)

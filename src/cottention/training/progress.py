@@ -111,7 +111,7 @@ class RunControl(TrainerCallback):
     def on_step_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_others: Any
     ) -> None:
-        """Ask the Trainer for what the last step needs."""
+        """Ask for what the last step needs."""
         self._agree()
         if state.global_step >= state.max_steps:
             self.stopped_by = None  # came too late to matter

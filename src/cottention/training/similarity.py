@@ -18,9 +18,8 @@ from typing import Any, ClassVar, cast
 
 import numpy as np
 import torch
-from accelerate.utils import send_to_device
 from datasets import Dataset, Features, List, Value
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn.functional import cross_entropy, mse_loss, normalize
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, set_seed
 
@@ -38,6 +37,7 @@ from cottention.training.finetune_settings import FinetuneSettings
 from cottention.training.finetune_trainer import FinetuneTrainer
 from cottention.training.finetuning import FinetuneResult, SeedRuns, check_max_length, check_seeds, train_seeds
 from cottention.training.own_data import OwnData
+from cottention.training.processes import to_device
 
 _VERSION = 1  # part of the cache key: raise it when the same rows shall give other tokens
 _SPLIT_SEED = 0  # one split for all seeds, which are compared by it
@@ -240,14 +240,14 @@ class SimilarityTrainer(FinetuneTrainer):
         """What joins pairs; means are taken over rows, so they are padded."""
         return PairCollator(**{**options, "packed": False})
 
-    def compute_loss(
-        self, model: Any, inputs: dict, return_outputs: bool = False, num_items_in_batch: Any = None
-    ) -> Any:
+    def compute_loss(self, model: nn.Module, batch: Any, num_targets: Tensor | None) -> Tensor:
         """Loss of one batch of pairs."""
         with torch.autocast(**self.autocast):
-            first, second = (normalize(mean_of_tokens(model, inputs[name]), dim=-1) for name in ("first", "second"))
-        loss = similarity_loss(first, second, self.task.scale, inputs.get("scores"), inputs.get("same"))
-        return (loss, {}) if return_outputs else loss
+            first, second = (
+                normalize(mean_of_tokens(cast(PreTrainedModel, model), batch[name]), dim=-1)
+                for name in ("first", "second")
+            )
+        return similarity_loss(first, second, self.task.scale, batch.get("scores"), batch.get("same"))
 
     def measured(self, rows: Dataset) -> dict[str, Any]:
         """Correlation of cosines and numbers; or how often a text's own partner is the nearest of all."""
@@ -266,14 +266,14 @@ class SimilarityTrainer(FinetuneTrainer):
     @torch.inference_mode()
     def _vectors(self, rows: Dataset) -> tuple[np.ndarray, np.ndarray]:
         """Unit vectors `[N, D]` of the first and of the second texts."""
-        model = cast(PreTrainedModel, self.model)
+        model = self.model
         was_training = model.training
         model.eval()
         found: dict[str, list[Tensor]] = {"first": [], "second": []}
         try:
             for start in range(0, len(rows), _BATCH):
                 picked = rows.select(range(start, min(start + _BATCH, len(rows)))).to_list()
-                batch = send_to_device(self.collator(picked), model.device)
+                batch = to_device(self.collator(picked), model.device)
                 with torch.autocast(**self.autocast):
                     for name, vectors in found.items():
                         vectors.append(normalize(mean_of_tokens(model, batch[name]), dim=-1).cpu())

@@ -150,13 +150,24 @@ class PassCollator:
 
 
 class InOrder(torch.utils.data.Sampler[int]):
-    """Positions 0, 1, 2, ...: the stream already is in random order."""
+    """Positions 0, 1, 2, ...: the stream already is in random order.
 
-    def __init__(self, length: int) -> None:
-        self.length = length
+    Args:
+        length: of the stream.
+        start: position to begin at.
+        micro_batch_size: positions that belong together.
+        process_index: of this process; micro batches go round the processes, the same way in every step.
+        num_processes: that read the stream together.
+    """
+
+    def __init__(
+        self, length: int, *, start: int = 0, micro_batch_size: int = 1, process_index: int = 0, num_processes: int = 1
+    ) -> None:
+        self._starts = range(start + process_index * micro_batch_size, length, micro_batch_size * num_processes)
+        self._size = micro_batch_size
 
     def __len__(self) -> int:
-        return self.length
+        return len(self._starts) * self._size
 
     def __iter__(self) -> Any:
-        return iter(range(self.length))
+        return (position for start in self._starts for position in range(start, start + self._size))

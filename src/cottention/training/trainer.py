@@ -1,33 +1,23 @@
-"""The Trainer of transformers, with what matters here replaced: data order, optimizer, evaluation, logs, checkpoints.
+"""Pretraining on the loop: data order, optimizer, losses of the recipe's objective, evaluation, logs, checkpoints.
 
-The stock Trainer writes checkpoints in place, forgets the loss since the last log line when it resumes, averages
-held-out batches without weights, and spends time per micro batch on counting FLOPs and tokens. What is left of it: the
-loop, gradient accumulation, device placement, several processes, and reading and writing of optimizer and RNG states
-(all of it with weights_only=True).
-
-    arguments = training_arguments(recipe, run_dir)
-    trainer = PretrainingTrainer(recipe, model, arguments=arguments, text=text, run_dir=run_dir)
-    trainer.fit(resume_from=None)
+arguments = training_arguments(recipe, run_dir)
+trainer = PretrainingTrainer(recipe, model, arguments=arguments, text=text, run_dir=run_dir)
+trainer.fit(resume_from=None)
 """
 
 from __future__ import annotations
 
 import json
 import math
-from collections.abc import Mapping
-from contextlib import ExitStack, nullcontext
+from collections.abc import Mapping, Sequence
+from contextlib import ExitStack
 from pathlib import Path
-from typing import Any, NoReturn, cast
+from typing import Any, NoReturn
 
 import torch
 from safetensors.torch import save_file
-from torch import Tensor
-from transformers import (
-    PreTrainedModel,
-    PrinterCallback,
-    TrainingArguments,
-    set_seed,
-)
+from torch import Tensor, nn
+from transformers import PreTrainedModel, TrainingArguments
 
 from cottention.errors import DataError
 from cottention.logging import get_logger
@@ -41,11 +31,11 @@ from cottention.training.checkpoints import (
     list_checkpoints,
     read_run_state,
     rotate,
+    staging_area,
     write_atomically,
     writing_to,
 )
 from cottention.training.deadline import Deadline
-from cottention.training.memory import keep_freed_memory
 from cottention.training.metrics import MetricsLog
 from cottention.training.neighbours import NeighbourWatch
 from cottention.training.objectives import objective_of
@@ -100,34 +90,26 @@ class PretrainingTrainer(CheckpointingTrainer):
         if self.deadline is not None and isinstance(stream, FallingShares):
             stream.progress = self.deadline.progress
         super().__init__(
-            run_dir / "checkpoints",
-            text.tokenizer,
-            run_control,
-            model=model,
-            args=arguments,
-            data_collator=self.objective.collator(text),
-            train_dataset=stream,
-            eval_dataset=stream,  # the Trainer insists on one; evaluate() below does not read it
+            model,
+            arguments,
+            checkpoints_dir=run_dir / "checkpoints",
+            tokenizer=text.tokenizer,
+            run_control=run_control,
+            stream=stream,
+            collator=self.objective.collator(text),
             callbacks=[*([self.deadline, NeighbourWatch()] if self.deadline else []), run_control, ProgressBar(recipe)],
         )
-        self.remove_callback(PrinterCallback)
-        if self.args.device.type == "cpu":
-            keep_freed_memory()
-        if self.args.world_size > 1:
-            self.run_control.agree_among(self.args.world_size)
-            set_seed(recipe.training.seed + self.args.process_index)  # each process drops out other units
-        self.model_accepts_loss_kwargs = True  # compute_loss() always passes the number of targets
+        device, num_processes = self.processes.device, self.processes.num_processes
         self._autocast = {
-            "device_type": self.args.device.type,
+            "device_type": device.type,
             "dtype": torch.bfloat16,
-            "enabled": compute_type(recipe, self.args.device) == torch.bfloat16,
+            "enabled": compute_type(recipe, device) == torch.bfloat16,
         }
         self._stopwatch = Stopwatch(elapsed_s=0.0, step=0)
-        self._grad_norm: Tensor | float = 0.0
-        self._window_losses = torch.zeros(len(self.objective.losses), device=self.args.device)
+        self._window_losses = torch.zeros(len(self.objective.losses), device=device)
         self._window_start = 0
-        self._first_bad_step = torch.full((), -1, device=self.args.device)
-        self.objective.begin(model, self.args.device, self.args.process_index, max(1, self.args.world_size))
+        self._first_bad_step = torch.full((), -1, device=device)
+        self.objective.begin(model, device, self.processes.process_index, num_processes)
 
     def fit(self, resume_from: Path | None) -> None:
         """Train to the end of the recipe, or until a signal asks to stop.
@@ -148,97 +130,60 @@ class PretrainingTrainer(CheckpointingTrainer):
                     f"the text is not the one that {resume_from} was trained on; bring that back, or --overwrite "
                     "starts again"
                 )
-            num_processes = len(state["window_losses"])
-            if num_processes != self.args.world_size:
+            num_writers = len(state["window_losses"])
+            if num_writers != self.processes.num_processes:
                 logger.warning(
                     "%s was written by %d processes, now there are %d: the same examples, but other dropout",
                     resume_from,
-                    num_processes,
-                    self.args.world_size,
+                    num_writers,
+                    self.processes.num_processes,
                 )
             self.objective.take_up(resume_from)
         self._window_start = state["window_start"]
         for rank, losses in enumerate(state["window_losses"]):
-            if rank % self.args.world_size == self.args.process_index:
-                self._window_losses += torch.tensor(losses, device=self.args.device)
+            if rank % self.processes.num_processes == self.processes.process_index:
+                self._window_losses += torch.tensor(losses, device=self.processes.device)
         self._stopwatch = Stopwatch(elapsed_s=state["elapsed_s"], step=state["step"])
-        if self.is_world_process_zero():
+        if self.processes.is_first:
             self.metrics_log = MetricsLog(self.run_dir / "metrics.jsonl", resume_step=state["step"])
         self.train_on_from(resume_from)
 
     # What the loop asks for
 
-    def create_optimizer(self, model: Any = None) -> torch.optim.Optimizer:
+    def create_optimizer(self) -> torch.optim.Optimizer:
         """AdamW as the recipe says."""
-        if self.optimizer is None:
-            self.optimizer = build_optimizer(model or cast(PreTrainedModel, self.model), self.recipe.optimizer)
-        return self.optimizer
+        return build_optimizer(self.model, self.recipe.optimizer)
 
-    def create_scheduler(self, num_training_steps: int, optimizer: Any = None) -> Any:
+    def create_scheduler(self, optimizer: torch.optim.Optimizer, num_steps: int) -> Any:
         """Linear warmup, then linear to zero, by steps or by the clock."""
-        if self.lr_scheduler is None and self.deadline is not None:
-            adamw = cast(torch.optim.Optimizer, optimizer or self.optimizer)
-            self.lr_scheduler = torch.optim.lr_scheduler.LambdaLR(adamw, self.deadline.factor)
-            self._created_lr_scheduler = True
-        elif self.lr_scheduler is None:
-            self.lr_scheduler = build_scheduler(
-                optimizer or self.optimizer,
-                num_warmup_steps=self.recipe.num_warmup_steps,
-                num_steps=num_training_steps,
-            )
-            self._created_lr_scheduler = True
-        return self.lr_scheduler
+        if self.deadline is not None:
+            return torch.optim.lr_scheduler.LambdaLR(optimizer, self.deadline.factor)
+        return build_scheduler(optimizer, num_warmup_steps=self.recipe.num_warmup_steps, num_steps=num_steps)
 
-    def _get_num_items_in_batch(self, batch_samples: list, device: torch.device) -> Tensor | None:
-        # Batches are scaled by the targets of the whole step, so that accumulation does not change the gradient.
-        if not batch_samples:
-            return None
-        passes = [one for batch in batch_samples for one in batch.get("passes", [batch])]
-        count = torch.stack([self.objective.num_targets(one) for one in passes]).sum().to(device)
-        return cast(Tensor, self.accelerator.reduce(count)) if self.args.world_size > 1 else count
+    def num_targets(self, passes: Sequence[Any]) -> Tensor:
+        """Those of the objective."""
+        return self.processes.reduce(torch.stack([self.objective.num_targets(one) for one in passes]).sum())
 
-    def compute_loss(
-        self, model: Any, inputs: dict, return_outputs: bool = False, num_items_in_batch: Any = None
-    ) -> Any:
+    def compute_loss(self, model: nn.Module, batch: Any, num_targets: Tensor | None) -> Tensor:
         """Loss over this pass, divided by the targets of the whole step, and that of pairs by its pairs."""
-        # Our own autocast instead of the Trainer's: that one also turns the logits of every batch into fp32.
         with torch.autocast(**self._autocast):
-            losses = self.objective.loss(model, inputs, num_items_in_batch)
-        # Every process divides by the targets of all of them, and DDP takes the mean over processes.
-        self._window_losses += torch.stack([loss.detach() for loss in losses.values()]) * self.args.world_size
-        return losses["loss"] * self.args.world_size
+            losses = self.objective.loss(model, batch, num_targets)
+        # Every process divides by the targets of all of them, and gradients become the mean over processes.
+        num_processes = self.processes.num_processes
+        self._window_losses += torch.stack([loss.detach() for loss in losses.values()]) * num_processes
+        return losses["loss"] * num_processes
 
-    def training_step(self, model: Any, inputs: dict, num_items_in_batch: Any = None) -> Tensor:
-        """Forward and backward over one micro batch, in passes where its windows are long; watches the loss."""
-        passes = inputs.get("passes", [inputs])
-        losses = []
-        for number, one in enumerate(passes, start=1):
-            # Gradients are exchanged once, behind the last pass, and then only if the Trainer wants it.
-            with self.accelerator.no_sync(model) if number < len(passes) else nullcontext():
-                losses.append(super().training_step(model, one, num_items_in_batch))
-        loss = torch.stack(losses).sum()
+    def watch(self, loss: Tensor) -> None:
+        """Remember the first step whose loss is no number; stop there on a CPU, at the next line on a GPU."""
         # Kept on the device: asking for the value would make a GPU wait at every step.
         bad = ~torch.isfinite(loss) & (self._first_bad_step < 0)
         self._first_bad_step.masked_fill_(bad, self.state.global_step + 1)
         if loss.device.type == "cpu":
             self._refuse_non_finite()
-        return loss
-
-    def _get_grad_norm(self, model: Any, grad_norm: Any = None) -> Any:
-        if grad_norm is None:
-            # The Trainer would "clip" to infinity, which is one more pass over all gradients.
-            gradients = [parameter.grad for parameter in model.parameters() if parameter.grad is not None]
-            grad_norm = torch.nn.utils.get_total_norm(gradients)
-        self._grad_norm = grad_norm
-        return grad_norm
-
-    def floating_point_ops(self, inputs: dict) -> int:
-        """Nothing: see below."""
-        return 0  # counting walks over all parameters at every micro batch, and nobody reads the sum
 
     # Evaluation and logs
 
-    def evaluate(self, *_args: Any, **_options: Any) -> dict[str, float]:
+    def evaluate(self) -> None:
         """Measure the held-out loss and log it."""
         self._refuse_non_finite()
         with self._stopwatch.paused():
@@ -246,46 +191,40 @@ class PretrainingTrainer(CheckpointingTrainer):
         if not math.isfinite(measured["val_loss"]):
             step = self.state.global_step
             self._stop("held-out loss", step, newest_good=step - 1)
-        self.log(measured)
-        self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics=measured)
-        return measured
+        self._log(measured)
+        self.tell("on_evaluate", metrics=measured)
 
     def measure_held_out(self) -> dict[str, float]:
         """Loss and its relatives on the held-out text, as the model is now."""
-        return self.text.held_out.measure(cast(PreTrainedModel, self.model), self._autocast, self.accelerator)
+        return self.text.held_out.measure(self.model, self._autocast, self.processes)
 
-    def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
-        """Write a line to metrics.jsonl and show it."""
-        if "loss" in logs:
-            self._refuse_non_finite()
-            logs = self._training_line(logs)
-        elif "val_loss" not in logs:
-            return  # the Trainer's summary at the end
-        step = self.state.global_step
-        entry = {"step": step, "tokens": self.recipe.tokens_after(step), **logs}
-        if self.is_world_process_zero():
-            with writing_to(self.run_dir):
-                self.metrics_log.write(entry)
-        self.control = self.callback_handler.on_log(self.args, self.state, self.control, entry)
-
-    def _training_line(self, logs: Mapping[str, float]) -> dict[str, float]:
+    def log_step(self, learning_rate: float) -> None:
+        """Write a line about the steps since the last one."""
+        self._refuse_non_finite()
         step = self.state.global_step
         num_steps = step - self._window_start
-        losses = self._window_losses
-        if self.args.world_size > 1:
-            losses = cast(Tensor, self.accelerator.reduce(losses, "mean"))
+        losses = self.processes.reduce(self._window_losses, "mean")
         num_tokens = self.recipe.tokens_after(step) - self.recipe.tokens_after(self._stopwatch.lap_step)
         line = {
             "epoch": round(self.text.epochs_after(step, self.recipe), 4),
             **{name: loss / num_steps for name, loss in zip(self.objective.losses, losses.tolist(), strict=True)},
-            "learning_rate": logs["learning_rate"],
+            "learning_rate": learning_rate,
             "grad_norm": float(self._grad_norm),
             "tokens_per_s": round(num_tokens / self._stopwatch.lap(step), 1),
             "elapsed_s": round(self._stopwatch.elapsed_s, 2),
         }
         self._window_start = step
         self._window_losses.zero_()
-        return line
+        self._log(line)
+
+    def _log(self, figures: Mapping[str, float]) -> None:
+        """Write a line to metrics.jsonl and show it."""
+        step = self.state.global_step
+        entry = {"step": step, "tokens": self.recipe.tokens_after(step), **figures}
+        if self.processes.is_first:
+            with writing_to(self.run_dir):
+                self.metrics_log.write(entry)
+        self.tell("on_log", logs=entry)
 
     def _refuse_non_finite(self) -> None:
         bad_step = int(self._first_bad_step)
@@ -306,32 +245,33 @@ class PretrainingTrainer(CheckpointingTrainer):
 
     # Checkpoints
 
-    def _save_checkpoint(self, model: Any, trial: Any) -> None:
+    def save_checkpoint(self) -> None:
+        """Write all that the run goes on from, and delete what is older than the newest few."""
         self._refuse_non_finite()
-        folder = self.checkpoints_dir
-        writes = self.is_world_process_zero()
+        folder, processes = self.checkpoints_dir, self.processes
+        target = folder / checkpoint_name(self.state.global_step)
         run_state = self._run_state()
-        more = self.objective.state_to_save(self.accelerator)
+        more = self.objective.state_to_save(processes)
         with self._stopwatch.paused(), writing_to(folder):
             with ExitStack() as until_all_have_written:
-                if writes:
-                    target = folder / checkpoint_name(self.state.global_step)
-                    staging = until_all_have_written.enter_context(atomic_directory(target, sealed=True))
+                staging = staging_area(folder) / target.name
+                if processes.is_first:
+                    until_all_have_written.enter_context(atomic_directory(target, sealed=True))
                     write_atomically(staging / RUN_STATE, json.dumps(run_state))
                     if more is not None:
                         save_file(more[1], staging / more[0])
-                self.accelerator.wait_for_everyone()
-                super()._save_checkpoint(model, trial)
-                self.accelerator.wait_for_everyone()
-            if writes:
+                processes.wait_for_everyone()
+                self.save_state(staging)
+                processes.wait_for_everyone()
+            if processes.is_first:
                 rotate(folder, self.recipe.training.save_total_limit)
-            self.accelerator.wait_for_everyone()
+            processes.wait_for_everyone()
 
     def _run_state(self) -> dict[str, Any]:
         return {
             "step": self.state.global_step,
             "window_start": self._window_start,
-            "window_losses": cast(Tensor, self.accelerator.gather(self._window_losses[None])).tolist(),
+            "window_losses": self.processes.gather(self._window_losses[None]).tolist(),
             "elapsed_s": self._stopwatch.elapsed_s,
             "text": self.text.fingerprint(),
         }

@@ -27,6 +27,7 @@ from cottention.generation.loading import Kind
 from cottention.training.held_out import HeldOut, count_targets
 from cottention.training.held_out_carried import CarriedHeldOut
 from cottention.training.lanes import LaneStream
+from cottention.training.processes import Processes
 from cottention.training.recipe import Recipe
 from cottention.training.stream import ExampleStream, FallingShares, PhasedStream
 
@@ -54,7 +55,7 @@ class Objective(ABC):
         """Make what is kept from step to step, on this process; most keep nothing."""
         return
 
-    def state_to_save(self, processes: Any) -> tuple[str, dict[str, Tensor]] | None:
+    def state_to_save(self, processes: Processes) -> tuple[str, dict[str, Tensor]] | None:
         """What a checkpoint holds of it, all processes' together: a file's name and its tensors; called on all."""
         return None
 

@@ -22,6 +22,7 @@ from cottention.training.held_out_carried import CarriedHeldOut
 from cottention.training.lanes import LaneStream, collate_lanes, own_lanes
 from cottention.training.objectives.base import OpenedText, PreparedText
 from cottention.training.objectives.causal import Causal
+from cottention.training.processes import Processes
 
 _FILE = "carried_states.safetensors"
 
@@ -75,7 +76,7 @@ class Carried(Causal):
         self._states.close(batch, cache)
         return self._named(outputs)
 
-    def state_to_save(self, processes: Any) -> tuple[str, dict[str, Tensor]]:
+    def state_to_save(self, processes: Processes) -> tuple[str, dict[str, Tensor]]:
         """The states of all lanes."""
         return _FILE, self._states.to_tensors(processes)
 

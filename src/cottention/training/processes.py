@@ -1,0 +1,90 @@
+"""The processes that train together, and what they tell each other.
+
+torchrun starts them, TrainingArguments joins them (gloo on CPUs, NCCL on GPUs). Each has a copy of the model and its
+own micro batches of a step; gradients are averaged once a step. One process alone exchanges nothing.
+
+    processes = Processes(arguments)
+    wrapped = processes.wrap(model, leaves_parameters_unused=False)
+    with processes.exchange(wrapped, now=is_last):
+        loss.backward()
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from contextlib import AbstractContextManager, nullcontext
+from typing import Any, cast
+
+import torch
+from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
+from transformers import TrainingArguments
+
+
+class Processes:
+    """Who trains, and which of them this one is.
+
+    Args:
+        arguments: name the device; reading them has joined the processes.
+    """
+
+    def __init__(self, arguments: TrainingArguments) -> None:
+        self.device = arguments.device
+        self.num_processes = max(1, arguments.world_size)
+        self.process_index = arguments.process_index
+
+    @property
+    def is_first(self) -> bool:
+        """Whether this one writes files and lines."""
+        return self.process_index == 0
+
+    def wrap(self, model: nn.Module, *, leaves_parameters_unused: bool) -> nn.Module:
+        """The model as the loop calls it: backward through it averages the gradients over all processes.
+
+        Args:
+            model: on the device, the same weights in every process afterwards.
+            leaves_parameters_unused: some get no gradient; looking for them costs time at each step.
+        """
+        if self.num_processes == 1:
+            return model
+        return DistributedDataParallel(
+            model,
+            device_ids=None if self.device.type == "cpu" else [self.device],
+            find_unused_parameters=leaves_parameters_unused,
+        )
+
+    def exchange(self, wrapped: nn.Module, *, now: bool) -> AbstractContextManager[Any]:
+        """Around a forward and a backward pass: whether gradients are averaged behind it, or kept for a later one."""
+        if now or self.num_processes == 1:
+            return nullcontext()
+        return cast(DistributedDataParallel, wrapped).no_sync()
+
+    def reduce(self, tensor: Tensor, how: str = "sum") -> Tensor:
+        """The sum, or the "mean", of all processes' tensors."""
+        if self.num_processes == 1:
+            return tensor
+        total = tensor.clone()
+        torch.distributed.all_reduce(total)
+        return total / self.num_processes if how == "mean" else total
+
+    def gather(self, tensor: Tensor) -> Tensor:
+        """All processes' tensors `[N, ...]`, joined along the first dimension."""
+        if self.num_processes == 1:
+            return tensor
+        parts = [torch.empty_like(tensor) for _ in range(self.num_processes)]
+        torch.distributed.all_gather(parts, tensor.contiguous())
+        return torch.cat(parts)
+
+    def wait_for_everyone(self) -> None:
+        """Go on when all have come here."""
+        if self.num_processes > 1:
+            torch.distributed.barrier()
+
+
+def to_device(batch: Any, device: torch.device) -> Any:
+    """A batch with its tensors on a device, however deep they lie in dictionaries and lists."""
+    if isinstance(batch, Tensor):
+        return batch.to(device)
+    if isinstance(batch, Mapping):
+        return {name: to_device(part, device) for name, part in batch.items()}
+    return [to_device(part, device) for part in batch] if isinstance(batch, list) else batch
