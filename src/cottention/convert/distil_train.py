@@ -24,11 +24,13 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from transformers import PreTrainedModel
+from transformers import PreTrainedModel, TrainingArguments
 
 from cottention.bars import progress
 from cottention.convert.distil_layers import attention_sublayers, hidden_states_of, record
 from cottention.errors import CottentionError
+from cottention.training.loop import TrainingLoop
+from cottention.training.processes import Processes, to_device
 
 Batches = Iterator[dict[str, Tensor]]
 
@@ -69,7 +71,8 @@ def teach_attention(
     cosine = [sublayer for sublayer in attention_sublayers(model) if sublayer.is_cosine]
     inside = {id(parameter) for sublayer in cosine for parameter in sublayer.parameters()}
     parameters = {name: parameter for name, parameter in model.named_parameters() if id(parameter) in inside}
-    _descend(model, parameters, loss, batches, steps, learning_rate, "Attention", show_progress)
+    with progress("Attention", "update", total=steps, on=show_progress) as bar:
+        _Teaching(model, parameters, loss, batches, steps=steps, learning_rate=learning_rate, bar=bar).teach()
     return parameters
 
 
@@ -103,7 +106,8 @@ def teach_whole(
     layers: nn.Module = body.encoder if hasattr(body, "encoder") else body.h
     inside = {id(parameter) for parameter in layers.parameters()}
     parameters = {name: parameter for name, parameter in model.named_parameters() if id(parameter) in inside}
-    _descend(model, parameters, loss, batches, steps, learning_rate, "Whole model", show_progress)
+    with progress("Whole model", "update", total=steps, on=show_progress) as bar:
+        _Teaching(model, parameters, loss, batches, steps=steps, learning_rate=learning_rate, bar=bar).teach()
     return parameters
 
 
@@ -125,41 +129,64 @@ def _head(model: Any) -> nn.Module:
     return model.cls.predictions if hasattr(model, "cls") else model.lm_head
 
 
-def _descend(
-    model: PreTrainedModel,
-    parameters: dict[str, nn.Parameter],
-    loss_of: Callable[[dict[str, Tensor]], Tensor],
-    batches: Batches,
-    steps: int,
-    learning_rate: float,
-    name: str,
-    show_progress: bool,
-) -> None:
-    """Adam with a short warmup and a linear way down to 0."""
-    slow = [parameter for key, parameter in parameters.items() if not key.endswith("norm_const")]
-    fast = [parameter for key, parameter in parameters.items() if key.endswith("norm_const")]
-    groups = [{"params": slow, "lr": learning_rate}, {"params": fast, "lr": learning_rate * _NORM_CONST_RATE}]
-    optimizer = torch.optim.Adam(groups, betas=(0.9, 0.98))
-    warmup = max(_WARMUP_SHARE * steps, 1)
-    schedule = torch.optim.lr_scheduler.LambdaLR(
-        optimizer, lambda step: min((step + 1) / warmup, (steps - step) / (steps - warmup + 1))
-    )
-    for key, parameter in model.named_parameters():
-        parameter.requires_grad_(key in parameters)
-    with progress(name, "update", total=steps, on=show_progress) as bar:
-        for step, batch in enumerate(batches):
-            loss = loss_of({key: tensor.to(model.device) for key, tensor in batch.items()})
-            optimizer.zero_grad()
-            loss.backward()
-            value = loss.item()
-            if not math.isfinite(value):
-                raise CottentionError(
-                    f"the distillation's loss must be finite; got {value} at update {step + 1} of {steps} "
-                    f"(learning rate {learning_rate:g}): take a lower rate"
-                )
-            optimizer.step()
-            schedule.step()
-            bar.set_postfix(loss=f"{value:.3f}", refresh=False)
-            bar.update()
-    model.zero_grad()
-    model.requires_grad_(True)
+class _Teaching(TrainingLoop):
+    """Adam with a short warmup and a linear way down to 0, on ready batches; nothing is measured or saved meanwhile."""
+
+    stepwise = False
+    drops_out = False
+
+    def __init__(
+        self,
+        model: PreTrainedModel,
+        parameters: dict[str, nn.Parameter],
+        loss_of: Callable[[dict[str, Tensor]], Tensor],
+        batches: Batches,
+        *,
+        steps: int,
+        learning_rate: float,
+        bar: Any,
+    ) -> None:
+        arguments = TrainingArguments(max_steps=steps, max_grad_norm=0.0, use_cpu=True, report_to="none")
+        super().__init__(model, arguments, processes=Processes(device=model.device), stream=batches, collator=None)
+        self._parameters, self._loss_of, self._learning_rate, self._bar = parameters, loss_of, learning_rate, bar
+
+    def teach(self) -> None:
+        """Train these parameters and no others."""
+        for key, parameter in self.model.named_parameters():
+            parameter.requires_grad_(key in self._parameters)
+        self.train()
+        self.model.requires_grad_(True)
+
+    def create_optimizer(self) -> torch.optim.Optimizer:
+        """Adam, at a rate of its own for norm_const."""
+        slow = [parameter for key, parameter in self._parameters.items() if not key.endswith("norm_const")]
+        fast = [parameter for key, parameter in self._parameters.items() if key.endswith("norm_const")]
+        rate = self._learning_rate
+        groups = [{"params": slow, "lr": rate}, {"params": fast, "lr": rate * _NORM_CONST_RATE}]
+        return torch.optim.Adam(groups, betas=(0.9, 0.98))
+
+    def create_scheduler(self, optimizer: torch.optim.Optimizer, num_steps: int) -> Any:
+        """Up within a tenth of the updates, and down to 0."""
+        warmup = max(_WARMUP_SHARE * num_steps, 1)
+        return torch.optim.lr_scheduler.LambdaLR(
+            optimizer, lambda step: min((step + 1) / warmup, (num_steps - step) / (num_steps - warmup + 1))
+        )
+
+    def batches_from(self, step: int) -> Batches:
+        """All of them."""
+        return (to_device(batch, self.processes.device) for batch in self.train_dataset)
+
+    def compute_loss(self, model: nn.Module, batch: Any, num_targets: Tensor | None) -> Tensor:
+        """How far the model is from its source."""
+        return self._loss_of(batch)
+
+    def watch(self, loss: Tensor) -> None:
+        """Show the loss; stop at one that is no number."""
+        value = loss.item()
+        if not math.isfinite(value):
+            raise CottentionError(
+                f"the distillation's loss must be finite; got {value} at update {self.state.global_step + 1} of "
+                f"{self.args.max_steps} (learning rate {self._learning_rate:g}): take a lower rate"
+            )
+        self._bar.set_postfix(loss=f"{value:.3f}", refresh=False)
+        self._bar.update()

@@ -35,6 +35,7 @@ class TrainingLoop(ABC):
     Args:
         model: to train; it is moved to the device.
         arguments: number of steps, size of a micro batch, micro batches of a step, what is due how often, clipping.
+        processes: that train together; None: those that the arguments have joined.
         stream: examples by their position, in the order in which they are read.
         collator: makes a batch of some examples, or {"passes": [batch, ...]}.
         callbacks: told in this order.
@@ -50,12 +51,13 @@ class TrainingLoop(ABC):
         model: PreTrainedModel,
         arguments: TrainingArguments,
         *,
+        processes: Processes | None = None,
         stream: Any,
         collator: Any,
         callbacks: Sequence[TrainerCallback] = (),
     ) -> None:
         self.args = arguments
-        self.processes = Processes(arguments)
+        self.processes = processes or Processes.joined(arguments)
         self.model: Any = model.to(self.processes.device)  # pyright: ignore[reportArgumentType]
         self.train_dataset = stream
         self.collator = collator

@@ -3,7 +3,7 @@
 torchrun starts them, TrainingArguments joins them (gloo on CPUs, NCCL on GPUs). Each has a copy of the model and its
 own micro batches of a step; gradients are averaged once a step. One process alone exchanges nothing.
 
-    processes = Processes(arguments)
+    processes = Processes.joined(arguments)
     wrapped = processes.wrap(model, leaves_parameters_unused=False)
     with processes.exchange(wrapped, now=is_last):
         loss.backward()
@@ -13,6 +13,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass
 from typing import Any, cast
 
 import torch
@@ -21,17 +22,25 @@ from torch.nn.parallel import DistributedDataParallel
 from transformers import TrainingArguments
 
 
+@dataclass(frozen=True, kw_only=True)
 class Processes:
-    """Who trains, and which of them this one is.
+    """Who trains, and which of them this one is."""
 
-    Args:
-        arguments: name the device; reading them has joined the processes.
-    """
+    device: torch.device
+    """Where this process computes."""
+    process_index: int = 0
+    """Its number."""
+    num_processes: int = 1
+    """How many there are."""
 
-    def __init__(self, arguments: TrainingArguments) -> None:
-        self.device = arguments.device
-        self.num_processes = max(1, arguments.world_size)
-        self.process_index = arguments.process_index
+    @classmethod
+    def joined(cls, arguments: TrainingArguments) -> Processes:
+        """Those that were started together; asking the arguments for their number has joined them."""
+        return cls(
+            device=arguments.device,
+            process_index=arguments.process_index,
+            num_processes=max(1, arguments.world_size),
+        )
 
     @property
     def is_first(self) -> bool:
