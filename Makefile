@@ -16,8 +16,9 @@ PIP_INSTALL = $(BIN)/python -m pip install --quiet --disable-pip-version-check $
 # What pip gives to a user today, gigabytes of GPU libraries included: no constraints, upgraded whenever it is asked for.
 NEWEST := CONSTRAINTS= TORCH=torch UPGRADE="--upgrade --upgrade-strategy eager"
 
-# One thread a test worker: several that share the cores slow each other down many times over.
-PYTEST := env OMP_NUM_THREADS=1 HF_HUB_OFFLINE=1 $(BIN)/python -m pytest -n $(WORKERS) --dist loadfile
+# One thread a test worker: several that share the cores slow each other down many times over. Bytecode is written, or
+# every process that a test starts compiles the package again.
+PYTEST := env -u PYTHONDONTWRITEBYTECODE OMP_NUM_THREADS=1 HF_HUB_OFFLINE=1 $(BIN)/python -m pytest -n $(WORKERS) --dist loadfile
 UNATTENDED := not gpu and not slurm and not network and not peers
 
 .DEFAULT_GOAL := help
