@@ -16,7 +16,9 @@ import cottention
 from cottention import _register
 from cottention.errors import CottentionError, SettingsError, check_known_keys, did_you_mean
 from cottention.logging import get_logger, log_once, setup_cli_logging
+from tests.forks import run_fork
 from tests.subprocesses import run_python
+from tests.test_torch_only import ATTEND
 
 _KNOWS_THE_MODELS = """
 from transformers import AutoConfig, AutoModel, AutoModelForCausalLM
@@ -53,7 +55,8 @@ def test_a_name_is_the_one_of_its_home():
 
 
 def test_subpackages_are_attributes_without_an_import():
-    run_python("import cottention; cottention.ops.cosine_attention")
+    ran = run_fork("-c", "import cottention; cottention.ops.cosine_attention")
+    assert ran.returncode == 0, ran.stderr
 
 
 def test_an_unknown_name_is_an_attribute_error():
@@ -65,21 +68,22 @@ def test_version_is_the_installed_one():
     assert cottention.__version__ == metadata.version("cottention")
 
 
-@pytest.mark.parametrize(
-    "imports",
-    [
-        pytest.param("import cottention, transformers", marks=pytest.mark.slow),
-        "from transformers import AutoModel; import cottention",
-        pytest.param("import cottention.models.gpt.modeling_gpt", marks=pytest.mark.slow),
-    ],
-)
+@pytest.mark.slow
+@pytest.mark.parametrize("imports", ["import cottention, transformers", "import cottention.models.gpt.modeling_gpt"])
 def test_transformers_knows_the_models_in_either_order(imports):
     run_python(f"{imports}\n{_KNOWS_THE_MODELS}")
 
 
-def test_models_are_known_without_wrapt_once_they_are_registered_by_hand():
+def test_transformers_that_was_imported_first_knows_the_models():
+    ran = run_fork("-c", f"from transformers import AutoModel; import cottention\n{_KNOWS_THE_MODELS}")
+    assert ran.returncode == 0, ran.stderr
+
+
+def test_without_wrapt_the_operation_runs_and_models_are_known_once_they_are_registered_by_hand():
     run_python(
-        f"import cottention.models\ncottention.models.register_auto_classes()\n{_KNOWS_THE_MODELS}", hidden=["wrapt"]
+        f"import cottention, transformers\n{ATTEND}\n"
+        f"import cottention.models\ncottention.models.register_auto_classes()\n{_KNOWS_THE_MODELS}",
+        hidden=["wrapt"],
     )
 
 
@@ -133,14 +137,19 @@ def test_a_transformers_that_lacks_our_base_classes_stays_importable_and_says_so
     (tmp_path / "transformers/__init__.py").write_text("__version__ = '3.0'\n")
     (auto / "configuration_auto.py").write_text("class AutoConfig: pass\n")
     (auto / "modeling_auto.py").write_text("class AutoModel: pass\n")
-    ran = run_python(f"""
-        sys.path.insert(0, {str(tmp_path)!r})
-        import cottention
-        import transformers
-        assert transformers.__version__ == "3.0"
-        from transformers.models.auto.configuration_auto import AutoConfig
-        from transformers.models.auto.modeling_auto import AutoModel
-    """)
+    code = f"""
+import sys
+for name in [name for name in sys.modules if name.partition(".")[0] == "transformers"]:
+    del sys.modules[name]
+sys.path.insert(0, {str(tmp_path)!r})
+import cottention
+import transformers
+assert transformers.__version__ == "3.0"
+from transformers.models.auto.configuration_auto import AutoConfig
+from transformers.models.auto.modeling_auto import AutoModel
+"""
+    ran = run_fork("-c", code)
+    assert ran.returncode == 0, ran.stderr
     assert "configuration_gpt is not registered with transformers: No module named" in ran.stderr
     assert "modeling_gpt is not registered with transformers: No module named" in ran.stderr
 

@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-import pytest
-
 from tests.subprocesses import modules_beside, run_python
 
-_ATTEND = """
+ATTEND = """
 import torch
 from cottention import CosineState, cosine_attention, cosine_attention_step
 
@@ -29,7 +27,7 @@ assert state.seen.tolist() == [1, 1]
 def test_the_operation_runs_where_only_torch_and_jaxtyping_are_installed():
     ran = run_python(
         f"""
-{_ATTEND}
+{ATTEND}
 from importlib import import_module
 for name in ("transformers", "datasets", "wrapt", "jsonargparse"):
     try:
@@ -41,8 +39,3 @@ for name in ("transformers", "datasets", "wrapt", "jsonargparse"):
         hidden=modules_beside("torch", "jaxtyping"),
     )
     assert "not registered" not in ran.stderr
-
-
-def test_the_operation_runs_with_transformers_but_without_wrapt():
-    pytest.importorskip("transformers")
-    run_python(f"import cottention, transformers\n{_ATTEND}", hidden=["wrapt"])
