@@ -24,9 +24,25 @@ pytest.importorskip("triton")
 pytestmark = pytest.mark.interpreted
 
 _SHORT, _WHOLE, _SEGMENTS = 0, 1024, 32  # tokens of a segment: quadratic, one segment a sequence, many
-_FORMS = pytest.mark.parametrize("segment", [_SHORT, _WHOLE, _SEGMENTS], ids=["short", "whole", "segments"])
+_NAMES = {_SHORT: "short", _WHOLE: "whole", _SEGMENTS: "segments"}
+_FORMS = pytest.mark.parametrize("segment", _NAMES, ids=_NAMES.values())
 _LONG = [pytest.mark.slow]  # the same kernels again, at another shape
 _DIRECTIONS = pytest.mark.parametrize("causal", [True, False], ids=["causal", "bidirectional"])
+
+
+def _forms_and_directions(*, short_is_causal: bool) -> pytest.MarkDecorator:
+    """Every kernel on the slow day; half of them on every day, each form and each direction among them.
+
+    A feature's lines are common to all, so tests take turns: each kernel meets three of six features.
+    """
+    cells = []
+    for causal in (True, False):
+        for number, (segment, name) in enumerate(_NAMES.items()):
+            marks = [] if causal == (short_is_causal == (number != 1)) else _LONG
+            cells.append(
+                pytest.param(segment, causal, id=f"{name}-{'causal' if causal else 'bidirectional'}", marks=marks)
+            )
+    return pytest.mark.parametrize(("segment", "causal"), cells)
 
 
 def _tiles(block_tokens: int, tile: int = 32) -> dict[str, Tiles]:
@@ -61,15 +77,13 @@ def test_several_chunks_over_several_segments(causal: bool) -> None:
     _check(_case(T=129, H=1, causal=causal, mask="holes"), 128, block=64)
 
 
-@_DIRECTIONS
-@_FORMS
+@_forms_and_directions(short_is_causal=True)
 @pytest.mark.parametrize("mask", [*(pytest.param(x, marks=_LONG) for x in ("right", "left", "holes")), "empty_row"])
 def test_padding(mask: str, segment: int, causal: bool) -> None:
     _check(_case(B=2, H=1, mask=mask, causal=causal), segment)
 
 
-@_DIRECTIONS
-@_FORMS
+@_forms_and_directions(short_is_causal=False)
 @pytest.mark.parametrize(
     "lengths",
     [
@@ -99,8 +113,7 @@ def test_cross_attention(T: int, S: int, mask: str | None, segment: int) -> None
     _check(_case(T=T, S=S, H=1, causal=False, mask=mask), segment)
 
 
-@_DIRECTIONS
-@_FORMS
+@_forms_and_directions(short_is_causal=True)
 @pytest.mark.parametrize(("K", "V"), [(3, 17), *(pytest.param(*x, marks=_LONG) for x in ((2, 1), (17, 3), (48, 80)))])
 def test_any_head_dims(K: int, V: int, segment: int, causal: bool) -> None:
     """Tiles are padded to powers of two; where K is wider than a tile of 32, gradients are projected afterwards."""
@@ -136,8 +149,7 @@ def test_low_precision_to_rounding(dtype: torch.dtype, causal: bool) -> None:
     _check(_case(causal=causal, H=1), _SHORT, dtype=dtype)
 
 
-@_DIRECTIONS
-@_FORMS
+@_forms_and_directions(short_is_causal=False)
 def test_without_a_divisor(segment: int, causal: bool) -> None:
     _check(_case(norm_const=False, causal=causal, mask="holes", H=1), segment)
 
@@ -201,8 +213,7 @@ def test_rows_beyond_the_reach_of_32_bits(causal: bool) -> None:
     assert torch.equal(found, expected)
 
 
-@_DIRECTIONS
-@_FORMS
+@_forms_and_directions(short_is_causal=True)
 def test_fresh_memory_full_of_nan_does_not_leak(segment: int, causal: bool) -> None:
     torch.use_deterministic_algorithms(True)  # fills every torch.empty with NaN
     try:
@@ -213,8 +224,7 @@ def test_fresh_memory_full_of_nan_does_not_leak(segment: int, causal: bool) -> N
         torch.use_deterministic_algorithms(False)
 
 
-@_DIRECTIONS
-@_FORMS
+@_forms_and_directions(short_is_causal=False)
 def test_garbage_at_padding_does_not_leak(segment: int, causal: bool) -> None:
     case = _case(B=2, H=1, mask="holes", causal=causal)
     assert case.attention_mask is not None

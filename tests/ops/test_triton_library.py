@@ -38,7 +38,7 @@ def test_causal_operator_passes_opcheck(packed: bool, segment: int) -> None:
     torch.library.opcheck(torch.ops.cottention.causal.default, arguments, atol=1e-4, rtol=1e-4)
 
 
-@pytest.mark.parametrize("segment", [0, 16], ids=["short", "segments"])
+@pytest.mark.parametrize("segment", [pytest.param(0, marks=pytest.mark.slow), 16], ids=["short", "segments"])
 def test_bidirectional_operator_passes_opcheck(segment: int) -> None:
     case = _case(T=20, causal=False, mask="holes")
     arguments = ("triton", *_inputs(case), case.attention_mask, None, 16, segment)
