@@ -76,3 +76,17 @@ def test_what_else_has_its_turn_comes_before_every_round(clock):
     limit = clock.call("limit", 0.5)
     time_interleaved({"a": clock.call("a", 0.1)}, "cpu", repeats=3, time_limit_s=100, before_each_round=limit)
     assert clock.order[2:] == ["limit", "a"] * 3
+
+
+def test_processor_time_does_not_count_what_the_machine_did_otherwise(monkeypatch):
+    wall, processor = [0.0], [0.0]
+    monkeypatch.setattr(measure.time, "perf_counter", lambda: wall[0])
+    monkeypatch.setattr(measure.time, "process_time", lambda: processor[0])
+
+    def run():
+        wall[0] += 1.0
+        processor[0] += 0.25
+
+    taken = time_interleaved({"a": run}, "cpu", repeats=3, time_limit_s=100, processor_time=True)["a"]
+    assert taken.samples_s == pytest.approx([0.25] * 3)
+    assert time_interleaved({"a": run}, "cpu", repeats=3, time_limit_s=100)["a"].samples_s == pytest.approx([1.0] * 3)

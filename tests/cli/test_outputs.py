@@ -88,6 +88,7 @@ def test_outputs_that_cannot_be_written_are_told_before_the_work(
         ["bench", "attention", "--output-dir", "{full}"],
         ["bench", "decode", "--output-dir", "{full}"],
         ["bench", "model", "--output-dir", "{full}"],
+        ["bench", "figures", "--output-dir", "{full}"],
         ["evaluate", "glue", "--model", "m", "--task", "cola", "--submission", "{full}"],
         ["pretrain", "gpt", "--config", "quickstart_gpt", "--output-dir", "{full}"],
         ["quickstart", "--minutes", "0.1", "--output-dir", "{full}"],

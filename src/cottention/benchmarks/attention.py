@@ -23,7 +23,7 @@ from tqdm import tqdm
 from cottention.benchmarks.budget import Budget, free_bytes
 from cottention.benchmarks.calls import Inputs, prepare
 from cottention.benchmarks.check import check_candidates
-from cottention.benchmarks.environment import describe_environment
+from cottention.benchmarks.environment import check_clock, describe_environment
 from cottention.benchmarks.journal import Journal, write_texts
 from cottention.benchmarks.measure import Timing, time_interleaved
 from cottention.benchmarks.memory_process import MemoryOutcome, measure_memory, outcome_from_json
@@ -108,6 +108,7 @@ def write_report(report: AttentionReport, directory: Path) -> list[Path]:
 def _check_device(settings: AttentionSettings) -> None:
     if settings.device != "cpu" and not torch.cuda.is_available():
         raise SettingsError(f"device {settings.device!r} is not to be had: torch finds no GPU here")
+    check_clock(settings.device, settings.processor_time)
 
 
 def _warn_when_busy(environment: dict[str, object]) -> None:
@@ -205,8 +206,14 @@ def _time(
         if not candidates:
             continue
         inputs = Inputs(workload, settings.device)
-        limits[workload] = {kind: [] for kind in ("mm", "fma") if f"{kind}_{workload.dtype}" in meters}
+        # Limits are read by the clock on the wall, so beside processor time they mean nothing.
+        limits[workload] = (
+            {}
+            if settings.processor_time
+            else {kind: [] for kind in ("mm", "fma") if f"{kind}_{workload.dtype}" in meters}
+        )
         for candidate in candidates:
+            candidate.set_up(workload)
             calls[workload, candidate.name] = prepare(candidate.function, workload, inputs)
 
     def read_limits() -> None:
@@ -222,6 +229,7 @@ def _time(
             repeats=settings.repeats,
             time_limit_s=settings.time_limit_s,
             before_each_round=read_limits,
+            processor_time=settings.processor_time,
         )
     samples: dict[Workload, dict[str, list[float]]] = {workload: {} for workload in timed}
     for (workload, name), timing in timings.items():

@@ -23,7 +23,7 @@ from torch import Tensor
 
 from cottention.benchmarks.budget import free_bytes
 from cottention.benchmarks.check import TOLERANCES, WrongResultError
-from cottention.benchmarks.environment import describe_environment
+from cottention.benchmarks.environment import check_clock, describe_environment, machine_line
 from cottention.benchmarks.journal import write_texts
 from cottention.benchmarks.measure import Timing, time_interleaved
 from cottention.benchmarks.settings import DecodeSettings
@@ -112,6 +112,7 @@ def benchmark_decode(settings: DecodeSettings) -> DecodeReport:
         SettingsError: a name is unknown, or cannot run here and was asked for by name.
         WrongResultError: a step differs from the plain one in float64; nothing is reported.
     """
+    check_clock("cpu", settings.processor_time)
     names, unavailable = _find(settings)
     report = DecodeReport(settings=settings, environment=describe_environment("cpu"), unavailable=unavailable)
     for batch_size in settings.batch_sizes:
@@ -163,6 +164,7 @@ def _measure(names: list[str], batch_size: int, position: int, settings: DecodeS
         "cpu",
         repeats=settings.repeats,
         time_limit_s=settings.time_limit_s,
+        processor_time=settings.processor_time,
     )
     return [
         DecodePoint(
@@ -276,7 +278,7 @@ _NATIVE = ("native", "in-place")
 def decode_as_text(report: DecodeReport) -> str:
     """The machine and one table."""
     about, settings = report.environment, report.settings
-    where = f"{about['processor']} ({about['instruction_set']}), {about['threads']} threads"
+    where = machine_line(about, asdict(settings))
     columns = ("", "B", "position", "time", "spread", "tokens/s", "vs torch", "vs first", "state")
     lines = [
         f"{where}, torch {torch.__version__}, load {about['load_at_start']} before the start",

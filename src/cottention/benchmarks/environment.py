@@ -10,15 +10,37 @@ import os
 import platform
 from importlib import metadata
 from pathlib import Path
+from typing import Any
 
 import psutil
 import torch
 
 import cottention
+from cottention.errors import SettingsError
 from cottention.files import usable_cores
 from cottention.ops.native import binding
 
 _PACKAGES = ("torch", "triton", "flash-linear-attention", "pytorch-fast-transformers")
+
+
+def check_clock(device: str, processor_time: bool) -> None:
+    """Refuse to count the processor's time where it is not that of the call.
+
+    Raises:
+        SettingsError: several threads run, whose times would be added up, or the work is done by a GPU.
+    """
+    if processor_time and (device != "cpu" or torch.get_num_threads() != 1):
+        raise SettingsError(
+            f"processor_time needs one thread on a CPU (OMP_NUM_THREADS=1); got {torch.get_num_threads()} on {device}"
+        )
+
+
+def machine_line(environment: dict[str, Any], settings: dict[str, Any]) -> str:
+    """The processor, how it was used and the clock, from the JSON of a report."""
+    threads = environment["threads"]
+    clock = ", processor time" if settings.get("processor_time") else ""
+    where = f"{environment['processor']} ({environment['instruction_set']})"
+    return f"{where}, {threads} thread{'' if threads == 1 and clock else 's'}{clock}"
 
 
 def describe_environment(device: str) -> dict[str, object]:

@@ -24,7 +24,7 @@ from cottention.files import one_line, write_text
 from cottention.locks import sole_writer
 from cottention.logging import get_logger
 
-_REPORTS = ("attention.json", "decode.json", "model.json", "gated_delta.json", "unfinished-*.jsonl")
+_REPORTS = ("attention.json", "decode.json", "model.json", "gated_delta.json", "figures.json", "unfinished-*.jsonl")
 
 _logger = get_logger(__name__)
 

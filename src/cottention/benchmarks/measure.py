@@ -16,7 +16,6 @@ from collections.abc import Callable, Hashable, Mapping
 from dataclasses import dataclass
 from typing import TypeVar
 
-from cottention.benchmarks.calls import synchronize
 from cottention.benchmarks.measure_cuda import seconds_on_gpu
 
 # A sample lasts this long at least: thousands of ticks of the clock.
@@ -52,6 +51,7 @@ def time_interleaved(
     repeats: int,
     time_limit_s: float,
     before_each_round: Callable[[], object] | None = None,
+    processor_time: bool = False,
 ) -> dict[Key, Timing]:
     """Time each call as often as asked, or as its time limit allows, at least once.
 
@@ -62,16 +62,18 @@ def time_interleaved(
         time_limit_s: seconds that one call may take for warm-up and samples together. A call whose warm-up alone takes
             more than half of it is not repeated: the warm-up, at that length no longer different, is its sample.
         before_each_round: what else has its turn in every round, such as reading the machine's limits.
+        processor_time: whether seconds on a CPU are those that this process was given, which other work on the machine
+            hardly moves; all threads are counted together.
     """
     samples: dict[Key, list[float]] = {}
     plans: dict[Key, tuple[int, int]] = {}  # name -> samples, calls in each
     for name, call in calls.items():
-        warm_up_s = _seconds_of(call, 1, device)
+        warm_up_s = _seconds_of(call, 1, device, processor_time)
         if warm_up_s > time_limit_s / 2:
             samples[name], plans[name] = [warm_up_s], (0, 1)
             continue
         samples[name] = []
-        again_s = _seconds_of(call, 1, device)  # the first call may have set something up
+        again_s = _seconds_of(call, 1, device, processor_time)  # the first call may have set something up
         calls_each = max(1, math.ceil(_SHORTEST_SAMPLE_S / again_s))
         fitting = int((time_limit_s - warm_up_s - again_s) / (again_s * calls_each))
         plans[name] = (max(1, min(repeats, fitting)), calls_each)
@@ -83,16 +85,15 @@ def time_interleaved(
         for name in names[turn:] + names[:turn]:
             num_samples, calls_each = plans[name]
             if i < num_samples:
-                samples[name].append(_seconds_of(calls[name], calls_each, device))
+                samples[name].append(_seconds_of(calls[name], calls_each, device, processor_time))
     return {name: Timing(samples_s=tuple(taken)) for name, taken in samples.items()}
 
 
-def _seconds_of(call: Callable[[], object], num_calls: int, device: str) -> float:
+def _seconds_of(call: Callable[[], object], num_calls: int, device: str, processor_time: bool) -> float:
     if device != "cpu":
         return seconds_on_gpu(call, num_calls)
-    synchronize(device)
-    start = time.perf_counter()
+    clock = time.process_time if processor_time else time.perf_counter
+    start = clock()
     for _ in range(num_calls):
         call()
-    synchronize(device)
-    return (time.perf_counter() - start) / num_calls
+    return (clock() - start) / num_calls

@@ -148,6 +148,7 @@ def _measure_group(
             length=T, seconds=seconds, peak_bytes=peaks, input_bytes=Inputs.num_bytes(workload)
         )
         if skipped is None:
+            candidate.set_up(workload)
             _set_alarm(_PATIENCE * budget.time_limit_s + _SLACK_S)
             reading = measure_call(prepare(candidate.function, workload, Inputs(workload, device)), device)
             _set_alarm(0)

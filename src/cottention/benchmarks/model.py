@@ -1,8 +1,9 @@
-"""The model benchmark: a step of BERT pretraining on sentence pairs packed end to end, beside the same pairs padded.
+"""The model benchmark: BERT steps on sentence pairs packed end to end beside the same pairs padded, and whole models.
 
 Pairs differ in length. Padded to the longest of a batch, every matrix product also runs over the padding; packed, over
 real tokens alone. Loss and gradients of both are compared first. Then whole steps (forward, both losses, backward,
-AdamW) are timed interleaved in one process, each on a model of its own with the same weights.
+AdamW) are timed interleaved in one process, each on a model of its own with the same weights. Whole models beside their
+twins are `twins.py`.
 
     report = benchmark_model(ModelSettings(batch_size=32))
     print(model_as_text(report))
@@ -11,33 +12,34 @@ AdamW) are timed interleaved in one process, each on a model of its own with the
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from cottention.benchmarks.check import WrongResultError
-from cottention.benchmarks.environment import describe_environment
+from cottention.benchmarks.environment import check_clock, describe_environment, machine_line
 from cottention.benchmarks.journal import write_texts
-from cottention.benchmarks.measure import Timing, time_interleaved
+from cottention.benchmarks.measure import Timing
 from cottention.benchmarks.settings import PAIR_LENGTHS, ModelSettings
+from cottention.benchmarks.twins import (
+    STOCK,
+    Batch,
+    TwinPoint,
+    loss_and_gradients,
+    measure_twins,
+    new_model,
+    refuse_different,
+    time_models,
+    training_step,
+    twins_as_lines,
+)
 from cottention.errors import SettingsError
 from cottention.files import IGNORE_INDEX
-from cottention.models import CottentionBertConfig, CottentionBertForPreTraining
 from cottention.training.memory import keep_freed_memory
-from cottention.training.optimizer import build_optimizer
-from cottention.training.recipe_sections import OptimizerSettings
 
 _MASKED_SHARE = 0.15
-# Relative. Both sum the same numbers in another order; 1e-6 measured, for gradients relative to their norm.
-_LOSS_TOLERANCE = 1e-5
-_GRADIENT_TOLERANCE = 1e-4
-
-Batch = dict[str, Tensor]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -70,6 +72,7 @@ class ModelReport:
     environment: dict[str, object]
     num_parameters: int
     points: list[ModelPoint] = field(default_factory=list)
+    twins: list[TwinPoint] = field(default_factory=list)
 
     def to_dict(self) -> dict[str, object]:
         """The report as plain data for JSON."""
@@ -91,6 +94,15 @@ class ModelReport:
                 }
                 for point in self.points
             ],
+            "twins": [
+                {
+                    **{name: getattr(twin, name) for name in ("name", "passes", "length", "num_rows", "tokens_per_s")},
+                    "median_s": twin.timing.median_s,
+                    "spread": twin.timing.spread,
+                    "samples_s": twin.timing.samples_s,
+                }
+                for twin in self.twins
+            ],
         }
 
 
@@ -103,34 +115,33 @@ def benchmark_model(settings: ModelSettings) -> ModelReport:
     """
     if settings.device == "cuda" and not torch.cuda.is_available():
         raise SettingsError("device must be cpu where torch finds no GPU; got 'cuda'")
+    check_clock(settings.device, settings.processor_time)
     if settings.device == "cpu":
         keep_freed_memory()
     report = ModelReport(
         settings=settings,
         environment=describe_environment(settings.device),
-        num_parameters=_model(settings).num_parameters(),
+        num_parameters=new_model(settings, settings.attention_type).num_parameters(),
     )
-    for mix in settings.mixes:
-        report.points.append(_measure(mix, settings))
+    if settings.arch == "bert":  # a GPT reads texts of the length that it is given
+        for mix in settings.mixes:
+            report.points.append(_measure(mix, settings))
+    report.twins = measure_twins(settings)
     return report
 
 
 def _measure(mix: str, settings: ModelSettings) -> ModelPoint:
     packed = _packed_batch(mix, settings)
     batches = {"unpadded": packed, "padded": _padded(packed)}
-    losses, gradients = zip(*(_loss_and_gradients(settings, batch) for batch in batches.values()), strict=True)
-    loss_difference = abs(losses[0] - losses[1]) / abs(losses[1])
-    gradient_difference = float((gradients[0] - gradients[1]).norm() / gradients[1].norm())
-    for name, difference, tolerance in (
-        ("loss", loss_difference, _LOSS_TOLERANCE),
-        ("gradient", gradient_difference, _GRADIENT_TOLERANCE),
-    ):
-        if not difference < tolerance:
-            raise WrongResultError(
-                f"packed and padded pairs must have the same {name} to {tolerance:.0e}; they differ by {difference:.1e}"
-            )
-    calls = {name: _step(settings, batch) for name, batch in batches.items()}
-    timings = time_interleaved(calls, settings.device, repeats=settings.repeats, time_limit_s=settings.time_limit_s)
+    found = {name: _loss_and_gradients(settings, batch) for name, batch in batches.items()}
+    loss_difference, gradient_difference = refuse_different(
+        "packed and padded pairs", found["unpadded"], found["padded"]
+    )
+    calls = {
+        name: training_step(new_model(settings, settings.attention_type), batch, settings)
+        for name, batch in batches.items()
+    }
+    timings = time_models(calls, settings)
     return ModelPoint(
         mix=mix,
         num_tokens=packed["input_ids"].numel(),
@@ -140,25 +151,6 @@ def _measure(mix: str, settings: ModelSettings) -> ModelPoint:
         loss_difference=loss_difference,
         gradient_difference=gradient_difference,
     )
-
-
-def _model(settings: ModelSettings) -> Any:
-    torch.manual_seed(settings.seed)
-    config = CottentionBertConfig(
-        attention_type=settings.attention_type,
-        vocab_size=settings.vocab_size,
-        hidden_size=settings.hidden_size,
-        num_hidden_layers=settings.num_layers,
-        num_attention_heads=settings.num_heads,
-        intermediate_size=4 * settings.hidden_size,
-        max_position_embeddings=max(map(max, PAIR_LENGTHS.values())),
-        # Without dropout the two forms have the same loss.
-        hidden_dropout_prob=0.0,
-        attention_probs_dropout_prob=0.0,
-        sparse_prediction=True,
-    )
-    model: Any = CottentionBertForPreTraining(config)
-    return model.to(settings.device).train()
 
 
 def _packed_batch(mix: str, settings: ModelSettings) -> Batch:
@@ -197,59 +189,45 @@ def _padded(packed: Batch) -> Batch:
 
 
 def _loss_and_gradients(settings: ModelSettings, batch: Batch) -> tuple[float, Tensor]:
-    model = _model(settings)
-    loss = model(**batch).loss
-    loss.backward()
-    return loss.item(), torch.cat([p.grad.flatten() for p in model.parameters() if p.grad is not None])
-
-
-def _step(settings: ModelSettings, batch: Batch) -> Callable[[], object]:
-    """A training step as something to time."""
-    model = _model(settings)
-    optimizer = build_optimizer(model, OptimizerSettings())
-    autocast: dict[str, Any] = {
-        "device_type": settings.device,
-        "dtype": torch.bfloat16,
-        "enabled": settings.dtype == "bfloat16",
-    }
-
-    def step() -> None:
-        with torch.autocast(**autocast):
-            loss = model(**batch).loss
-        loss.backward()
-        optimizer.step()
-        optimizer.zero_grad()
-
-    return step
+    return loss_and_gradients(new_model(settings, settings.attention_type), batch)
 
 
 def model_as_text(report: ModelReport) -> str:
-    """The machine and one table."""
+    """The machine, a table of packed and padded pairs, and one of the twins."""
     about, settings = report.environment, report.settings
-    columns = ("lengths", "tokens", "padded to", "unpadded", "spread", "padded", "spread", "faster", "loss", "gradient")
-    where = f"{about['processor']} ({about['instruction_set']}), {about['threads']} threads"
-    what = f"{settings.attention_type} BERT of {report.num_parameters / 1e6:.1f} M parameters, {settings.dtype}"
-    lines = [
-        f"{where}, torch {torch.__version__}, load {about['load_at_start']} before the start",
-        f"a step of {settings.batch_size} sentence pairs, {what}",
-        "",
-        "{:<11}{:>8}{:>11}{:>12}{:>8}{:>12}{:>8}{:>9}{:>10}{:>10}".format(*columns),
+    where = machine_line(about, asdict(settings))
+    what = f"{settings.arch.upper()} of {report.num_parameters / 1e6:.1f} M parameters, {settings.dtype}"
+    lines = [f"{where}, torch {torch.__version__}, load {about['load_at_start']} before the start"]
+    if report.points:
+        lines += [f"a step of {settings.batch_size} sentence pairs, {settings.attention_type} {what}", ""]
+        lines += [*_pair_rows(report.points), ""]
+        lines += [
+            "sentences   one sentence on each side, as in the paper; filled: whole sentences up to 128 tokens",
+            "loss        relative difference of the two losses; gradient: of all gradients, relative to their norm",
+            "",
+        ]
+    lines += [f"whole models beside each other, {what}", "", *twins_as_lines(report.twins), ""]
+    lines += [
+        "forward     without gradients, all logits; step: forward, loss, backward, AdamW",
+        "vs          time divided by that of cosine: above 1 cosine is faster",
+        f"{STOCK}  its own softmax model with the weights of the twin, whose loss and gradients are the same",
     ]
-    for point in report.points:
+    return "\n".join(lines)
+
+
+def _pair_rows(points: list[ModelPoint]) -> list[str]:
+    columns = ("lengths", "tokens", "padded to", "unpadded", "spread", "padded", "spread", "faster", "loss", "gradient")
+    rows = ["{:<11}{:>8}{:>11}{:>12}{:>8}{:>12}{:>8}{:>9}{:>10}{:>10}".format(*columns)]
+    for point in points:
         times = [
             f"{timing.median_s * 1e3:>9.1f} ms{'-' if timing.spread is None else f'{timing.spread:.0%}':>8}"
             for timing in (point.unpadded, point.padded)
         ]
-        lines.append(
+        rows.append(
             f"{point.mix:<11}{point.num_tokens:>8}{point.num_padded:>11}{times[0]}{times[1]}"
             f"{point.speedup:>8.2f}x{point.loss_difference:>10.1e}{point.gradient_difference:>10.1e}"
         )
-    lines += [
-        "",
-        "sentences   one sentence on each side, as in the paper; filled: whole sentences up to 128 tokens",
-        "loss        relative difference of the two losses; gradient: of all gradients, relative to their norm",
-    ]
-    return "\n".join(lines)
+    return rows
 
 
 def write_model_report(report: ModelReport, directory: Path) -> list[Path]:

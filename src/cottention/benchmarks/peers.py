@@ -21,7 +21,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from cottention.benchmarks.gates import RULES, gates_of
-from cottention.benchmarks.settings import AttentionSettings, Workload
+from cottention.benchmarks.settings import LAYERS, AttentionSettings, Workload
 from cottention.errors import SettingsError, did_you_mean
 from cottention.ops import IMPLEMENTATIONS, cosine_attention
 from cottention.ops.naive import naive_cosine_attention
@@ -41,6 +41,10 @@ def _takes_everything(workload: Workload) -> str | None:
     return None
 
 
+def _needs_nothing(workload: Workload) -> None:
+    pass
+
+
 @dataclass(frozen=True, kw_only=True)
 class Candidate:
     """Something to measure.
@@ -51,6 +55,7 @@ class Candidate:
         function: what is timed.
         reference: what it computes, in its plainest form.
         refuses: why it cannot run a workload; None when it can.
+        set_up: makes what a workload needs beside its inputs, such as weights, before anything is measured.
     """
 
     name: str
@@ -58,6 +63,7 @@ class Candidate:
     function: Attention
     reference: Attention
     refuses: Callable[[Workload], str | None] = _takes_everything
+    set_up: Callable[[Workload], None] = _needs_nothing
 
 
 def find_candidates(settings: AttentionSettings) -> tuple[list[Candidate], dict[str, str]]:
@@ -247,6 +253,15 @@ def _gpu_peer(name: str) -> Callable[[str], Candidate]:
     return load
 
 
+def _layer(name: str) -> Callable[[str], Candidate]:
+    def load(device: str) -> Candidate:
+        from cottention.benchmarks.layers import load_layer  # takes Candidate from here
+
+        return load_layer(name, device)
+
+    return load
+
+
 _GPU_PEERS = ("sdpa-flash", "sdpa-math", "fla-l2norm-chunk", "fla-l2norm-fused-chunk", "mamba-ssd")
 
 PEERS: dict[str, Callable[[str], Candidate]] = {
@@ -255,8 +270,9 @@ PEERS: dict[str, Callable[[str], Candidate]] = {
     "fast-transformers": _fast_transformers,
     "transformers-gated-delta": _transformers_gated_delta,
     **{name: _gpu_peer(name) for name in _GPU_PEERS},
+    **{name: _layer(name) for name in LAYERS},
 }
 """Name -> what loads it for a device, or raises PeerUnavailableError."""
 
-# Not what cosine attention without gates is measured beside.
-_ON_REQUEST = ("transformers-gated-delta",)
+# Not what the operation without gates is measured beside.
+_ON_REQUEST = ("transformers-gated-delta", *LAYERS)

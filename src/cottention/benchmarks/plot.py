@@ -8,21 +8,38 @@ Implementations of cosine attention are solid, peers dashed; thin lines show wha
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import asdict
 from pathlib import Path
+from typing import Any
 
 from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from matplotlib.ticker import FixedLocator, FuncFormatter, NullLocator
 
-from cottention.benchmarks.decode import DecodePoint, DecodeReport
+from cottention.benchmarks.curves import (
+    COLOURS,
+    MARKERS,
+    Curve,
+    add_legend,
+    draw_apart,
+    label_axes,
+    new_figure,
+    one_line_each,
+)
+from cottention.benchmarks.decode import DecodeReport
+from cottention.benchmarks.environment import machine_line
 from cottention.benchmarks.results import AttentionReport, Point
 from cottention.benchmarks.table import machine, title
+from cottention.benchmarks.units import duration, size
 from cottention.files import written_file
 
-# Okabe and Ito's colours, told apart by everyone.
-_COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000", "#999999")
-_MARKERS = "osD^vPX*"
+_STEPS = {
+    "native": "cosine, native",
+    "in-place": "cosine, native in place",
+    "torch": "cosine, plain torch",
+    "sdpa": "softmax, keys and values",
+}
 _GUIDE = {"color": "0.6", "linewidth": 0.8, "zorder": 0}
 
 
@@ -30,7 +47,7 @@ def write_figures(report: AttentionReport, directory: Path) -> list[Path]:
     """Draw every group that has figures to show; returns the files."""
     paths = []
     names = list(dict.fromkeys(point.name for group in report.groups for point in group))
-    styles = {name: (_COLOURS[i % len(_COLOURS)], _MARKERS[i % len(_MARKERS)]) for i, name in enumerate(names)}
+    styles = {name: (COLOURS[i % len(COLOURS)], MARKERS[i % len(MARKERS)]) for i, name in enumerate(names)}
     for group in report.groups:
         if not any(point.timing or point.memory for point in group):
             continue
@@ -67,30 +84,47 @@ def _draw(report: AttentionReport, group: list[Point], styles: dict[str, tuple[s
 
 def write_decode_figure(report: DecodeReport, directory: Path) -> Path:
     """Draw decode.png, time and state over the position; returns the file."""
-    figure = Figure(figsize=(10, 4.6), layout="constrained")
-    FigureCanvasAgg(figure)
-    time_axes, state_axes = figure.subplots(1, 2)
-    lines: dict[str, list[DecodePoint]] = {}
-    for point in report.points:
-        lines.setdefault(f"{point.name}, B = {point.batch_size}", []).append(point)
-    for i, (label, points) in enumerate(lines.items()):
-        positions = [point.position for point in points]
-        style = {"color": _COLOURS[i % len(_COLOURS)], "marker": _MARKERS[i % len(_MARKERS)], "label": label}
-        style["linestyle"] = "--" if points[0].error is None else "-"
-        time_axes.plot(positions, [point.timing.median_s * 1e6 for point in points], **style)
-        state_axes.plot(positions, [point.state_bytes / 2**20 for point in points], **style)
-    for axes, label in ((time_axes, "time of a step, us"), (state_axes, "carried from token to token, MiB")):
-        axes.set_xlabel("position, tokens")
-        axes.set_ylabel(label)
-        _logarithmic(axes)
-    settings = report.settings
-    figure.suptitle(f"One token, {settings.dtype}, H = {settings.num_heads}, K = V = {settings.head_dim}", fontsize=12)
-    handles, labels = time_axes.get_legend_handles_labels()
-    figure.legend(handles, labels, loc="outside lower center", ncols=min(4, len(labels)), frameon=False, fontsize=9)
+    where = machine_line(report.environment, asdict(report.settings))
     path = directory / "decode.png"
     with written_file(path) as file:
-        figure.savefig(file, format="png", dpi=150)
+        draw_decode(report.to_dict(), where).savefig(file, format="png", dpi=150)
     return path
+
+
+def draw_decode(data: dict[str, Any], machine: str) -> Figure:
+    """Time of a step and what it carries, from the JSON of a report; states of one size are one line."""
+    settings, results = data["settings"], data["results"]
+    heading = (
+        f"One token of a decoder, {settings['dtype']}: heads {settings['num_heads']}, K = V = {settings['head_dim']}"
+    )
+    figure = new_figure(heading, machine, height=4.4)
+    lines = dict.fromkeys((result["name"], result["batch_size"]) for result in results)
+    batches = len({B for _, B in lines})
+    looks = [
+        (
+            f"{_STEPS[name]}, B = {B}" if batches > 1 else _STEPS[name],
+            COLOURS[i % len(COLOURS)],
+            MARKERS[i % len(MARKERS)],
+        )
+        for i, (name, B) in enumerate(lines)
+    ]
+    time_axes, state_axes = figure.subplots(1, 2)
+    for axes, key, unit, what in (
+        (time_axes, "median_s", duration, "time of a step"),
+        (state_axes, "state_bytes", size, "memory carried to the next token"),
+    ):
+        curves = [
+            Curve(
+                *look, {each["position"]: each[key] for each in results if (each["name"], each["batch_size"]) == line}
+            )
+            for line, look in zip(lines, looks, strict=True)
+        ]
+        draw_apart(axes, one_line_each(curves) if key == "state_bytes" else curves)
+        axes.set_title(what, fontsize=10)
+        axes.set_xlabel("position, tokens")
+        label_axes(axes, [each["position"] for each in results], unit)
+    add_legend(figure, looks)
+    return figure
 
 
 def _logarithmic(axes: Axes) -> None:

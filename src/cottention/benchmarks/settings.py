@@ -8,7 +8,7 @@ from __future__ import annotations
 import itertools
 import math
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from cottention.errors import SettingsError, did_you_mean
 
@@ -16,6 +16,7 @@ DIRECTIONS = ("causal", "bidirectional")
 PASSES = ("forward", "forward+backward")
 DTYPES = ("float32", "bfloat16", "float16", "float64")
 DEVICES = ("cpu", "cuda")
+ARCHS = ("bert", "gpt")
 
 # The tile whose scores count as useful work of the causal form, in tokens: the same for every implementation, so that
 # GFLOP/s compare times and nothing else.
@@ -93,6 +94,8 @@ class AttentionSettings:
     """Seconds that one implementation may spend on one point; a longer call is skipped."""
     memory_limit_gib: float | None = None
     """Memory that one call and its inputs may need; None takes half of what is free."""
+    processor_time: bool = False
+    """Whether times on a CPU are of the processor, for a machine with other work; needs one thread."""
 
     def __post_init__(self) -> None:
         """Refuse what cannot be measured."""
@@ -143,6 +146,68 @@ five candidates take 216 * 5 * (0.5 + 0.5) s = 18 minutes at most for time and m
 """
 
 
+LAYERS = ("layer-cosine", "layer-softmax-matrix", "layer-softmax")
+"""Whole attention layers: cosine, softmax that writes its T x T scores out, and softmax in one fused pass."""
+
+PUBLISHED_SWEEPS = {
+    "length": tuple((T, 16, 128) for T in (256, 512, 1024, 2048, 4096, 8192, 16384)),
+    "width": tuple((1024, 16, width // 16) for width in (1024, 2048, 4096, 8192, 16384)),
+    "heads": tuple((1024, H, 4096 // H) for H in (1, 2, 4, 8, 16, 32, 64)),
+}
+"""What the published figures vary, as shapes (T, H, K) of one layer on one text."""
+
+QUICK_SWEEPS = {
+    "length": tuple((T, 16, 128) for T in (256, 1024, 4096)),
+    "width": tuple((512, 16, width // 16) for width in (512, 1024, 2048)),
+    "heads": tuple((512, H, 1024 // H) for H in (1, 4, 16, 64)),
+}
+"""The same pictures in minutes: fewer and smaller shapes."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class FigureSettings(AttentionSettings):
+    """What `cottention bench figures` measures: one layer forward over lengths, widths and numbers of heads."""
+
+    sweeps: dict[str, tuple[tuple[int, int, int], ...]] = field(default_factory=lambda: PUBLISHED_SWEEPS)
+    """Picture -> shapes (T, H, K), of which one size grows."""
+    positions: tuple[int, ...] = (16, 128, 1024, 8192, 65536)
+    """Tokens before the one that is decoded."""
+    directions: tuple[str, ...] = DIRECTIONS
+    passes: tuple[str, ...] = PASSES[:1]
+    implementations: tuple[str, ...] | None = ()
+    peers: tuple[str, ...] | None = LAYERS
+    repeats: int = 5
+    time_limit_s: float = 60.0
+
+    def groups(self) -> Iterator[list[Workload]]:
+        """Each shape once: shapes that differ in length alone together, the others by themselves."""
+        shapes = dict.fromkeys(shape for shapes in self.sweeps.values() for shape in shapes)
+        for direction in self.directions:
+            groups: dict[tuple[int, int], list[Workload]] = {}
+            for T, H, K in sorted(shapes):
+                workload = Workload(
+                    direction=direction,
+                    passes=self.passes[0],
+                    dtype=self.dtypes[0],
+                    batch_size=1,
+                    num_heads=H,
+                    head_dim=K,
+                    length=T,
+                )
+                groups.setdefault((H, K), []).append(workload)
+            yield from groups.values()
+
+
+QUICK_FIGURES = {
+    "sweeps": QUICK_SWEEPS,
+    "positions": (16, 128, 1024, 8192),
+    "repeats": 3,
+    "time_limit_s": 15.0,
+    "memory_limit_gib": 4.0,
+}
+"""What `--quick` measures instead of the defaults."""
+
+
 @dataclass(frozen=True, kw_only=True)
 class DecodeSettings:
     """What `cottention bench decode` measures: one token, on the CPU, at several positions of a text."""
@@ -163,6 +228,8 @@ class DecodeSettings:
     """Timed samples of each point, as far as the time limit allows."""
     time_limit_s: float = 5.0
     """Seconds that one implementation may spend at one position."""
+    processor_time: bool = False
+    """Whether times are of the processor, for a machine with other work; needs one thread."""
 
     def __post_init__(self) -> None:
         """Refuse what cannot be measured."""
@@ -188,8 +255,12 @@ PAIR_LENGTHS = {
 
 @dataclass(frozen=True, kw_only=True)
 class ModelSettings:
-    """What `cottention bench model` measures: steps of BERT pretraining, packed and padded."""
+    """What `cottention bench model` measures: steps of BERT, packed and padded, and whole models beside their twins."""
 
+    arch: str = "bert"
+    """"bert" or "gpt"; pairs are packed for a BERT alone."""
+    lengths: tuple[int, ...] = (128, 512)
+    """Tokens of the rows that whole models are measured on; as many rows as make batch_size x 128 tokens."""
     mixes: tuple[str, ...] = ("sentences", "filled")
     """Names in PAIR_LENGTHS."""
     attention_type: str = "cosine"
@@ -214,15 +285,18 @@ class ModelSettings:
     """Seconds that one of both may spend on a mix."""
     seed: int = 0
     """Of weights, lengths and tokens."""
+    processor_time: bool = False
+    """Whether times on a CPU are of the processor, for a machine with other work; needs one thread."""
 
     def __post_init__(self) -> None:
         """Refuse what cannot be measured."""
+        _check_choice("arch", (self.arch,), ARCHS)
         _check_choice("mixes", self.mixes, tuple(PAIR_LENGTHS))
         _check_choice("attention_type", (self.attention_type,), ("cosine", "softmax"))
         _check_choice("dtype", (self.dtype,), DTYPES[:2])
         _check_choice("device", (self.device,), DEVICES)
         names = ("batch_size", "hidden_size", "num_layers", "num_heads", "vocab_size", "repeats")
-        _check_sizes(**{name: (getattr(self, name),) for name in names})
+        _check_sizes(lengths=self.lengths, **{name: (getattr(self, name),) for name in names})
         if self.hidden_size % self.num_heads:
             raise SettingsError(f"num_heads must divide hidden_size; got {self.num_heads} and {self.hidden_size}")
         _check_limits(time_limit_s=self.time_limit_s)

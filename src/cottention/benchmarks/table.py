@@ -6,7 +6,9 @@ print(as_text(report))
 from __future__ import annotations
 
 import itertools
+from dataclasses import asdict
 
+from cottention.benchmarks.environment import machine_line
 from cottention.benchmarks.results import BASE_DTYPE, BASELINE, AttentionReport, Point, memory_growth, speed_ratio
 from cottention.benchmarks.settings import Workload
 
@@ -59,7 +61,7 @@ def machine(report: AttentionReport) -> str:
     about = report.environment
     packages = about["packages"]
     assert isinstance(packages, dict)
-    where = about.get("gpu") or f"{about['processor']} ({about['instruction_set']}), {about['threads']} threads"
+    where = about.get("gpu") or machine_line(about, asdict(report.settings))
     return f"{where}, torch {packages['torch']}"
 
 

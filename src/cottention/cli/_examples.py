@@ -86,6 +86,9 @@ EXAMPLES: dict[str, str] = {
         cottention bench attention --full --device cuda""",
     "bench decode": """
         cottention bench decode --positions 1024,65536 --batch-sizes 1,8""",
+    "bench figures": """
+        cottention bench figures --quick --output-dir runs/figures
+        cottention bench figures --from runs/figures/figures.json --output-dir pictures""",
     "bench model": """
         cottention bench model --hidden-size 256 --num-layers 4""",
     "completion": """

@@ -3,6 +3,7 @@
 cottention bench attention --lengths 4096,16384 --backward --output-dir runs/bench
 cottention bench decode --positions 100,100000 --batch-sizes 1,8
 cottention bench model --batch-size 32
+cottention bench figures --quick
 """
 
 from __future__ import annotations
@@ -14,13 +15,16 @@ from pathlib import Path
 from jsonargparse import ArgumentParser, Namespace
 
 from cottention.benchmarks.settings import (
+    ARCHS,
     DEVICES,
     DTYPES,
     FULL_GRID,
     PAIR_LENGTHS,
     PASSES,
+    QUICK_FIGURES,
     AttentionSettings,
     DecodeSettings,
+    FigureSettings,
     ModelSettings,
 )
 from cottention.cli.main import new_parser
@@ -33,8 +37,15 @@ two minutes on two cores."""
 _DECODE_DESCRIPTION = """Measure one decoded token at several positions of a text: the native step, the same in plain
 torch operators, and softmax with its cache of keys and values. Values are checked first. Takes seconds."""
 
-_MODEL_DESCRIPTION = """Measure a step of BERT pretraining on sentence pairs, packed end to end and padded to the
-longest, interleaved in one process, after a check that both have the same loss and gradients. Takes a minute."""
+_MODEL_DESCRIPTION = """Measure whole models in one process: cosine, its softmax twin and transformers' own, forward and
+a whole training step, after a check that the twin has the loss and gradients of transformers' model. For a BERT also a
+step on sentence pairs, packed end to end and padded to the longest. Takes some minutes."""
+
+_FIGURES_DESCRIPTION = """Measure one attention layer over lengths, widths and numbers of heads, and a decoded token, as
+the published figures do: cosine attention, softmax with its T x T scores, softmax in one fused pass. One JSON, and
+pictures of it as PNG and SVG, with the published readings. Takes half an hour on two cores; --quick some minutes."""
+
+_CLOCK_HELP = "time of the processor, for a machine with other work; needs OMP_NUM_THREADS=1"
 
 _INTERRUPTED = 130  # 128 + SIGINT, what a shell reports
 
@@ -49,7 +60,8 @@ def build_parser() -> ArgumentParser:
     subcommands = parser.add_subcommands(dest="what", required=True)
     subcommands.add_subcommand("attention", _attention_parser(), help="the operation alone")
     subcommands.add_subcommand("decode", _decode_parser(), help="one token, far into a text")
-    subcommands.add_subcommand("model", _model_parser(), help="a step of training, packed and padded")
+    subcommands.add_subcommand("model", _model_parser(), help="whole models, forward and a step of training")
+    subcommands.add_subcommand("figures", _figures_parser(), help="the published pictures, redrawn")
     return parser
 
 
@@ -60,6 +72,7 @@ def run(args: Namespace) -> int:
         "attention": (_run_attention, settings_from),
         "decode": (_run_decode, decode_settings_from),
         "model": (_run_model, model_settings_from),
+        "figures": (_run_figures, figure_settings_from),
     }[args.what]
     chosen = settings(given)  # before seconds of torch
     from cottention.benchmarks.journal import report_directory
@@ -98,6 +111,24 @@ def _run_model(given: Namespace, settings: ModelSettings) -> int:
     paths = write_model_report(report, Path(given.output_dir))
     _show(given, report.to_dict(), model_as_text(report), paths)
     return 0
+
+
+def _run_figures(given: Namespace, settings: FigureSettings) -> int:
+    from cottention.benchmarks.attention import open_journal
+    from cottention.benchmarks.figures import benchmark_figures, figures_as_text, read_figures, write_figures_report
+
+    directory = Path(given.output_dir)
+    if given["from"] is not None:
+        data = read_figures(Path(given["from"]))
+        paths = write_figures_report(data, directory)
+    else:
+        with open_journal(settings, directory) as journal:
+            data = benchmark_figures(settings, journal)
+            paths = write_figures_report(data, directory)
+            if data["decode"] is not None:
+                journal.finish()
+    _show(given, data, figures_as_text(data), paths)
+    return _INTERRUPTED if data["decode"] is None else 0
 
 
 def _show(given: Namespace, data: dict[str, object], text: str, paths: list[Path]) -> None:
@@ -160,7 +191,11 @@ def _model_parser() -> ArgumentParser:
     parser = new_parser("bench model", _MODEL_DESCRIPTION)
     default = _MODEL_DEFAULTS
     parser.add_argument("--device", choices=DEVICES, default=default.device, help="where to run")
-    parser.add_argument("--mixes", metavar="N,N", help=f"lengths: of {', '.join(PAIR_LENGTHS)} (default: both)")
+    parser.add_argument("--arch", choices=ARCHS, default=default.arch, help="kind of model")
+    parser.add_argument("--lengths", metavar="T,T", help="rows of whole models, tokens (default: 128,512)")
+    parser.add_argument(
+        "--mixes", metavar="N,N", help=f"lengths of pairs: of {', '.join(PAIR_LENGTHS)} (default: both)"
+    )
     parser.add_argument("--attention-type", default=default.attention_type, help="cosine or softmax")
     parser.add_argument("--dtype", choices=DTYPES[:2], default=default.dtype, help="what is computed in")
     parser.add_argument("--batch-size", type=int, default=default.batch_size, help="sentence pairs of a step")
@@ -171,9 +206,25 @@ def _model_parser() -> ArgumentParser:
     parser.add_argument("--repeats", type=int, default=default.repeats, help="timed steps of each")
     parser.add_argument("--time-limit-s", type=float, default=default.time_limit_s, help="seconds for each")
     parser.add_argument("--seed", type=int, default=default.seed, help="of weights, lengths and tokens")
+    parser.add_argument("--processor-time", action="store_true", help=_CLOCK_HELP)
     parser.add_argument("--output-dir", default="runs/bench-model", help="where the JSON goes")
     parser.add_argument("--json", action="store_true", help="print the report as JSON instead of the table")
     return parser
+
+
+def _figures_parser() -> ArgumentParser:
+    parser = new_parser("bench figures", _FIGURES_DESCRIPTION)
+    parser.add_argument("--quick", action="store_true", help="fewer and smaller shapes")
+    parser.add_argument("--processor-time", action="store_true", help=_CLOCK_HELP)
+    parser.add_argument("--from", metavar="FILE", help="draw the figures.json of an earlier run; measures nothing")
+    parser.add_argument("--output-dir", default="runs/bench-figures", help="where JSON and pictures go")
+    parser.add_argument("--json", action="store_true", help="print the report as JSON instead of the tables")
+    return parser
+
+
+def figure_settings_from(given: Namespace) -> FigureSettings:
+    """The settings that the flags of `bench figures` say."""
+    return FigureSettings(**(QUICK_FIGURES if given.quick else {}), processor_time=given.processor_time)
 
 
 def model_settings_from(given: Namespace) -> ModelSettings:
@@ -183,8 +234,12 @@ def model_settings_from(given: Namespace) -> ModelSettings:
         SettingsError: a value makes no sense.
     """
     chosen: dict = {field.name: given[field.name] for field in dataclasses.fields(ModelSettings)}
-    mixes = chosen.pop("mixes")
-    return ModelSettings(**chosen) if mixes is None else ModelSettings(mixes=_words(mixes), **chosen)
+    mixes, lengths = chosen.pop("mixes"), chosen.pop("lengths")
+    if mixes is not None:
+        chosen["mixes"] = _words(mixes)
+    if lengths is not None:
+        chosen["lengths"] = tuple(_whole_number("lengths", word) for word in _words(lengths))
+    return ModelSettings(**chosen)
 
 
 def decode_settings_from(given: Namespace) -> DecodeSettings:
