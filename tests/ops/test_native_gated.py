@@ -264,3 +264,31 @@ def test_no_drift_over_a_million_tokens(strength: float) -> None:
     error = (found - truth).abs()
     assert error.max() <= TOLERANCE[torch.float32] * truth.abs().max()
     assert error[:, 900_000:].max() <= 2 * error[:, :100_000].max() + 1e-6 * truth.abs().max()
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_both_ways_of_short_dtypes_are_rounded_once(dtype: torch.dtype, instruction_set: str) -> None:
+    if instruction_set == "avx512bf16" and dtype == torch.bfloat16:
+        pytest.skip("its products round their operands, so no other kernel has its sums")
+    case = make_case(T=100, K=24, V=40, log_decay=-0.1, mask="holes", causal=False).to(dtype)
+    grad = torch.randn(case.v.shape, generator=torch.Generator().manual_seed(1)).to(dtype)
+
+    def results(dtype: torch.dtype) -> list[Tensor]:
+        q, k, v = (x.to(dtype).requires_grad_() for x in (case.q, case.k, case.v))
+        o, _ = cosine_attention(
+            *(q, k, v, case.norm_const),
+            causal=False,
+            attention_mask=case.attention_mask,
+            log_decay=case.log_decay,
+            implementation="native",
+        )
+        return [o, *torch.autograd.grad(o, (q, k, v), grad.to(dtype))]
+
+    for name, found, whole in zip(("o", "dq", "dk", "dv"), results(dtype), results(torch.float32), strict=True):
+        assert torch.equal(found, whole.to(dtype)), name
+
+
+def test_results_too_small_are_flushed_in_the_kernels_alone() -> None:
+    tiny = torch.tensor([1e-40])
+    run(make_case(T=70, log_decay=-20.0).to(torch.float32), "native")
+    assert (tiny * 1).item() == tiny.item() > 0

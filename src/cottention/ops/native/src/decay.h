@@ -62,10 +62,11 @@ class Decay {
     const double* exponents() const { return is_given_ ? exponent_ : nullptr; }
     const float* query_weights() const { return is_given_ ? query_weight_ : nullptr; }
 
-    // In a split chunk: scores [n, ld] from part to part.
+    // In a split chunk: scores [n, ld] from part to part. Whole vectors of them: what is right of the diagonal stays 0,
+    // or is not read.
     void join(float* scores, int64_t ld, int64_t n) const {
-        for (int64_t i = 0; i < n; i++)
-            for (int64_t j = 0; j < i; j++) scores[i * ld + j] *= power_of_two(followed_[i] - followed_[j]);
+        for (int64_t i = 0; i < n; i++, scores += ld)
+            for (int64_t j = 0; j < round_up(i, kWidth); j++) scores[j] *= power_of_two(followed_[i] - followed_[j]);
     }
     // What rows are multiplied by where they meet the state before the chunk, and where they are added to it; and what
     // that state is multiplied by then.
@@ -133,6 +134,7 @@ class Decay {
             followed_[i] = now;
         }
         for (int64_t i = 0; i < n; i++) exponent_[i] -= followed_[i];
+        for (int64_t i = n; i < round_up(n, kWidth); i++) followed_[i] = followed_[n - 1];
         last_ = now;
         is_split = followed_[0] != followed_[n - 1];
     }

@@ -263,7 +263,7 @@ struct EraseBackward {
     }
 
     void store(const KeptPairs& tile, int64_t t, int64_t n) {
-        store_unit_gradient(of_queries(range, range.dq, t, n, K), q(t, n), dq, q_scale);
+        store_unit_gradient(to_queries(range, range.dq, t, n, K), q(t, n), dq, q_scale);
         if (tile.divisor.divides) scale_rows(dv, dv, tile.divisor.weight, 1, n);
         store_key_gradients(range, t, n, dk, dv, tile.scale, tile.divisor);
     }

@@ -107,7 +107,7 @@ void erase_forward(const Range& range, float* memory) {
             scale_rows(o, o, q_scale.factor, 1, n);
             const Product recent = {scores, C, 1, u.data, u.ld, n};
             multiply_onto(n, o.ld, &recent, 1, {o.data, 1, o.data, o.ld}, ahead, keep_lower_rows);
-            store_tokens(of_queries(range, range.o, t, n, V), o);
+            store_tokens(to_queries(range, range.o, t, n, V), o);
         }
         if (t + C >= range.tokens && range.state_out == nullptr) break;
         if (gates.decays) scale_rows(u, u, gates.to_end, 1, n);

@@ -29,7 +29,8 @@ struct Divisor {
 };
 
 struct Range {  // a range of tokens of one sequence and head
-    int64_t dtype;
+    int64_t dtype;      // of q, k, v and grad
+    int64_t out_dtype;  // of o, dq, dk and dv: the same, or float where two walks are added
     int64_t tokens, K, V;
     int64_t chunk;  // tokens per tile, a multiple of 16
     Rows q, k, v, o, grad, dq, dk, dv;

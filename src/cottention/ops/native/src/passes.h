@@ -77,7 +77,7 @@ struct Sum : State {
 // Ask for the rows that chunk t reads or writes; nothing when there is no such chunk.
 inline void ask(Ahead& ahead, const Range& range, const Rows& rows, int64_t t, int64_t D, bool to_write) {
     if (t < 0 || t >= range.tokens) return;
-    const int64_t size = range.dtype == 0 ? 4 : 2, stride = rows.stride * size;
+    const int64_t size = (to_write ? range.out_dtype : range.dtype) == 0 ? 4 : 2, stride = rows.stride * size;
     ahead.add(static_cast<const char*>(rows.data) + t * stride, stride, smaller(range.chunk, range.tokens - t),
               D * size, to_write);
 }
@@ -103,8 +103,8 @@ inline void store_key_gradients(const Range& range, int64_t t, int64_t n, const 
         for (int64_t i = 0; i < n; i++)
             if (!is_padding(range.key_mask, t + i))
                 *range.dp -= double(weights.log_count[i]) * dot(v.row(i), dv.row(i), v.ld);
-    store_rows(range.dv, range.dtype, t, n, range.key_mask, dv, range.mirrored);
-    store_unit_gradient(range.dk, range.dtype, t, n, range.key_mask, dk, k, scale, range.mirrored, inner);
+    store_rows(range.dv, range.out_dtype, t, n, range.key_mask, dv, range.mirrored);
+    store_unit_gradient(range.dk, range.out_dtype, t, n, range.key_mask, dk, k, scale, range.mirrored, inner);
 }
 
 }  // namespace

@@ -17,6 +17,10 @@
 #include "dispatch.h"
 #include "threads.h"
 
+#if defined(__x86_64__)
+#include <immintrin.h>
+#endif
+
 namespace {
 
 template <class T>
@@ -54,6 +58,19 @@ class Buffer {
 };
 
 thread_local Buffer scratch_of_thread;
+
+// While it lives, results too small for a normal float become 0. Where a state hardly outlives its chunk, it and what
+// rounding took from it would fade through subnormal numbers, which Intel's processors compute a hundred times slower.
+class FlushTiny {
+#if defined(__x86_64__)
+  public:
+    FlushTiny() : before_(_mm_getcsr()) { _mm_setcsr(before_ | _MM_FLUSH_ZERO_ON); }
+    ~FlushTiny() { _mm_setcsr(before_); }
+
+  private:
+    const unsigned before_;
+#endif
+};
 
 typedef std::unique_ptr<float[]> Floats;
 
@@ -124,6 +141,9 @@ class Plan {
     int64_t num_turns() const { return first_turns_.back(); }
     double p(int64_t head) const { return p_[size_t(head)]; }
 
+    // Bidirectional attention with decay adds two walks up in float, and `schedule.cpp` rounds the sum.
+    int64_t out_dtype() const { return !call.causal && decays() ? kFloat32 : call.dtype; }
+
     // The row of kv and seen that a sequence has.
     int64_t row_of_state(int64_t sequence) const {
         return call.state_indices == 0 ? sequence : pointer<int64_t>(call.state_indices)[sequence];
@@ -148,6 +168,7 @@ class Plan {
         const int64_t size = scratch_size();
         std::atomic<bool> failed{false};
         auto body = [&](int64_t i) {
+            [[maybe_unused]] const FlushTiny flush;
             float* scratch = scratch_of_thread.at_least(size + heads_ * (waiting_size() + lost_size() + kOffset));
             if (scratch == nullptr) {
                 failed = true;
@@ -216,18 +237,19 @@ class Plan {
         const int64_t t = starts_[size_t(sequence)] + (mirrored_ ? lengths_[size_t(sequence)] - 1 - t0 : t0);
         Range r = {};
         r.dtype = call.dtype;
+        r.out_dtype = out_dtype();
         r.tokens = t1 - t0;
         r.K = call.K;
         r.V = call.V;
         r.chunk = chunk_;
-        r.q = rows(call.q, row, t, head);
-        r.k = rows(call.k, row, t, head);
-        r.v = rows(call.v, row, t, head);
-        r.o = rows(call.o, row, t, head);
-        r.grad = rows(call.grad, row, t, head);
-        r.dq = rows(contiguous(call.dq, call.T, call.K), row, t, head);
-        r.dk = rows(contiguous(call.dk, call.S, call.K), row, t, head);
-        r.dv = rows(contiguous(call.dv, call.S, call.V), row, t, head);
+        r.q = rows(call.q, call.dtype, row, t, head);
+        r.k = rows(call.k, call.dtype, row, t, head);
+        r.v = rows(call.v, call.dtype, row, t, head);
+        r.o = rows(call.o, r.out_dtype, row, t, head);
+        r.grad = rows(call.grad, call.dtype, row, t, head);
+        r.dq = rows(contiguous(call.dq, call.T, call.K), r.out_dtype, row, t, head);
+        r.dk = rows(contiguous(call.dk, call.S, call.K), r.out_dtype, row, t, head);
+        r.dv = rows(contiguous(call.dv, call.S, call.V), r.out_dtype, row, t, head);
         const uint8_t* mask = mask_of(sequence);
         r.key_mask = mask == nullptr ? nullptr : mask + t0;
         r.query_mask = call.T == call.S ? r.key_mask : nullptr;
@@ -282,10 +304,10 @@ class Plan {
 
     View contiguous(int64_t data, int64_t T, int64_t D) const { return {data, T * call.H * D, call.H * D, D}; }
 
-    Rows rows(const View& view, int64_t b, int64_t t, int64_t h) const {
+    Rows rows(const View& view, int64_t dtype, int64_t b, int64_t t, int64_t h) const {
         if (view.data == 0) return {nullptr, 0};
         const int64_t offset = b * view.batch + t * view.token + h * view.head;
-        return {pointer<char>(view.data) + offset * kElementSize[call.dtype], mirrored_ ? -view.token : view.token};
+        return {pointer<char>(view.data) + offset * kElementSize[dtype], mirrored_ ? -view.token : view.token};
     }
 
     Gate gate(const View& view, int64_t b, int64_t t, int64_t h) const {

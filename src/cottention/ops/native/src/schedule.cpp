@@ -137,8 +137,49 @@ void both_ways(const Call& call, F function) {
     function(Plan(call, true));
 }
 
+// A result [B, T, H, D] of both ways, in float where the caller's numbers are shorter.
+class SumOfWays {
+  public:
+    SumOfWays(const Call& call, const View& to, int64_t D)
+        : call_(call), to_(to), D_(D), sum_(call.dtype == kFloat32 ? nullptr : floats(call.B * call.T * call.H * D)) {}
+
+    View view() const {
+        return sum_ ? View{int64_t(sum_.get()), call_.T * call_.H * D_, call_.H * D_, D_} : to_;
+    }
+    // To the caller, where it is not there already.
+    void round() const {
+        if (!sum_) return;
+        auto body = [&](int64_t i) {
+            const float* from = sum_.get() + i * call_.H * D_;
+            for (int64_t head = 0; head < call_.H; head++, from += D_) {
+                const int64_t at = i / call_.T * to_.batch + i % call_.T * to_.token + head * to_.head;
+                if (call_.dtype == kBFloat16) {
+                    for (int64_t d = 0; d < D_; d++) narrow(from[d], pointer<BFloat16>(to_.data) + at + d);
+                } else {
+                    for (int64_t d = 0; d < D_; d++) narrow(from[d], pointer<Float16>(to_.data) + at + d);
+                }
+            }
+        };
+        run_tasks(call_.B * call_.T, call_.num_threads, body);
+    }
+
+  private:
+    const Call& call_;
+    const View to_;
+    const int64_t D_;
+    const Floats sum_;
+};
+
+void forward_both_ways(const Call& call) {
+    const SumOfWays o(call, call.o, call.V);
+    Call in_float = call;
+    in_float.o = o.view();
+    both_ways(in_float, forward_causal);
+    o.round();
+}
+
 void forward(const Call& call) {
-    if (!call.causal && call.log_decay.data != 0) return both_ways(call, forward_causal);
+    if (!call.causal && call.log_decay.data != 0) return forward_both_ways(call);
     const Plan plan(call);
     if (call.beta.data != 0) {
         Erasing(plan).forward();
@@ -242,13 +283,26 @@ void backward_bidirectional(const Plan& plan, std::vector<double>& dp) {
     });
 }
 
+void backward_both_ways(const Call& call, std::vector<double>& dp) {
+    const auto sum_of = [&](int64_t data, int64_t D) {
+        return SumOfWays(call, {data, call.T * call.H * D, call.H * D, D}, D);
+    };
+    const SumOfWays dq = sum_of(call.dq, call.K), dk = sum_of(call.dk, call.K), dv = sum_of(call.dv, call.V);
+    Call in_float = call;
+    in_float.dq = dq.view().data;
+    in_float.dk = dk.view().data;
+    in_float.dv = dv.view().data;
+    both_ways(in_float, [&](const Plan& way) { backward_causal(way, dp); });
+    for (const SumOfWays* each : {&dq, &dk, &dv}) each->round();
+}
+
 void backward(const Call& call) {
     const Plan plan(call);
     std::vector<double> dp(size_t(plan.num_pieces() * call.H), 0.0);
     if (call.beta.data != 0) {
         Erasing(plan).backward(dp);
     } else if (!call.causal && plan.decays()) {
-        both_ways(call, [&](const Plan& way) { backward_causal(way, dp); });
+        backward_both_ways(call, dp);
     } else {
         (call.causal ? backward_causal : backward_bidirectional)(plan, dp);
     }

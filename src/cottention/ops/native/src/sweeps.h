@@ -114,7 +114,7 @@ void causal_forward(const Range& range, float* memory) {
         if (decay.moves) scale_to_before(q, decay, n);
         const Product products[] = {times(q, state, K), {scores, C, 1, v.data, v.ld, n}};
         multiply(n, o.ld, products, 2, o.data, nullptr, o.ld, ahead, keep_lower);
-        store_rows(range.o, range.dtype, t, n, range.query_mask, o, range.mirrored);
+        store_rows(range.o, range.out_dtype, t, n, range.query_mask, o, range.mirrored);
         if (decay.is_split) scale_to_after(k, decay, n);
         if (t + C < range.tokens || range.state_out != nullptr) state.add(k, v, n, ahead, decay.kept());
     }
@@ -158,7 +158,7 @@ void causal_backward_q(const Range& range, float* memory) {
         if (decay.moves) scale_to_before(g, decay, n);
         const Product products[] = {times(g, state, V), {dscores, C, 1, k.data, k.ld, n}};
         multiply(n, dq.ld, products, 2, dq.data, nullptr, dq.ld, ahead, keep_lower);
-        store_unit_gradient(range.dq, range.dtype, t, n, range.query_mask, dq, q, q_scale, range.mirrored,
+        store_unit_gradient(range.dq, range.out_dtype, t, n, range.query_mask, dq, q, q_scale, range.mirrored,
                             range.of_queries == nullptr ? nullptr : range.of_queries + t);
         if (decay.is_split) scale_to_after(k, decay, n);
         if (t + C < range.tokens || range.state_out != nullptr) state.add(v, k, n, ahead, decay.kept());

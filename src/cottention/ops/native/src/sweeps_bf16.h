@@ -26,12 +26,18 @@ inline const auto keep_upper_pairs = [](int64_t i0, int64_t, int p, Product& pro
     if (p == 1) narrow_upper(i0 / 2, 0, product);
 };
 
-// n tokens from t on of the queries' side, or the keys'.
+// n tokens from t on of the queries' side, or the keys'; and where results of theirs go.
 inline Tokens of_queries(const Range& range, const Rows& rows, int64_t t, int64_t n, int64_t D) {
-    return {rows, t, n, D, range.query_mask, range.mirrored};
+    return {rows, t, n, D, range.query_mask};
 }
 inline Tokens of_keys(const Range& range, const Rows& rows, int64_t t, int64_t n, int64_t D) {
-    return {rows, t, n, D, range.key_mask, range.mirrored};
+    return {rows, t, n, D, range.key_mask};
+}
+inline Results to_queries(const Range& range, const Rows& rows, int64_t t, int64_t n, int64_t D) {
+    return {{rows, t, n, D, range.query_mask}, range.out_dtype == 0, range.mirrored};
+}
+inline Results to_keys(const Range& range, const Rows& rows, int64_t t, int64_t n, int64_t D) {
+    return {{rows, t, n, D, range.key_mask}, range.out_dtype == 0, range.mirrored};
 }
 
 // dk and dv of n tokens from t on, from the gradients of k' and v; collects dp.
@@ -42,8 +48,8 @@ inline void store_key_gradients(const Range& range, int64_t t, int64_t n, const 
         for (int64_t i = 0; i < n; i++)
             if (!v.is_hidden(i)) *range.dp -= double(weights.log_count[i]) * dot(v.row(i), dv.row(i), range.V);
     find_inner(of_keys(range, range.k, t, n, range.K), dk, scale, inner);
-    store_tokens(of_keys(range, range.dv, t, n, range.V), dv);
-    store_unit_gradient(of_keys(range, range.dk, t, n, range.K), of_keys(range, range.k, t, n, range.K), dk, scale);
+    store_tokens(to_keys(range, range.dv, t, n, range.V), dv);
+    store_unit_gradient(to_keys(range, range.dk, t, n, range.K), of_keys(range, range.k, t, n, range.K), dk, scale);
 }
 
 inline void scale_to_before(const Words& words, const Decay& decay, int64_t n) {
@@ -151,7 +157,7 @@ void causal_forward(const Range& range, float* memory) {
         const Product products[] = {product(q_rows.left(state.depth_of(pairs(K))), state_pairs),
                                     product(score_rows.left(pairs(n)), v_pairs)};
         multiply<DotPairs>(n, o.ld, products, 2, o.data, nullptr, o.ld, ahead, keep_lower_pairs);
-        store_tokens(of_queries(range, range.o, t, n, V), o, q_scale.factor);
+        store_tokens(to_queries(range, range.o, t, n, V), o, q_scale.factor);
         if (decay.is_split) scale_to_after(k_rows, k_pairs, decay, n);
         if (t + C < range.tokens || range.state_out != nullptr) add_to(state, k_pairs, v_pairs, n, ahead, decay.kept());
     }
@@ -207,7 +213,7 @@ void causal_backward_q(const Range& range, float* memory) {
         multiply<DotPairs>(n, dq.ld, products, 2, dq.data, nullptr, dq.ld, ahead, keep_lower_pairs);
         find_unit_scale(q, decay.query_weights(), q_scale);
         find_inner(q, dq, q_scale, range.of_queries == nullptr ? nullptr : range.of_queries + t);
-        store_unit_gradient(of_queries(range, range.dq, t, n, K), q, dq, q_scale);
+        store_unit_gradient(to_queries(range, range.dq, t, n, K), q, dq, q_scale);
         if (decay.is_split) scale_to_after(k_rows, k_pairs, decay, n);
         if (t + C < range.tokens || range.state_out != nullptr) add_to(state, v_pairs, k_pairs, n, ahead, decay.kept());
     }
@@ -310,7 +316,7 @@ void full_forward(const Range& range, float* memory) {
         ask(ahead, range, range.o, t, V, true);
         ask(ahead, range, range.q, t + C, K, false);
         multiply<DotPairs>(n, o.ld, product(q_rows.left(pairs(K)), state_pairs), o.data, nullptr, o.ld, ahead);
-        store_tokens(of_queries(range, range.o, t, n, V), o, scale.factor);
+        store_tokens(to_queries(range, range.o, t, n, V), o, scale.factor);
     }
 }
 
@@ -337,7 +343,7 @@ void full_backward_q(const Range& range, float* memory) {
         ask(ahead, range, range.grad, t + C, V, false);
         multiply<DotPairs>(n, dq.ld, product(g_rows.left(pairs(V)), state_transposed), dq.data, nullptr, dq.ld, ahead);
         find_unit_scale(q, nullptr, scale);
-        store_unit_gradient(of_queries(range, range.dq, t, n, K), q, dq, scale);
+        store_unit_gradient(to_queries(range, range.dq, t, n, K), q, dq, scale);
     }
 }
 

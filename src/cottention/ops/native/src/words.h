@@ -146,7 +146,6 @@ struct Tokens {
     const Rows& rows;
     int64_t t, n, D;
     const uint8_t* mask;
-    bool adds = false;  // what is stored is added to what is there
     uint16_t* row(int64_t i) const { return static_cast<uint16_t*>(rows.data) + (t + i) * rows.stride; }
     bool is_hidden(int64_t i) const { return is_padding(mask, t + i); }
 };
@@ -210,30 +209,53 @@ inline void store_numbers(uint16_t* p, __m512 low, __m512 high, int64_t left) {
     }
 }
 
-// 32 numbers, or as many as are left, to p; or added to what is there.
-inline void put_numbers(uint16_t* p, __m512 low, __m512 high, int64_t left, bool adds) {
-    if (__builtin_expect(adds, false)) {
-        const __m512i there = load_numbers(p, left);
-        low = Vector::add(low, low_of(there));
-        high = Vector::add(high, high_of(there));
-    }
-    store_numbers(p, low, high, left);
+// As many of 16 floats as are left to p, or added to what is there.
+inline void put_floats(float* p, __m512 x, int64_t left, bool adds) {
+    if (left <= 0) return;
+    const __mmask16 mask = left >= kWidth ? 0xffff : first(int(left));
+    if (adds) x = Vector::add(x, _mm512_maskz_loadu_ps(mask, p));
+    _mm512_mask_storeu_ps(p, mask, x);
 }
 
+// Tokens that are written; where two walks are added they are floats.
+struct Results : Tokens {
+    bool are_floats, adds;
+
+    Results(const Tokens& tokens, bool are_floats, bool adds) : Tokens(tokens), are_floats(are_floats), adds(adds) {}
+
+    // 32 numbers of token i, or as many as are left, from d on.
+    inline void put(int64_t i, int64_t d, __m512 low, __m512 high) const {
+        if (__builtin_expect(are_floats, false)) {
+            put_floats(floats(i) + d, low, D - d, adds);
+            put_floats(floats(i) + d + kWidth, high, D - d - kWidth, adds);
+        } else {
+            store_numbers(row(i) + d, low, high, D - d);
+        }
+    }
+    void clear_token(int64_t i) const {
+        if (are_floats) {
+            clear(floats(i), D);
+        } else {
+            clear_elements(reinterpret_cast<BFloat16*>(row(i)), D);
+        }
+    }
+
+  private:
+    float* floats(int64_t i) const { return static_cast<float*>(rows.data) + (t + i) * rows.stride; }
+};
+
 // src rows, each times its factor (null: 1), to their tokens; padded tokens are zero.
-inline void store_tokens(const Tokens& tokens, const Block& src, const float* factors = nullptr) {
-    const bool adds = tokens.adds;
+inline void store_tokens(const Results& tokens, const Block& src, const float* factors = nullptr) {
     for (int64_t i = 0; i < tokens.n; i++) {
         if (tokens.is_hidden(i)) {
-            clear_elements(reinterpret_cast<BFloat16*>(tokens.row(i)), tokens.D);
+            tokens.clear_token(i);
             continue;
         }
         const __m512 factor = Vector::set1(factors == nullptr ? 1 : factors[i]);
         for (int64_t d = 0; d < tokens.D; d += kPairWidth) {
             const float* from = src.row(i) + d;
             const __m512 high = d + kWidth < src.ld ? Vector::load(from + kWidth) : Vector::zero();
-            put_numbers(tokens.row(i) + d, Vector::mul(Vector::load(from), factor), Vector::mul(high, factor),
-                        tokens.D - d, adds);
+            tokens.put(i, d, Vector::mul(Vector::load(from), factor), Vector::mul(high, factor));
         }
     }
 }
@@ -278,12 +300,11 @@ inline void scale_words(const Words& words, int64_t n, F factor_of) {
 }
 
 // From the gradient of x = w x_hat that of the tokens that x came from, see rows.h; x is made from them once more.
-inline void store_unit_gradient(const Tokens& tokens, const Tokens& source, const Block& gradient,
+inline void store_unit_gradient(const Results& tokens, const Tokens& source, const Block& gradient,
                                 const UnitScale& scale) {
-    const bool adds = tokens.adds;
     for (int64_t i = 0; i < tokens.n; i++) {
         if (tokens.is_hidden(i)) {
-            clear_elements(reinterpret_cast<BFloat16*>(tokens.row(i)), tokens.D);
+            tokens.clear_token(i);
             continue;
         }
         const uint16_t* x = source.row(i);
@@ -296,7 +317,7 @@ inline void store_unit_gradient(const Tokens& tokens, const Tokens& source, cons
             const __m512 high = d + kWidth < tokens.D
                                     ? Vector::fma(radial, high_of(words), Vector::load(g + d + kWidth))
                                     : Vector::zero();
-            put_numbers(tokens.row(i) + d, Vector::mul(low, factor), Vector::mul(high, factor), tokens.D - d, adds);
+            tokens.put(i, d, Vector::mul(low, factor), Vector::mul(high, factor));
         }
     }
 }
