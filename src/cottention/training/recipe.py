@@ -1,6 +1,6 @@
 """Recipes: every choice of one pretraining run, as frozen dataclasses.
 
-A recipe has four sections, model, data, optimizer, training (`training/recipe_sections.py`). The defaults are those of
+A recipe has five sections, model, data, optimizer, training, parallelism (`training/recipe_sections.py`). The defaults are those of
 the published runs of GPT 300M and BERT base; `recipes/*.yaml` and flags change them (`training/recipe_files.py`). No
 torch here: `--help` is quick.
 
@@ -22,6 +22,7 @@ from cottention.training.recipe_sections import (
     GPTModelSettings,
     GPTTrainingSettings,
     OptimizerSettings,
+    ParallelismSettings,
     TrainingSettings,
 )
 
@@ -40,6 +41,8 @@ class GPTRecipe:
     """AdamW and its schedule."""
     training: GPTTrainingSettings = field(default_factory=GPTTrainingSettings)
     """How long, in what portions, what is written when."""
+    parallelism: ParallelismSettings = field(default_factory=ParallelismSettings)
+    """What several processes share out among them."""
 
     def __post_init__(self) -> None:
         if not self.data.carry_state:
@@ -58,6 +61,10 @@ class GPTRecipe:
         for name in ("gradient_checkpointing", "compile"):
             if getattr(self.training, name):
                 raise SettingsError(f"data.carry_state excludes training.{name}; got both")
+        if self.parallelism.sequence > 1:
+            raise SettingsError(
+                "data.carry_state excludes parallelism.sequence, whose windows have no state of their own; got both"
+            )
         if self.num_lanes % self.training.global_batch_size:
             raise SettingsError(
                 "data.carry_lanes must be a multiple of training.global_batch_size, whose windows take turns; "
@@ -142,6 +149,8 @@ class BertRecipe:
     """AdamW and its schedule."""
     training: BertTrainingSettings = field(default_factory=BertTrainingSettings)
     """How long, in what portions, what is written when."""
+    parallelism: ParallelismSettings = field(default_factory=ParallelismSettings)
+    """What several processes share out among them."""
 
     def __post_init__(self) -> None:
         for name in ("sequence_length", "long_sequence_length"):
@@ -157,6 +166,11 @@ class BertRecipe:
             raise SettingsError("data.long_sequence_length excludes training.minutes: its part is of steps; got both")
         if self.data.next_sentence and not self.model.next_sentence_head:
             raise SettingsError("data.next_sentence needs model.next_sentence_head: true; got false")
+        if self.parallelism.sequence > 1 and self.data.next_sentence and self.training.unpadded:
+            raise SettingsError(
+                "parallelism.sequence with data.next_sentence needs training.unpadded: false, for the first tokens of "
+                f"packed pairs lie in different slices; got {self.parallelism.sequence} and true"
+            )
         if self.training.micro_batch_size % self.data.long_ratio:
             raise SettingsError(
                 "training.micro_batch_size must be a multiple of data.long_sequence_length / data.sequence_length = "

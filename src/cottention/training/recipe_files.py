@@ -1,6 +1,6 @@
 """Recipes as files and flags: dataclass defaults < YAML < flags.
 
-A recipe's YAML has a line `arch: gpt` (or bert) and any of the four sections; what it leaves out keeps its default.
+A recipe's YAML has a line `arch: gpt` (or bert) and any of the five sections; what it leaves out keeps its default.
 `--config` takes the name of a packaged recipe or a file. jsonargparse reads the values and checks their types.
 
     recipe = load_recipe("quickstart_gpt", {"training.max_steps": 200})
@@ -24,18 +24,13 @@ from cottention.training.plain_yaml import read_yaml, shown
 from cottention.training.recipe import RECIPE_CLASSES, Recipe
 
 _SUFFIXES = (".yaml", ".yml")
-# Settings of speed and memory: a run goes on with other ones, after an out-of-memory for instance.
-_CHANGES_NO_NUMBER = frozenset(
-    f"training.{name}"
-    for name in (
-        "micro_batch_size",
-        "gradient_checkpointing",
-        "compile",
-        "fused_loss",
-        "unpadded",
-        "save_total_limit",
-    )
-)
+# Settings of speed and memory: a run goes on with other ones, after an out-of-memory for instance, on other machines.
+_CHANGES_NO_NUMBER = {
+    "training": frozenset(
+        ("micro_batch_size", "gradient_checkpointing", "compile", "fused_loss", "unpadded", "save_total_limit")
+    ),
+    "parallelism": frozenset(("data", "shard", "sequence")),
+}
 
 
 class RecipeParser(jsonargparse.ArgumentParser):
@@ -231,7 +226,7 @@ def differing_setting(ours: Recipe, theirs: Recipe) -> str | None:
     mine, other = dataclasses.asdict(ours), dataclasses.asdict(theirs)
     for section, values in mine.items():
         for name, value in values.items():
-            if value != other[section][name] and f"{section}.{name}" not in _CHANGES_NO_NUMBER:
+            if value != other[section][name] and name not in _CHANGES_NO_NUMBER.get(section, ()):
                 return f"{section}.{name} ({other[section][name]} there, {value} now)"
     return None
 

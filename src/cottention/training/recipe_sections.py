@@ -1,4 +1,4 @@
-"""The sections of a recipe: model, data, optimizer, training, for a GPT and for a BERT.
+"""The sections of a recipe: model, data, optimizer, training, parallelism, for a GPT and for a BERT.
 
 Each setting has its rule here and is refused with one line when it breaks it; rules between sections are in
 `training/recipe.py`. No torch here: `--help` is quick.
@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from typing import ClassVar, Literal
+from typing import ClassVar, Literal, NamedTuple
 
 from cottention.errors import SettingsError
 from cottention.models.layer_types import BERT_LAYER_TYPES, GPT_LAYER_TYPES, check_layer_types, every_nth_softmax
@@ -383,6 +383,63 @@ class BertTrainingSettings(TrainingSettings):
     """Windows per device and pass; the rest of a step is accumulated."""
     unpadded: bool = True
     """Pack sentence pairs end to end, so that nothing is computed on padding; windows have none anyway."""
+
+
+class Layout(NamedTuple):
+    """Processes that train together, and what they share out among them."""
+
+    data: int = 1
+    """Groups that read different windows and hold the same weights."""
+    shard: int = 1
+    """Processes of such a group, each with its windows and its part of the weights."""
+    sequence: int = 1
+    """Processes that share each window."""
+
+    @property
+    def size(self) -> int:
+        """All of them."""
+        return self.data * self.shard * self.sequence
+
+    @property
+    def num_readers(self) -> int:
+        """How many read windows of their own."""
+        return self.data * self.shard
+
+
+@dataclass(frozen=True, kw_only=True)
+class ParallelismSettings:
+    """How the processes that torchrun starts share a run; data x shard x sequence is their number."""
+
+    data: int | None = None
+    """Copies of the model, which read different windows; null: as many as there are processes left."""
+    shard: int = 1
+    """Processes over which each copy's weights, gradients and optimizer states are spread (FSDP2); each reads windows
+    of its own."""
+    sequence: int = 1
+    """Processes that share each window, every one with a slice of its tokens."""
+
+    def __post_init__(self) -> None:
+        _check_positive(self, "parallelism", "data", "shard", "sequence")
+
+    def layout(self, num_processes: int) -> Layout:
+        """What so many processes do.
+
+        Raises:
+            SettingsError: they are too many or too few.
+        """
+        per_copy = self.shard * self.sequence
+        if self.data is None and num_processes % per_copy:
+            raise SettingsError(
+                f"parallelism.shard x sequence = {per_copy} must divide the number of processes, which torchrun "
+                f"starts; got {num_processes}"
+            )
+        data = self.data or num_processes // per_copy
+        if data * per_copy != num_processes:
+            raise SettingsError(
+                f"parallelism.data x shard x sequence = {data * per_copy} must be the number of processes, which "
+                f"torchrun starts; got {num_processes}"
+            )
+        return Layout(data, self.shard, self.sequence)
 
 
 def _check_positive(settings: object, section: str, *names: str) -> None:
