@@ -31,7 +31,9 @@ from cottention.logging import get_logger
 
 MANIFEST = "MANIFEST.json"
 RECORD_SEAL = "sha256"  # the name, in a JSON object, of the hash of the rest
-WEIGHTS = ("model.safetensors", "model-*-of-*.safetensors", "model.safetensors.index.json")
+SHARDS = "shards"
+"""The folder for weights in parts, as training on several processes saves them."""
+WEIGHTS = ("model.safetensors", "model-*-of-*.safetensors", "model.safetensors.index.json", f"{SHARDS}/*.safetensors")
 TOKENIZER = ("tokenizer.json", "vocab.txt", "vocab.json", "merges.txt", "tokenizer_config.json")
 
 # People edit a config by hand, and every save_pretrained of a tokenizer writes its own a little differently.

@@ -3,6 +3,8 @@
 The processes are forked from one that has imported everything, so that starting them costs one import.
 
     with Ranks(4) as ranks: ranks.run(check, cases, size=2)        # check(group, cases), at the top of a module
+
+The group is all that torch.distributed knows of, as if no more processes than these had been started.
 """
 
 from __future__ import annotations
@@ -15,10 +17,10 @@ import traceback
 import warnings
 from collections.abc import Callable
 from multiprocessing import connection
-from pathlib import Path
 from typing import Any
 
 _TIME_OUT_S = 120
+_ADDRESS = {"MASTER_ADDR": "localhost", "MASTER_PORT": "29500"}  # as torchrun says it; nobody listens there
 
 
 class Ranks:
@@ -29,11 +31,11 @@ class Ranks:
         context = multiprocessing.get_context("forkserver")
         context.set_forkserver_preload(["tests.distributed.ranks", *modules])
         self._folder = tempfile.TemporaryDirectory()
-        store = str(Path(self._folder.name) / "store")
+        self._runs = 0
         self._ends, self._processes = [], []
         for rank in range(size):
             ours, theirs = context.Pipe()
-            process = context.Process(target=_serve, args=(rank, size, store, theirs), daemon=True)
+            process = context.Process(target=_serve, args=(rank, theirs), daemon=True)
             process.start()
             theirs.close()
             self._ends.append(ours)
@@ -42,8 +44,9 @@ class Ranks:
     def run(self, check: Callable[..., Any], *args: Any, size: int | None = None) -> list[Any]:
         """What check(group, *args) returns on each of the first `size` ranks; every rank's failure is shown."""
         size = size or self._size
+        self._runs += 1
         for end in self._ends[:size]:
-            end.send((check, args, size))
+            end.send((check, args, size, f"{self._folder.name}/store-{self._runs}"))
         answers: dict[int, Any] = {}
         waiting, end_at = dict(enumerate(self._ends[:size])), time.monotonic() + _TIME_OUT_S
         while waiting:
@@ -71,22 +74,21 @@ class Ranks:
         self._folder.cleanup()
 
 
-def _serve(rank: int, size: int, store: str, end: Any) -> None:
+def _serve(rank: int, end: Any) -> None:
     import torch
     import torch.distributed as dist
 
     warnings.simplefilter("error")
     torch.set_num_threads(1)
-    os.environ |= {"RANK": str(rank), "WORLD_SIZE": str(size), "LOCAL_RANK": str(rank)}
-    dist.init_process_group("gloo", init_method=f"file://{store}", rank=rank, world_size=size)
-    groups = {n: dist.new_group(list(range(n))) for n in range(1, size + 1)}
     while True:
         try:
-            check, args, num = end.recv()
+            check, args, size, store = end.recv()
         except EOFError:
             break
+        os.environ |= {"RANK": str(rank), "WORLD_SIZE": str(size), "LOCAL_RANK": str(rank), **_ADDRESS}
+        dist.init_process_group("gloo", init_method=f"file://{store}", rank=rank, world_size=size)
         try:
-            end.send((False, check(groups[num], *args)))
+            end.send((False, check(dist.group.WORLD, *args)))
         except BaseException:  # noqa: BLE001 - told to the test, whatever it is
             end.send((True, traceback.format_exc()))
-    dist.destroy_process_group()
+        dist.destroy_process_group()

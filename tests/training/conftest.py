@@ -10,6 +10,7 @@ import datasets.config
 import pytest
 
 from cottention.training.pretraining import pretrain
+from tests.distributed.ranks import Ranks
 from tests.training.helpers import Run, tiny_recipe, write_corpus
 
 
@@ -40,6 +41,13 @@ def finished_gpt(corpus: Path, tmp_path_factory: pytest.TempPathFactory) -> Run:
 def finished_bert(corpus: Path, tmp_path_factory: pytest.TempPathFactory) -> Run:
     """The same of a BERT."""
     return _run("bert", corpus, tmp_path_factory)
+
+
+@pytest.fixture(scope="session")
+def ranks() -> Iterator[Ranks]:
+    """Processes for runs of several."""
+    with Ranks(4, ("tests.training.parallel_checks", "matplotlib.figure")) as started:
+        yield started
 
 
 @pytest.fixture(params=["gpt", "bert"])

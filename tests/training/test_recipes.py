@@ -29,6 +29,7 @@ from cottention.training.recipe_sections import (
     GPTDataSettings,
     GPTModelSettings,
     OptimizerSettings,
+    ParallelismSettings,
     TrainingSettings,
 )
 
@@ -386,6 +387,43 @@ def test_a_micro_batch_of_long_windows_stays_a_multiple() -> None:
     assert [shared_out(recipe, n).training.micro_batch_size for n in (1, 2, 4, 8)] == [16, 16, 8, 4]
     with pytest.raises(SettingsError, match="must be a multiple of 16 processes x 4; got 32"):
         shared_out(recipe, 16)
+
+
+@pytest.mark.parametrize(
+    ("given", "num_processes", "expected"),
+    [
+        ({}, 1, (1, 1, 1)),
+        ({}, 6, (6, 1, 1)),
+        ({"shard": 2}, 8, (4, 2, 1)),
+        ({"data": 2, "shard": 2, "sequence": 3}, 12, (2, 2, 3)),
+        ({"sequence": 4}, 2, "parallelism.shard x sequence = 4 must divide the number of processes, .*; got 2"),
+        ({"data": 1}, 2, "parallelism.data x shard x sequence = 1 must be the number of processes, .*; got 2"),
+    ],
+)
+def test_processes_are_laid_out_as_the_recipe_says(
+    given: dict[str, int], num_processes: int, expected: tuple[int, ...] | str
+) -> None:
+    settings = ParallelismSettings(**given)
+    if isinstance(expected, str):
+        with pytest.raises(SettingsError, match=expected):
+            settings.layout(num_processes)
+        return
+    layout = settings.layout(num_processes)
+    assert layout == expected
+    assert layout.num_readers * layout.sequence == layout.size == num_processes
+
+
+def test_what_cannot_be_shared_out_is_refused() -> None:
+    with pytest.raises(SettingsError, match=r"parallelism\.shard must be positive; got 0"):
+        ParallelismSettings(shard=0)
+    carried = replace_settings(GPTRecipe(), {"data.carry_state": True})
+    for name in ("shard", "sequence"):
+        with pytest.raises(SettingsError, match=rf"data\.carry_state excludes parallelism\.{name}: .*; got both"):
+            replace_settings(carried, {f"parallelism.{name}": 2})
+    pairs = replace_settings(BertRecipe(), {"model.next_sentence_head": True, "data.next_sentence": True})
+    with pytest.raises(SettingsError, match=r"needs training\.unpadded: false"):
+        replace_settings(pairs, {"parallelism.sequence": 2})
+    replace_settings(pairs, {"parallelism.sequence": 2, "training.unpadded": False})
 
 
 def test_every_setting_reaches_the_model() -> None:

@@ -27,7 +27,7 @@ from cottention.generation.source import resolve_directory
 from cottention.json_files import read_json
 from cottention.models.auto import REMOTE_MODULE
 from cottention.models.configuration import check_token_id
-from cottention.seals import check_model
+from cottention.seals import SHARDS, check_model
 
 Kind = Literal["causal-lm", "masked-lm", "next-sentence", "classifier", "encoder", "base", "text-labels", "word-labels"]
 
@@ -140,7 +140,8 @@ def _model_inside(directory: Path) -> Path | None:
 
 def _check_weights(directory: Path, source: str | Path) -> None:
     # Only safetensors: our own directories hold nothing else, and a pickled file would be code from a stranger.
-    if not any((directory / name).is_file() for name in ("model.safetensors", "model.safetensors.index.json")):
+    names = ("model.safetensors", "model.safetensors.index.json", SHARDS)
+    if not any((directory / name).exists() for name in names):
         raise CheckpointError(f"{source} has no weights (model.safetensors)")
 
 

@@ -34,10 +34,12 @@ from cottention.layers.rotary import packed_positions
 from cottention.layers.short_conv import ShortConv
 from cottention.models.configuration import is_ours
 from cottention.models.directory import check_weights
+from cottention.models.shards import join_shards
 from cottention.ops import IMPLEMENTATIONS
 
 # A checkpoint saved without a pooler (masked LM) may start a task that has one; stock BERT allows it too.
 _MAY_BE_NEW = re.compile(r"(^|\.)pooler\.")
+_GIVEN = "the given state dict"
 _OPTIONAL_PART = re.compile(r"\.(attn|self)\.([qkv]_conv|output_norm|gate_proj|decay|beta_proj)\.")
 
 
@@ -76,13 +78,16 @@ class CottentionPreTrainedModel(PreTrainedModel):
             CheckpointError: the files are damaged, differ from the seal that they were saved with, hold the other
                 attention type or another shape, or lack weights of the model itself; one line each.
         """
-        source = pretrained_model_name_or_path or "the given state dict"
+        source = pretrained_model_name_or_path or _GIVEN
         directory = Path(pretrained_model_name_or_path or "") / kwargs.get("subfolder", "")
         if pretrained_model_name_or_path and (directory / "config.json").is_file():
             config = kwargs.get("config")
             if not isinstance(config, PreTrainedConfig):
                 config = cast(Any, cls.config_class).from_pretrained(config or directory)
             check_weights(directory, config)
+            if (directory / seals.SHARDS).is_dir():  # a run's checkpoint, written by processes that held parts
+                kwargs |= {"config": config, "state_dict": join_shards(directory / seals.SHARDS)}
+                pretrained_model_name_or_path = None
         with _held_load_report() as release:
             try:
                 loaded: Any = super().from_pretrained(
@@ -101,7 +106,7 @@ class CottentionPreTrainedModel(PreTrainedModel):
             model, info = loaded
             _check_loaded(model, info, source, ignore_mismatched_sizes)
             release()
-        if pretrained_model_name_or_path:
+        if source is not _GIVEN:
             seals.check_model(directory)
         return (model, info) if output_loading_info else model
 

@@ -21,8 +21,6 @@ from torch import Tensor
 from cottention.errors import CheckpointError
 from cottention.files import one_line
 
-SHARDS = "shards"
-"""The folder's name in a checkpoint."""
 WEIGHT = "model."
 """What the names of weights begin with in it."""
 
@@ -54,7 +52,9 @@ def join_shards(folder: Path) -> dict[str, Tensor]:
 def _joined(parts: list[tuple[list[int], Tensor]], where: Any) -> Tensor:
     ends = [[begin + size for begin, size in zip(begins, part.shape, strict=True)] for begins, part in parts]
     whole = torch.empty([max(column) for column in zip(*ends, strict=True)], dtype=parts[0][1].dtype)
-    if sum(part.numel() for _, part in parts) != whole.numel() or any(min(begins, default=0) < 0 for begins, _ in parts):
+    if sum(part.numel() for _, part in parts) != whole.numel() or any(
+        min(begins, default=0) < 0 for begins, _ in parts
+    ):
         raise CheckpointError(f"the parts of {where} do not make it up; a file may be missing")
     for begins, part in parts:
         whole[tuple(slice(begin, begin + size) for begin, size in zip(begins, part.shape, strict=True))] = part

@@ -45,11 +45,12 @@ def training_arguments(recipe: Recipe, run_dir: Path) -> TrainingArguments:
     )
     # Only now is the number of processes known.
     num_processes = max(1, arguments.world_size)
+    num_readers = recipe.parallelism.layout(num_processes).num_readers
     if settings.minutes is not None and num_processes > 1:
         raise SettingsError(f"training.minutes needs one process, whose clock decides; got {num_processes}")
-    shared = shared_out(recipe, num_processes).training
+    shared = shared_out(recipe, num_readers).training
     arguments.per_device_train_batch_size = shared.micro_batch_size
-    arguments.gradient_accumulation_steps = shared.accumulation_steps(num_processes)
+    arguments.gradient_accumulation_steps = shared.accumulation_steps(num_readers)
     return arguments
 
 

@@ -10,20 +10,26 @@ from __future__ import annotations
 
 import pickle
 import random
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
+from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, TrainerState, TrainingArguments, set_seed
 
 from cottention.data.tokenizer_files import save_tokenizer
 from cottention.errors import CheckpointError, CottentionError
 from cottention.generation.loading import quiet_progress
+from cottention.seals import SHARDS
 from cottention.training.checkpoints import OPTIMIZER, RANDOM_STATE, SCHEDULER, TRAINER_STATE
 from cottention.training.loop import TrainingLoop
 from cottention.training.memory import keep_freed_memory
+from cottention.training.parallel import unsharded_class
 from cottention.training.progress import RunControl
+from cottention.training.sharded import Saving, read_shards, set_rates, spread, state_tensors
 
 # What an array of numpy's is put together from; its state is one.
 _NUMPY_STATE: Any = [np.zeros(0).__reduce__()[0], np.ndarray, np.dtype, type(np.dtype(np.uint32))]
@@ -57,6 +63,7 @@ class CheckpointingTrainer(TrainingLoop):
     ) -> None:
         super().__init__(model, arguments, **options)
         self.checkpoints_dir = checkpoints_dir
+        self.saving = Saving()
         self.saved_tokenizer = tokenizer
         self.run_control = run_control
         if self.processes.is_first:
@@ -77,14 +84,25 @@ class CheckpointingTrainer(TrainingLoop):
         try:
             with self.run_control.listening():
                 self.train(checkpoint)
+                self.saving.wait()
+                self.processes.wait_for_everyone()
         except pickle.UnpicklingError as error:
             raise CheckpointError(f"{checkpoint} holds more than tensors and plain numbers: not loaded") from error
 
     def save_state(self, folder: Path) -> None:
-        """Write weights, tokenizer, optimizer, schedule, number of steps, and each process its random state."""
+        """Write weights, tokenizer, optimizer, schedule, number of steps, and each process its random state.
+
+        Shards are written while training goes on (`saving`).
+        """
+        parallel = self.processes.parallel
+        if parallel.is_sharded:
+            self.saving.begin(state_tensors(self.model, self.optimizer), folder / SHARDS, parallel.saving_group)
         if self.processes.is_first:
-            save_model(self.model, self.saved_tokenizer, folder)
-            torch.save(self.optimizer.state_dict(), folder / OPTIMIZER)
+            if parallel.is_sharded:
+                save_description(self.model, self.saved_tokenizer, folder)
+            else:
+                save_model(self.model, self.saved_tokenizer, folder)
+                torch.save(self.optimizer.state_dict(), folder / OPTIMIZER)
             torch.save(self.lr_scheduler.state_dict(), folder / SCHEDULER)
             self.state.save_to_json(str(folder / TRAINER_STATE))
         states: dict[str, Any] = {"python": random.getstate(), "cpu": torch.random.get_rng_state()}
@@ -95,11 +113,22 @@ class CheckpointingTrainer(TrainingLoop):
 
     def load_state(self, checkpoint: Path) -> None:
         """Take up weights, every one of them, optimizer, schedule and number of steps."""
-        with quiet_progress():
-            saved = type(self.model).from_pretrained(checkpoint, config=self.model.config, dtype=torch.float32)
-        self.model.load_state_dict(saved.state_dict())
-        self.optimizer.load_state_dict(torch.load(checkpoint / OPTIMIZER, map_location="cpu", weights_only=True))
         self.lr_scheduler.load_state_dict(torch.load(checkpoint / SCHEDULER, weights_only=True))
+        if (checkpoint / SHARDS).is_dir():
+            read_shards(state_tensors(self.model, self.optimizer), checkpoint / SHARDS)
+            set_rates(self.optimizer, self.lr_scheduler)
+        else:
+            with quiet_progress():
+                saved = unsharded_class(self.model).from_pretrained(
+                    checkpoint, config=self.model.config, dtype=torch.float32
+                )
+            state = torch.load(checkpoint / OPTIMIZER, map_location="cpu", weights_only=True)
+            if self.processes.parallel.is_sharded:
+                spread(saved, state, self.model, self.optimizer)
+                set_rates(self.optimizer, self.lr_scheduler)
+            else:
+                self.model.load_state_dict(saved.state_dict())
+                self.optimizer.load_state_dict(state)
         self.state.global_step = TrainerState.load_from_json(str(checkpoint / TRAINER_STATE)).global_step
 
     def load_random_state(self, checkpoint: Path) -> None:
@@ -120,14 +149,42 @@ class CheckpointingTrainer(TrainingLoop):
         return folder / (RANDOM_STATE if one else RANDOM_STATE.replace(".", f"_{self.processes.process_index}."))
 
 
-def save_model(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, folder: Path) -> None:
-    """Write a model directory: config, weights, tokenizer; the caller seals it."""
-    # The cache is switched off for training; whoever opens the model wants it on.
-    training_use_cache = getattr(model.config, "use_cache", None)
-    if training_use_cache is not None:
-        model.config.use_cache = True
-    with quiet_progress():
-        model.save_pretrained(folder, seal=False)  # pyright: ignore[reportCallIssue]  # ours
-    if training_use_cache is not None:
-        model.config.use_cache = training_use_cache
+def save_model(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    folder: Path,
+    *,
+    weights: dict[str, Tensor] | None = None,
+) -> None:
+    """Write a model directory: config, weights, tokenizer; the caller seals it.
+
+    Args:
+        model: whose config is written.
+        tokenizer: beside it.
+        folder: to write into.
+        weights: whole, by name, where the model itself holds parts.
+    """
+    with _with_cache(model.config), quiet_progress():
+        model.save_pretrained(folder, state_dict=weights, seal=False)  # pyright: ignore[reportCallIssue]  # ours
     save_tokenizer(tokenizer, folder)
+
+
+def save_description(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, folder: Path) -> None:
+    """Write of a model directory all but the weights."""
+    model.config.architectures = [unsharded_class(model).__name__]
+    with _with_cache(model.config):
+        model.config.save_pretrained(folder)
+    save_tokenizer(tokenizer, folder)
+
+
+@contextmanager
+def _with_cache(config: Any) -> Iterator[None]:
+    # The cache is switched off for training; whoever opens the model wants it on.
+    training_use_cache = getattr(config, "use_cache", None)
+    if training_use_cache is not None:
+        config.use_cache = True
+    try:
+        yield
+    finally:
+        if training_use_cache is not None:
+            config.use_cache = training_use_cache

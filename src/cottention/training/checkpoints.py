@@ -28,7 +28,7 @@ from cottention.files import one_line, write_text, written_directory
 from cottention.json_files import LARGEST_TABLE, read_json_object
 from cottention.logging import get_logger
 from cottention.seals import MANIFEST as MANIFEST  # for those who look into a checkpoint
-from cottention.seals import WEIGHTS, check_model, damage, missing_parts
+from cottention.seals import SHARDS, WEIGHTS, check_model, damage, missing_parts
 from cottention.seals import seal as _write_manifest
 
 RUN_STATE = "run_state.json"
@@ -41,8 +41,8 @@ TRAINER_STATE = "trainer_state.json"
 
 PARTS = (
     ("config.json",),
-    WEIGHTS,
-    (OPTIMIZER,),
+    (*WEIGHTS, SHARDS),
+    (OPTIMIZER, SHARDS),
     (SCHEDULER,),
     (RANDOM_STATE, RANDOM_STATE.replace(".", "_*.")),
     (RUN_STATE,),

@@ -16,6 +16,7 @@ from torch.nn.functional import cross_entropy
 from transformers import PreTrainedModel
 
 from cottention.files import IGNORE_INDEX
+from cottention.training.parallel import Parallel
 from cottention.training.processes import Processes
 
 _SUMS = (
@@ -60,30 +61,38 @@ class HeldOut:
         Args:
             model: left in the mode it came in.
             autocast: arguments of torch.autocast.
-            processes: several that share the work.
+            processes: several that share the work, and perhaps windows or weights.
         """
         training = model.training
         model.eval()
-        rank, world_size = (processes.process_index, processes.num_processes) if processes else (0, 1)
+        reader, num_readers = (processes.reader, processes.num_readers) if processes else (0, 1)
         sums = torch.zeros(len(_SUMS), dtype=torch.float64)
         starts = range(0, len(self._windows), self._batch_size)
-        with torch.inference_mode(), torch.autocast(**autocast):
-            for start in starts[rank::world_size]:
-                sums += self._measure_batch(model, start)
+        own = starts[reader::num_readers]
+        parallel = processes.parallel if processes else Parallel()
+        # Weights in parts are gathered by all at once, to be trained on afterwards: who has a batch less than others
+        # goes through one for nothing, and tensors are none of inference.
+        idle = len(starts[::num_readers]) - len(own) if parallel.is_sharded else 0
+        with torch.no_grad() if parallel.is_sharded else torch.inference_mode(), torch.autocast(**autocast):
+            for start in own:
+                sums += self._measure_batch(model, start, parallel)
+            for _ in range(idle):
+                self._measure_batch(model, starts[0], parallel)
         model.train(training)
         if processes is not None:
             sums = processes.reduce(sums.to(processes.device)).cpu()
         return self._figures(dict(zip(_SUMS, sums.tolist(), strict=True)))
 
-    def _measure_batch(self, model: PreTrainedModel, start: int) -> Tensor:
+    def _measure_batch(self, model: PreTrainedModel, start: int, parallel: Parallel) -> Tensor:
         stop = min(start + self._batch_size, len(self._windows))
         batch = self._collator([self._windows[index] for index in range(start, stop)])
         batch = {name: value.to(model.device) if torch.is_tensor(value) else value for name, value in batch.items()}
+        part = parallel.slice_of(model, batch)
         if self._arch == "bert":
-            found = _bert_sums(model(**batch, sparse_prediction=True), batch)
+            found = _bert_sums(model(**part, sparse_prediction=True), part)
         else:
-            num_targets = count_targets(batch, self._arch)
-            found = {"nats": model(**batch).loss.double() * num_targets, "targets": num_targets}
+            nats = model(**part).loss.double() * count_targets(batch, self._arch)
+            found = {"nats": nats, "targets": count_targets(part, self._arch)}
         # One copy from the device for all of them.
         return torch.stack([torch.as_tensor(found.get(name, 0.0)).double().to(model.device) for name in _SUMS]).cpu()
 

@@ -25,6 +25,7 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader
 from transformers import PreTrainedModel, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
+from cottention.training.parallel import whole
 from cottention.training.processes import Processes, to_device
 from cottention.training.stream import InOrder
 
@@ -165,13 +166,13 @@ class TrainingLoop(ABC):
     def batches_from(self, step: int) -> Iterator[dict[str, Any]]:
         """This process's micro batches from a step on, on the device."""
         size = self.args.per_device_train_batch_size
-        num_read = step * size * self.args.gradient_accumulation_steps * self.processes.num_processes
+        num_read = step * size * self.args.gradient_accumulation_steps * self.processes.num_readers
         mine = InOrder(
             len(self.train_dataset),
             start=num_read,
             micro_batch_size=size,
-            process_index=self.processes.process_index,
-            num_processes=self.processes.num_processes,
+            process_index=self.processes.reader,
+            num_processes=self.processes.num_readers,
         )
         loader = DataLoader(
             self.train_dataset,
@@ -195,10 +196,11 @@ class TrainingLoop(ABC):
     def _get_grad_norm(self, model: nn.Module) -> Tensor | float:
         """Measure the gradient, and clip it where that is wanted."""
         if self.args.max_grad_norm > 0:
-            self._grad_norm = nn.utils.clip_grad_norm_(model.parameters(), self.args.max_grad_norm)
+            norm = nn.utils.clip_grad_norm_(model.parameters(), self.args.max_grad_norm)
         else:
             gradients = [parameter.grad for parameter in model.parameters() if parameter.grad is not None]
-            self._grad_norm = nn.utils.get_total_norm(gradients)
+            norm = nn.utils.get_total_norm(gradients)
+        self._grad_norm = whole(norm)
         return self._grad_norm
 
     def say_what_is_due(self) -> None:

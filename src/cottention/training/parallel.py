@@ -12,7 +12,7 @@ by their number.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
@@ -35,20 +35,21 @@ class Parallel:
     """The place of this process among all.
 
     Args:
-        layout: what the processes share out.
+        layout: what the processes share out; None: there is one.
         device_type: "cpu" or "cuda".
     """
 
-    def __init__(self, layout: Layout, device_type: str) -> None:
-        self.layout = layout
-        rank = dist.get_rank() if layout.size > 1 else 0
-        self.reader = rank // layout.sequence
+    def __init__(self, layout: Layout | None = None, device_type: str = "cpu") -> None:
+        self.layout = layout = layout or Layout()
+        self.is_sharded = layout.shard > 1
+        self.reader = (dist.get_rank() if layout.size > 1 else 0) // layout.sequence
         if layout.size == layout.data:
             return  # DDP, or one process, asks for no groups
         ranks = torch.arange(layout.size).view(layout.data, layout.shard, layout.sequence)
         if layout.sequence > 1:
             self.sequence_mesh = DeviceMesh(device_type, ranks, mesh_dim_names=Layout._fields)["sequence"]
-        if layout.shard > 1:
+        if self.is_sharded:
+            self.saving_group: Any = dist.new_group(backend="gloo")  # of a save that goes on beside training
             # Those that share a window hold the same weights, as copies of the model do.
             same = ranks.transpose(1, 2).reshape(-1, layout.shard)
             if len(same) > 1:
@@ -62,25 +63,27 @@ class Parallel:
         Args:
             model: on its device, with the same weights in every process; blocks may be compiled and recompute
                 activations.
-            compute_type: bfloat16: blocks are gathered in it, and gradients added up in float32. Embeddings and the
-                head stay as they are, and so does the stream between the blocks.
+            compute_type: bfloat16: the linear layers of blocks are gathered in it, as autocast would round them, and
+                gradients are added up in float32. All else stays as it is: an exponent of the length or a rate of
+                decay takes no rounding, and neither does the stream between the blocks.
 
         Raises:
             TypeError: the model reads whole texts and windows are to be shared.
         """
         if self.layout.sequence > 1:
             shard_sequence(model, self.sequence_mesh)
-        if self.layout.shard == 1:
+        if not self.is_sharded:
             return
-        if compute_type == torch.bfloat16:
-            policy = MixedPrecisionPolicy(
-                param_dtype=compute_type, reduce_dtype=torch.float32, cast_forward_inputs=False
-            )
-        else:
-            policy = MixedPrecisionPolicy()
+        as_they_are = MixedPrecisionPolicy(cast_forward_inputs=False)
         for block in blocks_of(model):
-            fully_shard(block, mesh=self.weights_mesh, mp_policy=policy)
-        fully_shard(model, mesh=self.weights_mesh, mp_policy=MixedPrecisionPolicy(cast_forward_inputs=False))
+            if compute_type == torch.bfloat16:
+                halves = MixedPrecisionPolicy(
+                    param_dtype=compute_type, reduce_dtype=torch.float32, cast_forward_inputs=False
+                )
+                linear: list[nn.Module] = [module for module in block.modules() if isinstance(module, nn.Linear)]
+                fully_shard(linear, mesh=self.weights_mesh, mp_policy=halves)
+            fully_shard(block, mesh=self.weights_mesh, mp_policy=as_they_are)
+        fully_shard(model, mesh=self.weights_mesh, mp_policy=as_they_are)
 
     @contextmanager
     def kept_back(self, model: nn.Module) -> Iterator[None]:
@@ -95,16 +98,23 @@ class Parallel:
         finally:
             model.set_requires_all_reduce(True)
 
-    def slice_of(self, model: nn.Module, batch: Mapping[str, Any]) -> dict[str, Any]:
-        """The part of a pass that this process computes: all of it, or its slice of every window."""
-        if self.layout.sequence == 1:
-            return dict(batch)
-        return {name: part for name, part in slice_batch(model, dict(batch)).items() if name not in _COUNTS}
+    def slice_of(self, model: nn.Module, batch: dict[str, Any]) -> dict[str, Any]:
+        """The part of a pass that this process computes: all of it, or its slice of every window with its counts."""
+        return batch if self.layout.sequence == 1 else slice_batch(model, batch)
+
+    def pass_of(self, model: nn.Module, batch: dict[str, Any]) -> dict[str, Any]:
+        """`slice_of` without what an objective counts over the whole step."""
+        return {name: part for name, part in self.slice_of(model, batch).items() if name not in _COUNTS}
 
 
 def blocks_of(model: nn.Module) -> list[nn.Module]:
     """The blocks of one of our models, which are compiled, computed twice and sharded one by one."""
     return [module for module in model.modules() if isinstance(module, GradientCheckpointingLayer)]
+
+
+def unsharded_class(model: nn.Module) -> Any:
+    """The class of a model, which FSDP2 derives another from."""
+    return type(model).__mro__[2] if isinstance(model, FSDPModule) else type(model)
 
 
 def whole(tensor: Tensor) -> Tensor:

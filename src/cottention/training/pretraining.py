@@ -41,9 +41,11 @@ from cottention.training.checkpoints import (
 from cottention.training.corpora import TRAINED
 from cottention.training.metrics import draw_loss_curve, read_metrics
 from cottention.training.objectives import objective_of
+from cottention.training.parallel import blocks_of
 from cottention.training.quickstart import RECORD
 from cottention.training.recipe import Recipe
 from cottention.training.recipe_files import differing_setting, load_recipe, recipe_text, replace_settings
+from cottention.training.sharded import whole_weights
 from cottention.training.starting import LongerSchedule, check_goes_further, open_start, set_aside
 from cottention.training.text import PreparedText, prepare_text
 from cottention.training.trainer import PretrainingTrainer
@@ -143,7 +145,8 @@ def _pretrain(
 ) -> PretrainResult:
     """The run, in a directory that nobody else writes."""
     model_dir = run_dir / "model"
-    given, recipe = recipe, shared_out(recipe, max(1, arguments.world_size))
+    layout = recipe.parallelism.layout(max(1, arguments.world_size))
+    given, recipe = recipe, shared_out(recipe, layout.num_readers)
     # Process 0 prepares everything; the others then find the run started, whatever was asked for.
     with arguments.main_process_first(local=False):
         is_first = arguments.process_index == 0
@@ -196,12 +199,15 @@ def _pretrain(
         logger.info("resuming from %s", checkpoint)
     trainer.fit(checkpoint)
     stopped_by = trainer.run_control.stopped_by
+    weights = None
+    if stopped_by is None and trainer.processes.parallel.is_sharded:
+        weights = whole_weights(model, keep=trainer.processes.is_first)
     if trainer.processes.is_first:
         with writing_to(run_dir):
             draw_loss_curve(read_metrics(run_dir / "metrics.jsonl"), run_dir / "loss_curve.png", title=run_dir.name)
             if stopped_by is None:  # last of all, for with a model the run counts as finished
                 with atomic_directory(model_dir, sealed=False) as staging:
-                    save_model(model, text.tokenizer, staging)
+                    save_model(model, text.tokenizer, staging, weights=weights)
                     write_model_card(
                         staging,
                         recipe={"arch": recipe.arch, **dataclasses.asdict(recipe)},
@@ -302,7 +308,8 @@ def build_model(recipe: Recipe, tokenizer: PreTrainedTokenizerBase | None = None
 
         # How many tokens are hidden differs from batch to batch; the graph would end where they are chosen.
         torch._dynamo.config.capture_dynamic_output_shape_ops = True
-        model.compile()
+        for part in blocks_of(model) if recipe.parallelism.shard > 1 else [model]:  # weights come block by block
+            part.compile()
     return model
 
 

@@ -1,7 +1,8 @@
 """The processes that train together, and what they tell each other.
 
 torchrun starts them, TrainingArguments joins them (gloo on CPUs, NCCL on GPUs). Each has a copy of the model and its
-own micro batches of a step; gradients are averaged once a step. One process alone exchanges nothing.
+own micro batches of a step, or shares them with others (`parallel.py`); gradients are averaged once a step. One process
+alone exchanges nothing.
 
     processes = Processes.joined(arguments)
     wrapped = processes.wrap(model, leaves_parameters_unused=False)
@@ -13,13 +14,16 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 from transformers import TrainingArguments
+
+from cottention.training.parallel import Parallel
+from cottention.training.recipe_sections import ParallelismSettings
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -32,20 +36,43 @@ class Processes:
     """Its number."""
     num_processes: int = 1
     """How many there are."""
+    parallel: Parallel = field(default_factory=Parallel)
+    """What they share out."""
 
     @classmethod
-    def joined(cls, arguments: TrainingArguments) -> Processes:
-        """Those that were started together; asking the arguments for their number has joined them."""
+    def joined(cls, arguments: TrainingArguments, parallelism: ParallelismSettings | None = None) -> Processes:
+        """Those that were started together; asking the arguments for their number has joined them.
+
+        Args:
+            arguments: name the device.
+            parallelism: what the processes share out; None: examples alone.
+
+        Raises:
+            SettingsError: they are too many or too few for it.
+        """
+        num_processes = max(1, arguments.world_size)
+        layout = (parallelism or ParallelismSettings()).layout(num_processes)
         return cls(
             device=arguments.device,
             process_index=arguments.process_index,
-            num_processes=max(1, arguments.world_size),
+            num_processes=num_processes,
+            parallel=Parallel(layout, arguments.device.type),
         )
 
     @property
     def is_first(self) -> bool:
         """Whether this one writes files and lines."""
         return self.process_index == 0
+
+    @property
+    def num_readers(self) -> int:
+        """How many of them, or groups of them, read examples of their own."""
+        return self.parallel.layout.num_readers
+
+    @property
+    def reader(self) -> int:
+        """Which of these this one is, or belongs to."""
+        return self.parallel.reader
 
     def wrap(self, model: nn.Module, *, leaves_parameters_unused: bool) -> nn.Module:
         """The model as the loop calls it: backward through it averages the gradients over all processes.
@@ -54,7 +81,7 @@ class Processes:
             model: on the device, the same weights in every process afterwards.
             leaves_parameters_unused: some get no gradient; looking for them costs time at each step.
         """
-        if self.num_processes == 1:
+        if self.num_processes == 1 or self.parallel.is_sharded:
             return model
         return DistributedDataParallel(
             model,
@@ -66,6 +93,8 @@ class Processes:
         """Around a forward and a backward pass: whether gradients are averaged behind it, or kept for a later one."""
         if now or self.num_processes == 1:
             return nullcontext()
+        if self.parallel.is_sharded:
+            return self.parallel.kept_back(wrapped)
         return cast(DistributedDataParallel, wrapped).no_sync()
 
     def reduce(self, tensor: Tensor, how: str = "sum") -> Tensor:

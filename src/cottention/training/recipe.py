@@ -1,8 +1,8 @@
 """Recipes: every choice of one pretraining run, as frozen dataclasses.
 
-A recipe has five sections, model, data, optimizer, training, parallelism (`training/recipe_sections.py`). The defaults are those of
-the published runs of GPT 300M and BERT base; `recipes/*.yaml` and flags change them (`training/recipe_files.py`). No
-torch here: `--help` is quick.
+A recipe has five sections, model, data, optimizer, training, parallelism (`training/recipe_sections.py`). The defaults
+are those of the published runs of GPT 300M and BERT base; `recipes/*.yaml` and flags change them
+(`training/recipe_files.py`). No torch here: `--help` is quick.
 
     recipe = GPTRecipe(training=GPTTrainingSettings(max_steps=200, global_batch_size=8, micro_batch_size=8))
 """
@@ -61,10 +61,11 @@ class GPTRecipe:
         for name in ("gradient_checkpointing", "compile"):
             if getattr(self.training, name):
                 raise SettingsError(f"data.carry_state excludes training.{name}; got both")
-        if self.parallelism.sequence > 1:
-            raise SettingsError(
-                "data.carry_state excludes parallelism.sequence, whose windows have no state of their own; got both"
-            )
+        for name in ("shard", "sequence"):
+            if getattr(self.parallelism, name) > 1:
+                raise SettingsError(
+                    f"data.carry_state excludes parallelism.{name}: each process keeps states; got both"
+                )
         if self.num_lanes % self.training.global_batch_size:
             raise SettingsError(
                 "data.carry_lanes must be a multiple of training.global_batch_size, whose windows take turns; "

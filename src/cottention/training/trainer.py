@@ -9,8 +9,8 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Mapping, Sequence
-from contextlib import ExitStack
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -40,6 +40,7 @@ from cottention.training.metrics import MetricsLog
 from cottention.training.neighbours import NeighbourWatch
 from cottention.training.objectives import objective_of
 from cottention.training.optimizer import build_optimizer, build_scheduler
+from cottention.training.processes import Processes
 from cottention.training.progress import ProgressBar, RunControl
 from cottention.training.recipe import Recipe
 from cottention.training.recipe_files import replace_settings
@@ -92,6 +93,7 @@ class PretrainingTrainer(CheckpointingTrainer):
         super().__init__(
             model,
             arguments,
+            processes=Processes.joined(arguments, recipe.parallelism),
             checkpoints_dir=run_dir / "checkpoints",
             tokenizer=text.tokenizer,
             run_control=run_control,
@@ -99,17 +101,18 @@ class PretrainingTrainer(CheckpointingTrainer):
             collator=self.objective.collator(text),
             callbacks=[*([self.deadline, NeighbourWatch()] if self.deadline else []), run_control, ProgressBar(recipe)],
         )
-        device, num_processes = self.processes.device, self.processes.num_processes
+        device = self.processes.device
         self._autocast = {
             "device_type": device.type,
             "dtype": torch.bfloat16,
             "enabled": compute_type(recipe, device) == torch.bfloat16,
         }
+        self.processes.parallel.apply(model, compute_type=compute_type(recipe, device))
         self._stopwatch = Stopwatch(elapsed_s=0.0, step=0)
         self._window_losses = torch.zeros(len(self.objective.losses), device=device)
         self._window_start = 0
         self._first_bad_step = torch.full((), -1, device=device)
-        self.objective.begin(model, device, self.processes.process_index, num_processes)
+        self.objective.begin(model, device, self.processes.reader, self.processes.num_readers)
 
     def fit(self, resume_from: Path | None) -> None:
         """Train to the end of the recipe, or until a signal asks to stop.
@@ -142,7 +145,9 @@ class PretrainingTrainer(CheckpointingTrainer):
         self._window_start = state["window_start"]
         for rank, losses in enumerate(state["window_losses"]):
             if rank % self.processes.num_processes == self.processes.process_index:
-                self._window_losses += torch.tensor(losses, device=self.processes.device)
+                # Each of those that wrote has its share times their number, of which the mean is logged.
+                ratio = self.processes.num_processes / len(state["window_losses"])
+                self._window_losses += torch.tensor(losses, device=self.processes.device) * ratio
         self._stopwatch = Stopwatch(elapsed_s=state["elapsed_s"], step=state["step"])
         if self.processes.is_first:
             self.metrics_log = MetricsLog(self.run_dir / "metrics.jsonl", resume_step=state["step"])
@@ -162,12 +167,13 @@ class PretrainingTrainer(CheckpointingTrainer):
 
     def num_targets(self, passes: Sequence[Any]) -> Tensor:
         """Those of the objective."""
-        return self.processes.reduce(torch.stack([self.objective.num_targets(one) for one in passes]).sum())
+        count = self.processes.reduce(torch.stack([self.objective.num_targets(one) for one in passes]).sum())
+        return count // self.processes.parallel.layout.sequence  # each of those that share a window counted all of it
 
     def compute_loss(self, model: nn.Module, batch: Any, num_targets: Tensor | None) -> Tensor:
         """Loss over this pass, divided by the targets of the whole step, and that of pairs by its pairs."""
         with torch.autocast(**self._autocast):
-            losses = self.objective.loss(model, batch, num_targets)
+            losses = self.objective.loss(model, self.processes.parallel.pass_of(model, batch), num_targets)
         # Every process divides by the targets of all of them, and gradients become the mean over processes.
         num_processes = self.processes.num_processes
         self._window_losses += torch.stack([loss.detach() for loss in losses.values()]) * num_processes
@@ -236,6 +242,7 @@ class PretrainingTrainer(CheckpointingTrainer):
             self._stop("gradient", step, newest_good=step - 1)
 
     def _stop(self, what: str, step: int, *, newest_good: int) -> NoReturn:
+        self.saving.wait()
         good = [path for path in list_checkpoints(self.checkpoints_dir) if checkpoint_step(path) <= newest_good]
         where = f"last good checkpoint: {good[-1]}" if good else "no checkpoint was written yet"
         raise NonFiniteLossError(
@@ -253,9 +260,11 @@ class PretrainingTrainer(CheckpointingTrainer):
         run_state = self._run_state()
         more = self.objective.state_to_save(processes)
         with self._stopwatch.paused(), writing_to(folder):
+            self.saving.wait()
             with ExitStack() as until_all_have_written:
                 staging = staging_area(folder) / target.name
                 if processes.is_first:
+                    until_all_have_written.enter_context(_rotating(folder, self.recipe.training.save_total_limit))
                     until_all_have_written.enter_context(atomic_directory(target, sealed=True))
                     write_atomically(staging / RUN_STATE, json.dumps(run_state))
                     if more is not None:
@@ -263,8 +272,7 @@ class PretrainingTrainer(CheckpointingTrainer):
                 processes.wait_for_everyone()
                 self.save_state(staging)
                 processes.wait_for_everyone()
-            if processes.is_first:
-                rotate(folder, self.recipe.training.save_total_limit)
+                self.saving.goes_on(until_all_have_written)
             processes.wait_for_everyone()
 
     def _run_state(self) -> dict[str, Any]:
@@ -275,3 +283,10 @@ class PretrainingTrainer(CheckpointingTrainer):
             "elapsed_s": self._stopwatch.elapsed_s,
             "text": self.text.fingerprint(),
         }
+
+
+@contextmanager
+def _rotating(folder: Path, keep: int) -> Iterator[None]:
+    """Delete older checkpoints once a new one is there."""
+    yield
+    rotate(folder, keep)

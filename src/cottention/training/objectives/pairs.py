@@ -51,6 +51,7 @@ class Pairs(Masked):
 
     def loss(self, model: Any, batch: Mapping[str, Tensor], num_targets: Tensor | None) -> dict[str, Tensor]:
         """The sum of both losses, and each; that of pairs is divided by the pairs of the whole step."""
-        # Every pair has one label, so their number is known; it is that of all processes, like the other.
-        num_pairs = self.recipe.training.global_batch_size
+        # Every pair has one label, so their number is known; it is that of all processes, like the other. Those that
+        # share windows all have the first tokens, and a share each.
+        num_pairs = self.recipe.training.global_batch_size * self.recipe.parallelism.sequence
         return self._named(model(**batch, num_items_in_batch=num_targets, num_sequences_in_batch=num_pairs))
