@@ -58,6 +58,17 @@ def _softmax_parser() -> ArgumentParser:
         help="layers N, 2 N, 3 N ... keep the source's attention: a hybrid (default: all become cosine)",
     )
     softmax.add_argument(
+        "--sliding-window",
+        type=int,
+        metavar="N",
+        help="tokens that the layers of --keep-every see, of a GPT (default: as many as in the source)",
+    )
+    softmax.add_argument(
+        "--output-gate",
+        action="store_true",
+        help="add a gate to each layer's attention, which changes no output until it is trained",
+    )
+    softmax.add_argument(
         "--distil-text",
         nargs="+",
         metavar="FILE",
@@ -109,6 +120,8 @@ def run(args: Namespace) -> None:
             attention_type=chosen.attention_type,
             norm_const=chosen.norm_const,
             keep_every=chosen.keep_every,
+            sliding_window=chosen.sliding_window,
+            output_gate=chosen.output_gate,
             distillation=_distillation(chosen),
             device=chosen.device,
             show_progress=True,

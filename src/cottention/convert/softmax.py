@@ -3,7 +3,8 @@
 The weights are put into our softmax twin first, by name and strictly, so that what is written with softmax attention
 computes what the source does. The cosine model has the same tensors and a norm_const in every layer; it computes
 something else, and a short distillation brings it back near the source (see distil.py). With `keep_every` some layers
-stay as they are, which makes a hybrid.
+stay as they are, which makes a hybrid; of a GPT they may become windows of the source's attention (`sliding_window`).
+An `output_gate` is added so that it changes nothing until it is trained.
 
     report = convert_softmax("all-MiniLM-L6-v2", "models/minilm", distillation=DistillationSettings(text=("books/",)))
     print(report.summary())
@@ -58,6 +59,15 @@ _WHY_NOT = {
 # BERT's first files named LayerNorm's parameters as TensorFlow did.
 _OLD_NAMES = {"LayerNorm.gamma": "LayerNorm.weight", "LayerNorm.beta": "LayerNorm.bias"}
 _NUM_LAYERS: dict[Architecture, str] = {"bert": "num_hidden_layers", "gpt": "n_layer"}
+# Of a layer: its attention, the weight that its heads leave by, and the setting that says how many there are.
+_PARTS: dict[Architecture, tuple[str, str, str]] = {
+    "bert": (
+        "bert.encoder.layer.{}.attention.self",
+        "bert.encoder.layer.{}.attention.output.dense.weight",
+        "num_attention_heads",
+    ),
+    "gpt": ("transformer.h.{}.attn", "transformer.h.{}.attn.out_proj.weight", "n_head"),
+}
 _BARE_BERT = re.compile(r"(embeddings|encoder|pooler)\.")
 _BERT_HEADS = ("cls.predictions.", "cls.seq_relationship.")
 
@@ -69,6 +79,8 @@ def convert_softmax(
     attention_type: AttentionType = "cosine",
     norm_const: float = 0.5,
     keep_every: int | None = None,
+    sliding_window: int | None = None,
+    output_gate: bool = False,
     distillation: DistillationSettings | None = None,
     device: str | None = None,
     overwrite: bool = False,
@@ -83,6 +95,9 @@ def convert_softmax(
         attention_type: "cosine", or "softmax" to keep what the source computes.
         norm_const: start of every head's learned exponent, before its sigmoid.
         keep_every: N: layers N, 2 N, 3 N ... keep the attention of the source; None: all become cosine.
+        sliding_window: tokens that the kept layers of a GPT see; None: as many as in the source.
+        output_gate: whether each layer gets a sigmoid gate of its tokens that does nothing at the start: it is a half
+            everywhere, which the output projection doubles. Every output is that of the model without, to the bit.
         distillation: how to teach the cosine model what the source does; None: weights are copied, nothing more.
         device: where to distil; None: a GPU where there is one. The result is on the CPU.
         overwrite: replace a model that is at `destination`.
@@ -104,6 +119,14 @@ def convert_softmax(
         check_size("keep_every", keep_every, minimum=2, maximum=MOST_LAYERS)
         if attention_type == "softmax":
             raise SettingsError("keep_every keeps layers beside cosine ones; got attention_type 'softmax'")
+    if sliding_window is not None:
+        check_size("sliding_window", sliding_window, maximum=2**31)
+        if keep_every is None:
+            raise SettingsError(
+                f"sliding_window is for the layers of keep_every; got {sliding_window} and no keep_every"
+            )
+    if output_gate and attention_type == "softmax":
+        raise SettingsError("output_gate is added to a cosine model; got attention_type 'softmax'")
     if distillation is not None and attention_type == "softmax":
         raise SettingsError("a distillation teaches cosine attention; got attention_type 'softmax'")
     for name in () if distillation is None else (*distillation.text, *distillation.held_out):
@@ -117,6 +140,8 @@ def convert_softmax(
             attention_type,
             norm_const,
             keep_every,
+            sliding_window,
+            output_gate,
             distillation,
             device,
             overwrite=overwrite,
@@ -131,6 +156,8 @@ def _converted(
     attention_type: AttentionType,
     norm_const: float,
     keep_every: int | None,
+    sliding_window: int | None,
+    output_gate: bool,
     distillation: DistillationSettings | None,
     device: str | None,
     *,
@@ -142,7 +169,9 @@ def _converted(
     check_apart(directory, destination)
 
     translated = _translate(directory)
-    mixed = None if attention_type == "softmax" else _mixed(translated, keep_every)
+    mixed = None if attention_type == "softmax" else _mixed(translated, keep_every, sliding_window)
+    if output_gate and translated.fields.get("output_gate") is not None:
+        raise SettingsError(f"output_gate cannot be added: {directory} has one")
     weights = read_weights(directory)
     if detect_attention_type(weights.tensors) == "cosine":
         raise CheckpointError(
@@ -157,8 +186,8 @@ def _converted(
     )
     model, new, taught = built.model, built.new, None
     if mixed is not None:
-        model, norm_consts = _cosine_copy(built.model, translated, mixed, norm_const)
-        new = (*new, *norm_consts)
+        model, made = _cosine_copy(built.model, translated, mixed, norm_const, sliding_window, output_gate)
+        new = (*new, *made)
     if distillation is not None:
         if tokenizer is None:
             raise CheckpointError(f"{directory} has no tokenizer files, which a distillation needs")
@@ -176,7 +205,7 @@ def _converted(
         destination=destination,
         files_read=("config.json", *weights.files, *tokenizer_files),
         left_out=built.left_out,
-        notes=_notes(built.new, attention_type, taught, mixed),
+        notes=_notes(built.new, attention_type, taught, mixed, sliding_window),
         new=new,
         distillation=taught,
     )
@@ -222,38 +251,52 @@ def _heads(architecture: Architecture) -> tuple[str, ...]:
     return _BERT_HEADS if architecture == "bert" else ()
 
 
-def _mixed(translated: TranslatedConfig, keep_every: int | None) -> list[str]:
-    """The layers of the result: cosine, or as they are in the source."""
+def _mixed(translated: TranslatedConfig, keep_every: int | None, sliding_window: int | None) -> list[str]:
+    """The layers of the result: cosine, or as they are in the source, or windows of that."""
     num_layers = translated.fields[_NUM_LAYERS[translated.architecture]]
     if keep_every is not None and keep_every > num_layers:
         raise SettingsError(f"keep_every must be at most the source's number of layers, {num_layers}; got {keep_every}")
+    if sliding_window is not None and translated.architecture == "bert":
+        raise SettingsError(f"sliding_window is for GPT: a BERT's layers have no windows; got {sliding_window}")
     own = translated.fields.get("layer_types") or uniform("softmax", num_layers)
+    if sliding_window is not None:
+        own = [SLIDING] * num_layers
     kept = [keep_every is not None and layer % keep_every == 0 for layer in range(1, num_layers + 1)]
     return [name if keeps else LAYER_TYPES["cosine"] for name, keeps in zip(own, kept, strict=True)]
 
 
 def _cosine_copy(
-    source: PreTrainedModel, translated: TranslatedConfig, mixed: list[str], norm_const: float
+    source: PreTrainedModel,
+    translated: TranslatedConfig,
+    mixed: list[str],
+    norm_const: float,
+    sliding_window: int | None,
+    output_gate: bool,
 ) -> tuple[PreTrainedModel, list[str]]:
-    """The cosine model of the same tensors (not copies), and the names of its norm_const."""
-    pattern, num_heads = (
-        ("bert.encoder.layer.{}.attention.self.norm_const", "num_attention_heads")
-        if translated.architecture == "bert"
-        else ("transformer.h.{}.attn.norm_const", "n_head")
-    )
+    """The cosine model of the same tensors (not copies, unless a gate doubles them), and the names of its own."""
+    attention, out, num_heads = _PARTS[translated.architecture]
     shape = (1, translated.fields[num_heads], 1, 1)
-    norm_consts = {
-        pattern.format(layer): torch.full(shape, float(norm_const))
+    made = {
+        f"{attention.format(layer)}.norm_const": torch.full(shape, float(norm_const))
         for layer, name in enumerate(mixed)
         if name == LAYER_TYPES["cosine"]
     }
     fields = {**translated.fields, "norm_const_init": norm_const, "layer_types": mixed}
     if SLIDING not in mixed:
         fields.pop("sliding_window", None)
-    cosine = replace(translated, fields=fields)
+    elif sliding_window is not None:
+        fields["sliding_window"] = sliding_window
     tensors = {name: tensor.detach() for name, tensor in source.state_dict().items()}
-    built = build_model(cosine, "cosine", {**tensors, **norm_consts}, type(source))
-    return built.model, list(norm_consts)
+    if output_gate:
+        fields["output_gate"] = "sigmoid"
+        for layer in range(len(mixed)):
+            projection = tensors[out.format(layer)]
+            tensors[out.format(layer)] = 2 * projection  # exactly: a power of two
+            gate = f"{attention.format(layer)}.gate_proj"
+            made[f"{gate}.weight"] = torch.zeros_like(projection).T.contiguous()
+            made[f"{gate}.bias"] = projection.new_zeros(projection.shape[1])
+    built = build_model(replace(translated, fields=fields), "cosine", {**tensors, **made}, type(source))
+    return built.model, list(made)
 
 
 def _taught(
@@ -279,11 +322,16 @@ def _taught(
 
 
 def _notes(
-    new: tuple[str, ...], attention_type: AttentionType, taught: DistillationReport | None, mixed: list[str] | None
+    new: tuple[str, ...],
+    attention_type: AttentionType,
+    taught: DistillationReport | None,
+    mixed: list[str] | None,
+    sliding_window: int | None,
 ) -> list[str]:
     notes = []
+    within = "" if sliding_window is None else f", within {sliding_window} tokens"
     if kept := [str(layer) for layer, name in enumerate(mixed or (), 1) if name != LAYER_TYPES["cosine"]]:
-        notes.append(f"layers {', '.join(kept)} of {len(mixed or ())} keep the attention of the source")
+        notes.append(f"layers {', '.join(kept)} of {len(mixed or ())} keep the attention of the source{within}")
     for head, what in zip(_BERT_HEADS, ("masked-token", "next-sentence"), strict=True):
         if any(name.startswith(head) for name in new):
             notes.append(f"the source has no {what} head: one was initialised and means nothing until it is trained")
