@@ -11,6 +11,7 @@ from torch import Tensor
 from torch.nn.functional import conv1d, pad, silu
 
 from cottention.layers.short_conv import ShortConv, between_texts, convolve
+from cottention.ops.native import binding
 
 # Rounding of one sum of `width` products: torch's conv1d adds in another order.
 TOLERANCES = {torch.float64: 1e-14, torch.float32: 1e-6, torch.bfloat16: 2e-2}
@@ -92,6 +93,54 @@ def test_derivatives_of_every_kind_are_there(dtype: torch.dtype) -> None:
         inputs = (rows.requires_grad_(), weight.requires_grad_())
         assert torch.autograd.gradcheck(convolve, inputs, check_batched_grad=True)
         assert torch.autograd.gradgradcheck(convolve, inputs)
+
+
+@pytest.mark.skipif(not binding.is_available(), reason="needs the native library")
+@pytest.mark.parametrize("name", binding.instruction_sets() if binding.is_available() else [])
+def test_the_kernels_of_each_instruction_set_give_the_plain_sum(name: str) -> None:
+    before_now = binding.instruction_set()
+    binding.use_instruction_set(name)
+    try:
+        for R, T, C, W, before, after in (
+            (1, 1, 1, 1, 0, 0),
+            (2, 63, 65, 4, 3, 0),
+            (3, 64, 64, 3, 1, 1),
+            (1, 65, 130, 7, 0, 0),
+            (2, 200, 5, 64, 63, 0),
+            (2, 3, 70, 4, 0, 0),  # no output at all
+            (0, 5, 8, 2, 1, 0),
+            (1, 130, 8, 2, 70, 70),  # further than a turn of the kernel
+        ):
+            for dtype, activates in itertools.product((torch.float32, torch.bfloat16, torch.float16), (False, True)):
+                x = torch.randn(R, C, T, dtype=dtype).mT.requires_grad_()  # numbers of a token lie apart
+                weight = torch.randn(C, W, requires_grad=True)
+                y = convolve(x, weight, before, after, activates=activates)
+                exact = x.detach().double().requires_grad_(), weight.detach().double().requires_grad_()
+                expected = convolve(*exact, before, after, activates=activates)
+                grad = torch.randn_like(y)
+                found = torch.autograd.grad(y, (x, weight), grad)
+                gradients = torch.autograd.grad(expected, exact, grad.double())
+                assert [each.dtype for each in (y, *found)] == [dtype, dtype, torch.float32]
+                tolerance = {torch.float32: 3e-6, torch.bfloat16: 4e-3, torch.float16: 5e-4}[dtype]
+                for ours, theirs in zip((y, found[0]), (expected, gradients[0]), strict=True):
+                    largest = 1 + (theirs.detach().abs().max() if theirs.numel() else 0)
+                    assert (ours - theirs).abs().le(tolerance * largest).all()
+                torch.testing.assert_close(found[1].double(), gradients[1], rtol=1e-5, atol=1e-4)
+    finally:
+        binding.use_instruction_set(before_now)
+
+
+@pytest.mark.skipif(not binding.is_available(), reason="needs the native library")
+def test_silu_in_the_kernels_reaches_far_numbers() -> None:
+    far = torch.tensor([-torch.inf, -1e30, -200.0, -80.0, -1e-30, 0.0, 1e-30, 80.0, 1e30, torch.inf, torch.nan])
+    x = far[None, :, None].requires_grad_()
+    y = convolve(x, torch.ones(1, 1), activates=True)
+    torch.testing.assert_close(y[0, 1:10, 0], silu(far)[1:10], rtol=1e-6, atol=1e-4)
+    assert y[0, -1].isnan()
+    (gradient,) = torch.autograd.grad(y[0, 1:9].sum(), x)
+    same = far.clone().requires_grad_()
+    (expected,) = torch.autograd.grad(silu(same)[1:9].sum(), same)
+    torch.testing.assert_close(gradient[0, 1:9, 0], expected[1:9], rtol=1e-5, atol=1e-4)
 
 
 @pytest.mark.parametrize("causal", [True, False])

@@ -360,6 +360,20 @@ def test_a_processor_with_bf16_instructions_uses_them_unless_told(
     assert fitted.training.precision == timed[0].training.precision == expected
 
 
+@pytest.mark.parametrize("faster", ["bf16", "fp32"])
+def test_the_faster_precision_is_taken(faster: str, corpus: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def measure(recipe: Recipe, _text: Any, *, timed_s: float) -> tuple[float, float]:
+        assert timed_s == pytest.approx(0.15)  # half of 3 % of the budget
+        return (0.1 if recipe.training.precision == faster else 0.2), 0.1
+
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    monkeypatch.setattr(time_budget, "_multiplies_bf16", lambda: True)
+    monkeypatch.setattr(time_budget, "_measure", measure)
+    fitted = time_budget.fit_to_time(_recipe("gpt", corpus), None, budget_s=10.0)  # pyright: ignore[reportArgumentType]
+    assert fitted.training.precision == faster
+    assert fitted.training.max_steps == 95  # five evaluations take half a second
+
+
 def test_time_spent_on_timing_is_part_of_the_time(corpus: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     now = iter([1000.0, 1040.0])
     monkeypatch.setattr(time_budget.time, "perf_counter", lambda: next(now))

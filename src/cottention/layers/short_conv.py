@@ -10,17 +10,18 @@ texts packed into a row do not see each other, and a text goes on from the last 
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
-from torch.nn.functional import conv2d, pad, silu
+from torch.nn.functional import pad, silu
 
 from cottention.layers.rotary import sequence_of_each_token
-from cottention.ops.autocast import without_autocast
-from cottention.ops.derivatives import is_transformed
+from cottention.ops.derivatives import is_transformed, plain_gradients
+from cottention.ops.native.binding import suits_native
+from cottention.ops.native.convolution import MOST_TAPS, convolved, convolved_backward
 from cottention.ops.state import accumulation_dtype
 from cottention.ops.validation import check_boundaries
 
@@ -91,13 +92,15 @@ class ShortConv(nn.Module):
         room, before = self.width - 1, self.num_before
         inputs = None if inputs is None else inputs.to(x.dtype)
         if spacing is None:
+            if inputs is None and not keep_inputs:
+                return convolve(x, self.weight, before, room - before, activates=True), None
             rows = pad(x, (0, 0, before, room - before)) if inputs is None else torch.cat([inputs, x], dim=1)
-            return silu(convolve(rows, self.weight)), rows[:, T:] if keep_inputs else None
+            return convolve(rows, self.weight, activates=True), rows[:, T:] if keep_inputs else None
         step = torch.arange(room, device=x.device)
         rows = x.new_zeros(spacing.num_rows + 1, C).index_copy(0, spacing.place, x.flatten(0, 1))
         if inputs is not None:
             rows = rows.index_copy(0, (spacing.starts[:, None] + step).flatten(), inputs.flatten(0, 1))
-        y = silu(convolve(rows[None, :-1], self.weight)[0])
+        y = convolve(rows[None, :-1], self.weight, activates=True)[0]
         y = y.index_select(0, (spacing.place - before).clamp(max=max(y.shape[0] - 1, 0)))
         if spacing.real is not None:
             y = y.masked_fill(~spacing.real[:, None], 0)
@@ -154,53 +157,89 @@ def between_texts(
     return Spacing(place.flatten(), starts, real.sum(-1), num_rows, real.flatten())
 
 
-def convolve(rows: Float[Tensor, "R S_plus_W_minus_1 C"], weight: Float[Tensor, "C W"]) -> Float[Tensor, "R S C"]:
-    """y_s = sum_i weight_i rows_(s + i), for each channel, in the dtype of the rows."""
-    if torch.compiler.is_compiling() or torch.jit.is_tracing() or is_transformed(rows, weight):  # pyright: ignore[reportPrivateImportUsage]
-        return _sum_of_taps(rows, weight)
-    return _Convolution.apply(rows, weight.to(rows.dtype))
+def convolve(
+    x: Float[Tensor, "R T C"], weight: Float[Tensor, "C W"], before: int = 0, after: int = 0, *, activates: bool = False
+) -> Float[Tensor, "R S C"]:
+    """y_s = sum_i weight_i x_(s + i - before), for each channel, in the dtype of x; S = before + T + after - W + 1.
+
+    Args:
+        x: tokens.
+        weight: taps.
+        before: tokens in front of x, all 0.
+        after: tokens behind x, all 0.
+        activates: whether SiLU follows.
+    """
+    if torch.compiler.is_compiling() or torch.jit.is_tracing() or is_transformed(x, weight):  # pyright: ignore[reportPrivateImportUsage]
+        return _plain(x, weight, before, after, activates)
+    return _Convolution.apply(x, weight, before, after, activates)
+
+
+def _plain(x: Tensor, weight: Tensor, before: int, after: int, activates: bool) -> Tensor:
+    y = _sum_of_taps(pad(x, (0, 0, before, after)), weight)
+    return (silu(y) if activates else y).to(x.dtype)
 
 
 def _sum_of_taps(rows: Tensor, weight: Tensor) -> Tensor:
+    """In the accumulation dtype."""
     dtype = accumulation_dtype(rows.dtype)
     S = max(rows.shape[1] - weight.shape[1] + 1, 0)
-    rows, taps, short = rows.to(dtype), weight.to(dtype).unbind(1), rows.dtype
+    rows, taps = rows.to(dtype), weight.to(dtype).unbind(1)
     y = rows[:, :S] * taps[0]
     for i, tap in enumerate(taps[1:], start=1):
         y = torch.addcmul(y, rows[:, i : i + S], tap)
-    return y.to(short)
-
-
-@without_autocast
-def _run(rows: Tensor, weight: Tensor) -> Tensor:
-    is_fast = rows.dtype in (torch.float32, torch.bfloat16) and torch.backends.mkldnn.is_available()
-    if rows.device.type != "cpu" or not is_fast or rows.shape[1] < weight.shape[1] or not rows.numel():
-        return _sum_of_taps(rows, weight)
-    # As an image of one line whose channels lie together: oneDNN's fast form, ten times as fast as conv1d's.
-    image = rows.transpose(1, 2)[:, :, None]
-    return conv2d(image, weight[:, None, None], groups=len(weight))[:, :, 0].transpose(1, 2)
+    return y
 
 
 class _Convolution(torch.autograd.Function):
-    """`_run`, whose own gradients in torch take up to fifty times as long."""
+    """`_plain` by the native kernels where they suit, and a backward that keeps x and the taps alone."""
 
     @staticmethod
-    def forward(ctx: Any, rows: Tensor, weight: Tensor) -> Tensor:
-        ctx.save_for_backward(rows, weight)
-        return _run(rows, weight)
+    def forward(ctx: Any, x: Tensor, weight: Tensor, before: int, after: int, activates: bool) -> Tensor:
+        ctx.save_for_backward(x, weight)
+        ctx.options = before, after, activates
+        if not _suits_native(x, weight):
+            return _plain(x, weight, *ctx.options)
+        S = max(before + x.shape[1] + after - weight.shape[1] + 1, 0)
+        return convolved(x, weight, before=before, S=S, activates=activates)
 
     @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, Tensor | None]:
-        rows, weight = ctx.saved_tensors
-        (grad,) = grads
-        W, S = weight.shape[1], grad.shape[1]
-        drows = dweight = None
-        if ctx.needs_input_grad[0]:
-            drows = convolve(pad(grad, (0, 0, W - 1, W - 1)), weight.flip(1))
-            if not S:
-                drows = torch.zeros_like(rows)
-        if ctx.needs_input_grad[1]:
-            dtype = accumulation_dtype(rows.dtype)
-            taps = [(grad * rows[:, i : i + S]).sum((0, 1), dtype=dtype) for i in range(W)]
-            dweight = torch.stack(taps, dim=1).to(weight.dtype)
-        return drows, dweight
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        x, weight = ctx.saved_tensors
+        (grad,), (before, after, activates), wanted = grads, ctx.options, ctx.needs_input_grad[:2]
+        if torch.is_grad_enabled() or is_transformed(grad, x, weight):  # the gradient is to be differentiated
+
+            def plain(x: Tensor, weight: Tensor) -> tuple[Tensor]:
+                return (_plain(x, weight, before, after, activates),)
+
+            found = plain_gradients(plain, (x, weight), grads, wanted)
+        elif _suits_native(x, weight):
+            options = {"before": before, "activates": activates}
+            dx, dweight = convolved_backward(grad, x, weight, needs_dx=wanted[0], needs_dweight=wanted[1], **options)
+            found = dx, None if dweight is None else dweight.to(weight.dtype)
+        else:
+            found = _gradients(grad, x, weight, before, after, activates, wanted)
+        return *found, None, None, None
+
+
+def _suits_native(x: Tensor, weight: Tensor) -> bool:
+    return suits_native(x) and weight.dtype != torch.float64 and weight.shape[1] <= MOST_TAPS
+
+
+def _gradients(
+    grad: Tensor, x: Tensor, weight: Tensor, before: int, after: int, activates: bool, wanted: Sequence[bool]
+) -> tuple[Tensor | None, Tensor | None]:
+    """Those of x and weight, from operators of torch."""
+    W, S = weight.shape[1], grad.shape[1]
+    rows, dtype = pad(x, (0, 0, before, after)), accumulation_dtype(x.dtype)
+    dz = grad.to(dtype)
+    if activates:
+        z = _sum_of_taps(rows, weight)
+        gate = z.sigmoid()
+        dz = dz * gate * (1 + z * (1 - gate))
+    dx = dweight = None
+    if wanted[0]:
+        drows = _sum_of_taps(pad(dz, (0, 0, W - 1, W - 1)), weight.flip(1)) if S else torch.zeros_like(rows)
+        dx = pad(drows, (0, 0, -before, -after)).to(x.dtype)
+    if wanted[1]:
+        dweight = torch.stack([(dz * rows[:, i : i + S]).sum((0, 1)) for i in range(W)], dim=1).to(weight.dtype)
+    return dx, dweight

@@ -20,12 +20,12 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from cottention.ops.native.call import Call, layout_difference
+from cottention.ops.native.call import Call, ConvolutionCall, layout_difference
 from cottention.ops.validation import check_boundaries
 
 _FOLDER = Path(__file__).parent
-_ABI_VERSION = 3
-_DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2, torch.float64: 3}
+_ABI_VERSION = 4
+DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2, torch.float64: 3}
 _NATIVE_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 _OUT_OF_MEMORY, _BAD_BOUNDARIES = 1, 2
 _REMEDY = (
@@ -51,13 +51,15 @@ def _load() -> tuple[ctypes.CDLL | None, str]:
         return None, f"the native kernels cannot be loaded ({error}); {remedy}"
     if version != _ABI_VERSION:
         return None, f"{path.name} belongs to another version of cottention; {remedy}"
-    if difference := layout_difference(library):
+    if difference := layout_difference(library) or layout_difference(library, ConvolutionCall, "convolution"):
         return None, f"{path.name} lays out its arguments otherwise than this version, {difference}; {remedy}"
     library.cottention_instruction_set.argtypes = [ctypes.c_int64]
     library.cottention_instruction_set.restype = ctypes.c_char_p
     library.cottention_use_instruction_set.argtypes = [ctypes.c_char_p]
     for name in ("forward", "backward", "step"):
         getattr(library, f"cottention_{name}").argtypes = [ctypes.POINTER(Call)]
+    for name in ("convolution", "convolution_backward"):
+        getattr(library, f"cottention_{name}").argtypes = [ctypes.POINTER(ConvolutionCall)]
     wanted = os.environ.get("COTTENTION_NATIVE_ISA")
     if wanted and library.cottention_use_instruction_set(wanted.encode()) != 0:
         known = ", ".join(_names(library))
@@ -212,7 +214,7 @@ def run(
     kv, seen, grad_final = (None if x is None else x.contiguous() for x in (kv, seen, grad_final))
     call = Call()
     call.dtype, call.causal, call.num_threads, call.chunk = (
-        _DTYPES[q.dtype],
+        DTYPES[q.dtype],
         causal,
         torch.get_num_threads(),
         chunk_size,
@@ -272,7 +274,7 @@ def run_step(
     """
     q, k, v = with_unit_stride(q), with_unit_stride(k), with_unit_stride(v)
     call = Call()
-    call.dtype, call.causal, call.num_threads = _DTYPES[q.dtype], True, torch.get_num_threads()
+    call.dtype, call.causal, call.num_threads = DTYPES[q.dtype], True, torch.get_num_threads()
     B, (_, call.H, call.K, V) = q.shape[0], final_kv.shape
     call.B, call.T, call.S, call.V, call.num_sequences = B, 1, 1, V, B
     _set_norm_const(call, norm_const)
@@ -303,7 +305,7 @@ def _address(x: Tensor | None) -> int:
 def _set_norm_const(call: Call, norm_const: Tensor | None) -> None:
     if norm_const is not None:
         call.norm_const, call.norm_const_stride = norm_const.data_ptr(), norm_const.stride(0)
-        call.norm_const_dtype = _DTYPES[norm_const.dtype]
+        call.norm_const_dtype = DTYPES[norm_const.dtype]
 
 
 def _check_status(status: int) -> None:

@@ -1,4 +1,4 @@
-"""The arguments of one call of the library, by name: the structure `Call` of `src/abi.h`.
+"""The arguments of one call of the library, by name: the structures `Call` and `Convolution` of `src/abi.h`.
 
 The library names its fields with their places in memory, and `layout_difference` compares the two when it is loaded.
 
@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import ctypes
 from itertools import zip_longest
+from typing import Literal
 
 
 class Call(ctypes.Structure):
@@ -82,16 +83,47 @@ class Call(ctypes.Structure):
     _fields_ = [(name, ctypes.c_int64) for name in __annotations__]
 
 
+class ConvolutionCall(ctypes.Structure):
+    """64-bit words of a short convolution, 0 where nothing is set; see `src/abi.h`."""
+
+    __slots__ = ()
+
+    dtype: int
+    activates: int
+    num_threads: int
+    R: int
+    T: int
+    S: int
+    C: int
+    W: int
+    before: int
+    weight: int
+    x: int
+    x_row: int
+    x_token: int
+    y: int
+    dy: int
+    dy_row: int
+    dy_token: int
+    dx: int
+    dweight: int
+
+    _fields_ = [(name, ctypes.c_int64) for name in __annotations__]
+
+
 def layout_of(structure: type[ctypes.Structure]) -> list[str]:
     """Each field's name and offset, then the size, as the library writes them."""
     fields = [f"{name} {getattr(structure, name).offset}" for name, *_ in structure._fields_]
     return [*fields, f"size {ctypes.sizeof(structure)}"]
 
 
-def layout_difference(library: ctypes.CDLL, structure: type[ctypes.Structure] = Call) -> str:
+def layout_difference(
+    library: ctypes.CDLL, structure: type[ctypes.Structure] = Call, name: Literal["call", "convolution"] = "call"
+) -> str:
     """The first field that the library has elsewhere than the structure; "" where both are the same."""
-    library.cottention_call_layout.restype = ctypes.c_char_p
-    theirs, ours = library.cottention_call_layout().decode().split("\n"), layout_of(structure)
+    written = getattr(library, f"cottention_{name}_layout")
+    written.restype = ctypes.c_char_p
+    theirs, ours = written().decode().split("\n"), layout_of(structure)
     for found, expected in zip_longest(theirs, ours, fillvalue="nothing"):
         if found != expected:
             return f"{found!r} where {expected!r} is expected"

@@ -10,7 +10,7 @@
 #include <cstdint>
 
 // Changes with the functions and what fields mean, so that a library left over from another version is told apart.
-#define COTTENTION_ABI_VERSION 3
+#define COTTENTION_ABI_VERSION 4
 
 enum DType : int64_t { kFloat32 = 0, kBFloat16 = 1, kFloat16 = 2, kFloat64 = 3 };
 
@@ -70,6 +70,34 @@ struct Call {
 #undef COTTENTION_VIEW
 };
 
+// A short convolution, see convolution.h; x, y and their gradients are [R, T or S, C] of one dtype.
+#define COTTENTION_CONVOLUTION(WORD)                                    \
+    WORD(dtype)     /* DType, never kFloat64 */                         \
+    WORD(activates) /* bool: whether SiLU follows */                    \
+    WORD(num_threads)                                                   \
+    WORD(R) /* rows */                                                  \
+    WORD(T) /* tokens of x */                                           \
+    WORD(S) /* tokens of y */                                           \
+    WORD(C) /* channels */                                              \
+    WORD(W) /* taps, at most 64 */                                      \
+    WORD(before) /* zeros in front of x that the first taps read */     \
+    WORD(weight) /* float [C, W] */                                     \
+    WORD(x)                                                             \
+    WORD(x_row)                                                         \
+    WORD(x_token)                                                       \
+    WORD(y)  /* to write, contiguous; forward alone */                  \
+    WORD(dy) /* backward alone, like all that follows */                \
+    WORD(dy_row)                                                        \
+    WORD(dy_token)                                                      \
+    WORD(dx)      /* to write, contiguous, or 0 */                      \
+    WORD(dweight) /* float [R, C, W] to write, each row's share, or 0 */
+
+struct Convolution {
+#define COTTENTION_WORD(name) int64_t name;
+    COTTENTION_CONVOLUTION(COTTENTION_WORD)
+#undef COTTENTION_WORD
+};
+
 #if defined(__GNUC__)
 #define COTTENTION_EXPORT extern "C" __attribute__((visibility("default")))
 #else
@@ -89,3 +117,9 @@ COTTENTION_EXPORT int cottention_forward(const Call* call);
 COTTENTION_EXPORT int cottention_backward(const Call* call);
 // One token (T = 1): o, final_kv and final_seen; final_kv may be kv itself, and with state_indices it is.
 COTTENTION_EXPORT int cottention_step(const Call* call);
+// The same lines for Convolution.
+COTTENTION_EXPORT const char* cottention_convolution_layout();
+// y.
+COTTENTION_EXPORT int cottention_convolution(const Convolution* call);
+// dx and dweight where asked for.
+COTTENTION_EXPORT int cottention_convolution_backward(const Convolution* call);

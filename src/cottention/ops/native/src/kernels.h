@@ -6,6 +6,8 @@
 
 #include <cstdint>
 
+#include "abi.h"
+
 // Tokens of a head that are computed at a time, before other heads have their turn; backward of the delta rule keeps the
 // tiles of so many, and starts each such part from a state that forward kept there. Python's ERASE_SEGMENT is the same.
 constexpr int64_t kTurn = 512;
@@ -81,6 +83,9 @@ struct Kernels {
     void (*step)(const Range&, float* scratch);
     // The same with log_decay, beta or both.
     void (*gated_step)(const Range&, float* scratch);
+    // One row's block of channels, see convolution.h; blocks of a row come one after the other.
+    void (*convolution)(const Convolution&, int64_t task);
+    void (*convolution_backward)(const Convolution&, int64_t task);
 };
 
 // A Kernels made of the functions that sweeps.h, or a variant of it, defines under these names.
@@ -99,7 +104,9 @@ struct Kernels {
      erase_forward,              \
      erase_backward,             \
      step,                       \
-     gated_step}
+     gated_step,                 \
+     convolution,                \
+     convolution_backward}
 
 extern const Kernels kernels_generic;
 extern const Kernels kernels_avx2;

@@ -4,6 +4,7 @@
 
 #include "sweeps.h"
 
+#include "convolution.h"
 #include "erase_backward.h"
 #include "gated_step.h"
 
