@@ -70,8 +70,34 @@ def test_a_head_equals_itself_in_onnx_runtime_at_other_shapes(name: str, tmp_pat
             _assert_same(each, truth)
 
 
-def test_a_decode_step_with_its_state_runs_in_onnx_runtime(tmp_path: Path) -> None:
-    model = randomised(models.CottentionGPTForCausalLM(gpt_config())).float()
+_GATES: dict[str, dict[str, Any]] = {
+    "decay": {"decay": "data"},
+    "erase": {"erase": True},
+    "both": {"decay": "learned", "erase": True, "short_conv": 3, "output_norm": True, "output_gate": "silu"},
+}
+
+
+@pytest.mark.parametrize("gates", [*_GATES.values(), None], ids=[*_GATES, "bidirectional"])
+def test_decay_and_erase_equal_themselves_in_onnx_runtime_at_other_shapes(
+    gates: dict[str, Any] | None, tmp_path: Path
+) -> None:
+    """As a model comes, whose weights want gradients."""
+    if gates is None:
+        model = randomised(models.CottentionBertForMaskedLM(bert_config(decay="data"))).float()
+    else:
+        model = randomised(models.CottentionGPTForCausalLM(gpt_config(use_cache=False, **gates))).float()
+    session = _session(model, _padded(2, 7), dict.fromkeys(("input_ids", "attention_mask"), _FREE), tmp_path)
+    for B, T in ((1, 3), (5, 17), (2, 64), *([] if gates is None else [(2, 200)])):
+        inputs = _padded(B, T)
+        with torch.no_grad():
+            expected = model(**inputs).logits
+        (found,) = session.run(None, {key: x.numpy() for key, x in inputs.items()})
+        _assert_same(found, expected)
+
+
+@pytest.mark.parametrize("gates", [{}, {"decay": "data", "erase": True}], ids=["plain", "gated"])
+def test_a_decode_step_with_its_state_runs_in_onnx_runtime(gates: dict[str, Any], tmp_path: Path) -> None:
+    model = randomised(models.CottentionGPTForCausalLM(gpt_config(**gates))).float()
     with torch.no_grad():
         out = model(some_tokens(2, 5), use_cache=True)
     name = "cache" if "cache" in out else "past_key_values"

@@ -209,8 +209,6 @@ class WithOptions(nn.Module):
         if self.beta_proj is not None:
             told = self.beta_proj(x)
             gates["beta"] = told.to(accumulation_dtype(told.dtype)).sigmoid()
-        if gates and torch.onnx.is_in_onnx_export():
-            raise RuntimeError("ONNX has no form of attention with decay or erase: export a model without them")
         return gates
 
     def __prepare_scriptable__(self) -> Any:

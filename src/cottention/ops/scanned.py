@@ -51,6 +51,8 @@ def scanned_cosine_attention(
 def _walk(tokens: Tokens, kv: Tensor) -> tuple[Tensor, Tensor]:
     """o `[B, T, H, V]` and the state behind the last token `[B, H, K, V]`."""
     parts = (tokens.q, tokens.k, tokens.v, tokens.log_decay.exp(), tokens.beta)
+    if torch.onnx.is_in_onnx_export():  # whose exporter fails on loops over what wants gradients
+        parts, kv = tuple(None if x is None else x.detach() for x in parts), kv.detach()
     along_time = tuple(x.transpose(0, 1) for x in parts if x is not None)  # [T, B, H, K, V or 1]
 
     def step(state: Tensor, token: tuple[Tensor, ...]) -> tuple[Tensor, Tensor]:
