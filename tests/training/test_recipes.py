@@ -343,6 +343,7 @@ def test_settings_of_speed_and_memory_make_no_other_run() -> None:
         "training.compile": True,
         "training.fused_loss": False,
         "training.save_total_limit": 7,
+        "training.report_to": ["trackio"],
     }
     recipe = GPTRecipe()
     assert differing_setting(recipe, replace_settings(recipe, changes)) is None

@@ -202,7 +202,7 @@ QUICK_FIGURES = {
     "sweeps": QUICK_SWEEPS,
     "positions": (16, 128, 1024, 8192),
     "repeats": 3,
-    "time_limit_s": 15.0,
+    "time_limit_s": 30.0,
     "memory_limit_gib": 4.0,
 }
 """What `--quick` measures instead of the defaults."""

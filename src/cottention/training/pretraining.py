@@ -39,19 +39,20 @@ from cottention.training.checkpoints import (
     writing_to,
 )
 from cottention.training.corpora import TRAINED
-from cottention.training.metrics import draw_loss_curve, read_metrics
+from cottention.training.metrics import read_metrics
 from cottention.training.objectives import objective_of
 from cottention.training.parallel import blocks_of
 from cottention.training.quickstart import RECORD
 from cottention.training.recipe import Recipe
 from cottention.training.recipe_files import differing_setting, load_recipe, recipe_text, replace_settings
+from cottention.training.reporting import Reports, check_trackers, draw_run
 from cottention.training.sharded import whole_weights
 from cottention.training.starting import LongerSchedule, check_goes_further, open_start, set_aside
 from cottention.training.text import PreparedText, prepare_text
 from cottention.training.trainer import PretrainingTrainer
 
 _RECIPE = "recipe.yaml"
-_FOLDERS = ("checkpoints", "model", "tokenizer")
+_FOLDERS = ("checkpoints", "model", "tokenizer", "tensorboard")
 _FILES = ("metrics.jsonl", "loss_curve.png")
 _LOGS = (".log", ".out", ".err")
 
@@ -125,6 +126,7 @@ def pretrain(
         str(output_dir).encode()
     except UnicodeEncodeError:  # tokenizers and safetensors write no other
         raise SettingsError(f"the output directory must have a name in UTF-8; got {str(output_dir)!a}") from None
+    check_trackers(recipe.training.report_to)
     run_dir = Path(output_dir)
     arguments = training_arguments(recipe, run_dir)
     with ExitStack() as held:
@@ -193,6 +195,7 @@ def _pretrain(
             recipe.training.max_steps,
         )
     trainer = PretrainingTrainer(recipe, model, arguments=arguments, text=text, run_dir=run_dir)
+    trainer.add_callback(Reports(recipe, run_dir))
     if extend and checkpoint is not None:
         trainer.add_callback(LongerSchedule())
     if checkpoint is not None:
@@ -204,7 +207,7 @@ def _pretrain(
         weights = whole_weights(model, keep=trainer.processes.is_first)
     if trainer.processes.is_first:
         with writing_to(run_dir):
-            draw_loss_curve(read_metrics(run_dir / "metrics.jsonl"), run_dir / "loss_curve.png", title=run_dir.name)
+            draw_run(run_dir)
             if stopped_by is None:  # last of all, for with a model the run counts as finished
                 with atomic_directory(model_dir, sealed=False) as staging:
                     save_model(model, text.tokenizer, staging, weights=weights)

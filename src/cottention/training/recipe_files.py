@@ -27,7 +27,15 @@ _SUFFIXES = (".yaml", ".yml")
 # Settings of speed and memory: a run goes on with other ones, after an out-of-memory for instance, on other machines.
 _CHANGES_NO_NUMBER = {
     "training": frozenset(
-        ("micro_batch_size", "gradient_checkpointing", "compile", "fused_loss", "unpadded", "save_total_limit")
+        (
+            "micro_batch_size",
+            "gradient_checkpointing",
+            "compile",
+            "fused_loss",
+            "unpadded",
+            "save_total_limit",
+            "report_to",
+        )
     ),
     "parallelism": frozenset(("data", "shard", "sequence")),
 }

@@ -9,7 +9,7 @@ Each setting has its rule here and is refused with one line when it breaks it; r
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import ClassVar, Literal, NamedTuple
 
 from cottention.errors import SettingsError
@@ -333,6 +333,8 @@ class TrainingSettings:
     """Steps between checkpoints; there is one at the end and on SIGTERM or Ctrl-C as well."""
     save_total_limit: int = 2
     """Checkpoints to keep."""
+    report_to: list[Literal["tensorboard", "wandb", "trackio"]] = field(default_factory=list)
+    """Where the lines of metrics.jsonl are shown too; each is a package to install."""
 
     def __post_init__(self) -> None:
         _check_positive(

@@ -198,7 +198,8 @@ class PretrainingTrainer(CheckpointingTrainer):
             step = self.state.global_step
             self._stop("held-out loss", step, newest_good=step - 1)
         self._log(measured)
-        self.tell("on_evaluate", metrics=measured)
+        with self._stopwatch.paused():
+            self.tell("on_evaluate", metrics=measured)
 
     def measure_held_out(self) -> dict[str, float]:
         """Loss and its relatives on the held-out text, as the model is now."""
