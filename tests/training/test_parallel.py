@@ -141,13 +141,18 @@ def test_all_layouts_have_the_curve_of_one_in_float32(
 
 
 @pytest.mark.slow
-def test_shards_in_bfloat16_and_compiled_blocks_train_likewise(ranks: Ranks, corpus: Path, tmp_path: Path) -> None:
-    for name, settings, tolerance in (
-        ("bf16", {"training__precision": "bf16", "training__gradient_checkpointing": True}, 1e-6),
-        ("compiled", {"training__compile": True}, 1e-5),
-    ):
-        plain = recipe_of("gpt plus", corpus, corpus)
-        recipe = replace_settings(plain, {key.replace("__", "."): value for key, value in settings.items()})
-        run(None, recipe if name == "bf16" else plain, str(tmp_path / f"one {name}"), torch.float32)
-        ranks.run(run, replace_settings(recipe, {"parallelism.shard": 2}), str(tmp_path / name), torch.float32, size=2)
-        assert_same_curve(tmp_path / name, tmp_path / f"one {name}", tolerance)
+def test_shards_in_bfloat16_are_those_of_one_process(ranks: Ranks, corpus: Path, tmp_path: Path) -> None:
+    """What is gathered in bfloat16 is what autocast rounds anyway."""
+    settings = {"training__precision": "bf16", "training__gradient_checkpointing": True}
+    recipe = recipe_of("gpt plus", corpus, corpus, **settings)
+    for layout in ("shard 2", "data 2, shard 2"):
+        check(ranks, "gpt plus", layout, torch.float32, recipe, tmp_path)
+
+
+@pytest.mark.slow
+def test_compiled_blocks_are_sharded(ranks: Ranks, corpus: Path, tmp_path: Path) -> None:
+    recipe = recipe_of("gpt plus", corpus, corpus)
+    run(None, recipe, str(tmp_path / "one"), torch.float32)
+    shared = replace_settings(recipe, {"parallelism.shard": 2, "training.compile": True})
+    ranks.run(run, shared, str(tmp_path / "two"), torch.float32, size=2)
+    assert_same_curve(tmp_path / "two", tmp_path / "one", 1e-5)

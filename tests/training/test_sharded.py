@@ -6,8 +6,12 @@ others go on.
 
 from __future__ import annotations
 
+import os
 import random
 import shutil
+import signal
+import subprocess
+import time
 from pathlib import Path
 from typing import Any
 
@@ -18,12 +22,14 @@ from transformers import AutoModelForCausalLM
 from cottention.errors import CheckpointError
 from cottention.generation import load_model_and_tokenizer
 from cottention.models.shards import join_shards
+from cottention.seals import damage
 from cottention.training.checkpoints import newest_intact_checkpoint
 from cottention.training.recipe_files import replace_settings
 from tests.damage import zero_some
 from tests.distributed.ranks import Ranks
 from tests.training import parallel_checks
 from tests.training.helpers import assert_same_run, steps_of, tiny_recipe, weights_of
+from tests.training.test_distributed import torchrun
 from tests.training.test_parallel import BLOCK, assert_same_curve
 
 SETTINGS: dict[str, Any] = {
@@ -69,6 +75,15 @@ def as_stopped(run_dir: Path, copy: Path, step: int) -> Path:
     return copy
 
 
+def is_alive(pid: str) -> bool:
+    """Whether a process may have open files: any of its threads has not ended."""
+    try:
+        states = [path.read_text().rpartition(")")[2].split()[0] for path in Path(f"/proc/{pid}/task").glob("*/stat")]
+    except (FileNotFoundError, ProcessLookupError):
+        return True  # one ended just now
+    return any(state != "Z" for state in states)
+
+
 def test_a_sharded_run_goes_on_exactly_and_its_checkpoints_open(ranks: Ranks, corpus: Path, tmp_path: Path) -> None:
     recipe = recipe_of(corpus, 0.1, shard=2)
     run(ranks, recipe, tmp_path / "whole")
@@ -112,6 +127,59 @@ def test_a_run_goes_on_on_other_processes(
         goes_on(ranks, recipe_of(corpus, 0.0, **sizes), stopped, torch.float64)
         # What one process wrote is read as float32.
         assert_same_curve(stopped, tmp_path / "one", 1e-10 if written_by else 1e-5)
+
+
+@pytest.mark.slow
+def test_a_run_killed_while_shards_are_written_ends_like_one_that_never_was(
+    ranks: Ranks, corpus: Path, tmp_path: Path
+) -> None:
+    settings = {"training.max_steps": 60, "training.save_every": 3}
+    recipe = replace_settings(recipe_of(corpus, 0.1, shard=2), settings)
+    run(ranks, recipe, tmp_path / "whole")
+    words = torchrun(recipe, tmp_path / "killed")
+    for _ in range(2):
+        before = steps_of(tmp_path / "killed")
+        with subprocess.Popen(words, stderr=subprocess.DEVNULL) as process:
+            until = time.monotonic() + 240
+            while not (steps_of(tmp_path / "killed") > before and (tmp_path / "killed/checkpoints/.writing").exists()):
+                assert process.poll() is None
+                assert time.monotonic() < until
+                time.sleep(0.001)
+            workers = Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()
+            assert len(workers) == 2
+            for pid in (process.pid, *map(int, workers)):  # the launcher first, which would start others
+                os.kill(pid, signal.SIGKILL)
+        while any(is_alive(pid) for pid in workers):  # until then they hold the lock
+            assert time.monotonic() < until
+            time.sleep(0.01)
+        left = tmp_path / "killed" / "checkpoints"
+        assert not [damage(path) for path in left.glob("checkpoint-*") if damage(path)]
+    run(ranks, recipe, tmp_path / "killed")
+    assert_same_run(tmp_path / "killed", tmp_path / "whole")
+
+
+@pytest.mark.slow
+def test_a_sharded_run_that_a_signal_stopped_goes_on_in_one_process(corpus: Path, tmp_path: Path) -> None:
+    # At a small rate, for rounding in float32 grows from step to step.
+    settings = {"training.max_steps": 60, "training.save_every": 7, "optimizer.learning_rate": 1e-4}
+    recipe = replace_settings(recipe_of(corpus, 0.0), settings)
+    parallel_checks.run(None, recipe, str(tmp_path / "one"), torch.float32)
+    words = torchrun(replace_settings(recipe, {"parallelism.shard": 2}), tmp_path / "stopped")
+    with subprocess.Popen(words, stderr=subprocess.PIPE, text=True) as process:
+        until = time.monotonic() + 240
+        while not steps_of(tmp_path / "stopped"):
+            assert process.poll() is None
+            assert time.monotonic() < until
+            time.sleep(0.01)
+        process.terminate()
+        _, err = process.communicate(timeout=120)
+    assert err.count("SIGTERM: saving a checkpoint after this step") == 1, err
+    stopped = tmp_path / "stopped"
+    step = steps_of(stopped)[-1]
+    assert 7 <= step < 60
+    assert damage(stopped / "checkpoints" / f"checkpoint-{step}") is None
+    parallel_checks.run(None, recipe, str(stopped), torch.float32)
+    assert_same_curve(stopped, tmp_path / "one", 1e-5)
 
 
 def test_what_keeps_shards_from_being_written_is_told_in_a_line(ranks: Ranks, tmp_path: Path) -> None:
