@@ -158,8 +158,8 @@ def _source(of: Any) -> str:
 
 
 @cache
-def _all_source() -> str:
-    return "\n".join(path.read_text(encoding="utf-8") for path in _SOURCE.rglob("*.py"))
+def _all_words() -> set[str]:
+    return {word for path in _SOURCE.rglob("*.py") for word in re.findall(r"\w+", path.read_text(encoding="utf-8"))}
 
 
 @cache
@@ -257,7 +257,7 @@ def test_the_installed_version_looks_for_the_name(module: str, name: str):
 
 @pytest.mark.parametrize("name", [name for _, name in _rows(_OVERRIDDEN, _USED, _LOOKED_FOR)])
 def test_a_name_of_the_tables_is_still_used(name: str):
-    assert all(re.search(rf"\b{either}\b", _all_source()) for either in name.split("|"))
+    assert set(name.split("|")) <= _all_words()
 
 
 def test_what_we_override_stands_in_the_table():

@@ -245,3 +245,15 @@ def test_a_trained_tokenizer_serves_too():
     tokenizer = train_tokenizer(text_of(documents), kind="wordpiece", vocab_size=120)
     pairs = pairs_of(sentence_documents(text_of(documents)), tokenizer, 128)
     assert len(pairs) > NUM_DOCUMENTS
+
+
+def test_what_was_left_out_is_said_in_words(log_lines):
+    documents = [["One thing is here.", "Another one is there."], ["One thing is here.", "1918!"], []]
+    sentences = sentence_documents(text_of(documents))
+    sentence_pairs(sentences, word_tokenizer(documents), 16)
+    first, second = log_lines
+    assert first == (
+        "2 sentences of 1 document; left out: 1 document without a sentence, 1 document of too few sentences, "
+        "1 sentence without a letter"
+    )
+    assert second == "1 pair of 2 sentences, 10 tokens"

@@ -337,6 +337,7 @@ def test_steps_and_evaluations_fill_the_time(
     monkeypatch.setattr(time_budget, "_measure", lambda *_args, **_options: (step_s, evaluation_s))
     training = time_budget.fit_to_time(_recipe("gpt", corpus), None, budget_s=budget_s).training  # pyright: ignore
     assert (training.max_steps, training.eval_every, training.save_every) == expected
+    assert 1 <= training.log_every <= max(1, training.max_steps / 20)
 
 
 @pytest.mark.parametrize(

@@ -40,7 +40,7 @@ def machine_line(environment: dict[str, Any], settings: dict[str, Any]) -> str:
     threads = environment["threads"]
     clock = ", processor time" if settings.get("processor_time") else ""
     where = f"{environment['processor']} ({environment['instruction_set']})"
-    return f"{where}, {threads} thread{'' if threads == 1 and clock else 's'}{clock}"
+    return f"{where}, {threads} thread{'' if threads == 1 else 's'}{clock}"
 
 
 def describe_environment(device: str) -> dict[str, object]:

@@ -72,9 +72,11 @@ def _headline(report: QuickstartReport) -> list[str]:
     kind = f"{report.settings.attention_type} {report.settings.arch.upper()}"
     size = f"{report.num_parameters / 1e6:.2f} M parameters and {report.vocab_size} tokens"
     steps, tokens = f"{report.num_steps:,} steps", f"{report.num_tokens / 1e6:.1f} M tokens"
+    seconds = report.training_s
+    trained = f"{seconds:.0f} seconds" if seconds < 100 else f"{seconds / 60:.1f} minutes"
     speed = f"{report.num_tokens / report.training_s:,.0f} tokens/s"
     return [
-        f"A {kind} of {size}, trained for {report.training_s / 60:.1f} minutes",
+        f"A {kind} of {size}, trained for {trained}",
         f"({steps}, {tokens}, {speed}) on the speeches of 1790-1989.",
     ]
 

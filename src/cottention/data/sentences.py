@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import re
 from collections import Counter
 from collections.abc import Iterable, Iterator
 
@@ -71,7 +72,7 @@ def sentence_documents(
     results = ordered_map(work, tasks_of(pieces_of(_text_rows(documents))), num_proc=num_proc)
     key = ["sentences", SENTENCES_VERSION, SPLITTER, fingerprint_of(documents), language, min_sentences]
     dataset = cached_dataset(_counted(results, counts), SENTENCE_FEATURES, key=key)
-    _log(counts)
+    _log_sentences(counts)
     if not len(dataset):
         raise DataError(f"the corpus has no document of at least {min_sentences} sentences")
     return dataset
@@ -110,7 +111,7 @@ def sentence_pairs(
     results = ordered_map(PairTask(described, pairing), numbered(arrow_batches(sentences)), num_proc=num_proc)
     key = ["pairs", PAIRS_VERSION, fingerprint_of(sentences), hash_of(described), max_length, segments, seed]
     dataset = cached_dataset(_counted(results, counts), PAIR_FEATURES, key=key)
-    _log(counts)
+    _log_pairs(counts)
     if not len(dataset):
         raise DataError("the corpus has no two neighbouring sentences, so there are no pairs")
     return dataset
@@ -216,6 +217,40 @@ def _counted(results: Iterable[tuple[pa.Table, Counter[str]]], counts: Counter[s
         yield table
 
 
-def _log(counts: Counter[str]) -> None:
-    if counts:  # none where the cache had it all
-        logger.info("%s", ", ".join(f"{name} {count:,}" for name, count in counts.items() if count))
+def _log_sentences(counts: Counter[str]) -> None:
+    if not counts:  # the cache had it all
+        return
+    left_out = _left_out(
+        counts,
+        documents_dropped_empty="empty document",
+        documents_dropped_no_sentence="document without a sentence",
+        documents_dropped_too_short="document of too few sentences",
+        paragraphs_dropped_heading="heading",
+        paragraphs_dropped_list="list",
+        sentences_dropped_no_letter="sentence without a letter",
+    )
+    sentences, documents = (_of(counts[f"{name}s_kept"], name) for name in ("sentence", "document"))
+    logger.info("%s of %s%s", sentences, documents, left_out)
+
+
+def _log_pairs(counts: Counter[str]) -> None:
+    if not counts:
+        return
+    left_out = _left_out(
+        counts,
+        sentences_dropped_no_partner="sentence without a neighbour",
+        tokens_dropped_trimmed="token beyond a pair's length",
+    )
+    pairs, sentences = (_of(counts[f"{name}s"], name) for name in ("pair", "sentence"))
+    logger.info("%s of %s, %s%s", pairs, sentences, _of(counts["tokens_kept"], "token"), left_out)
+
+
+def _left_out(counts: Counter[str], **names: str) -> str:
+    parts = [_of(counts[count], name) for count, name in names.items() if counts[count]]
+    return f"; left out: {', '.join(parts)}" if parts else ""
+
+
+def _of(count: int, name: str) -> str:
+    """`1 list without end`, `2 lists without end`: the first noun in the plural."""
+    several = re.sub(r"\b(document|sentence|heading|list|pair|token)\b", r"\1s", name, count=1)
+    return f"{count:,} {name if count == 1 else several}"

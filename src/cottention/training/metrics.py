@@ -100,6 +100,7 @@ def draw_loss_curve(metrics: list[dict[str, Any]], path: Path, *, title: str) ->
             ha="right",
             color="#c0392b",
         )
+    axes.set_xlim(left=0)
     axes.set_xlabel("tokens read")
     axes.set_ylabel("loss (nats per token)")
     axes.set_title(title)

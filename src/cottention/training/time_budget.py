@@ -33,6 +33,7 @@ _LEAST_STEPS = 4
 _SHARE = 0.03  # of the budget, for timing: long enough to see what else the machine is doing
 _MOST_S = 20.0
 _EVALUATIONS = 10
+_LEAST_LINES = 20  # in the log and in the picture
 _EVALUATION_SHARE = 0.05  # of the budget, at most, for all evaluations together
 _BETWEEN_CHECKPOINTS_S = 30.0  # what a killed run loses at most; writing one takes some tenths of a second
 
@@ -40,7 +41,7 @@ logger = get_logger(__name__)
 
 
 def fit_to_time(recipe: Recipe, text: PreparedText, *, budget_s: float) -> Recipe:
-    """Choose precision, minutes, max_steps, when to evaluate and save, so that training takes about `budget_s` seconds.
+    """Choose precision, minutes, steps, when to log, evaluate and save: training is to take about `budget_s` seconds.
 
     The time that this takes is part of the budget.
 
@@ -50,7 +51,7 @@ def fit_to_time(recipe: Recipe, text: PreparedText, *, budget_s: float) -> Recip
         budget_s: seconds for all of timing, training, held-out evaluations and checkpoints.
 
     Returns:
-        The recipe with training.precision, minutes, max_steps, eval_every and save_every set.
+        The recipe with training.precision, minutes, max_steps, log_every, eval_every and save_every set.
     """
     started = time.perf_counter()
     candidates = [replace_settings(recipe, {"training.precision": precision}) for precision in _precisions(recipe)]
@@ -63,9 +64,16 @@ def fit_to_time(recipe: Recipe, text: PreparedText, *, budget_s: float) -> Recip
     endless = replace_settings(recipe, {"training.max_steps": ENDLESS})
     mean_step_s = step_s * endless.tokens_after(ENDLESS) / (ENDLESS * endless.tokens_per_step)
     max_steps = max(1, round((left_s - num_evaluations * evaluation_s) / mean_step_s))
-    logger.info("a step takes %.3f s: %d steps in %s", mean_step_s, max_steps, duration(budget_s))
+    logger.info(
+        "a step takes %.3f s: %d steps in %s; %s are kept for scores of held-out text",
+        mean_step_s,
+        max_steps,
+        duration(budget_s),
+        duration(num_evaluations * evaluation_s),
+    )
     changes = {
         "training.max_steps": max_steps,
+        "training.log_every": max(1, min(recipe.training.log_every, max_steps // _LEAST_LINES)),
         # The evaluation at the end comes when the time is over. Where neighbours make it take a good part of that, the
         # run is rather late than untrained.
         "training.minutes": max(left_s - evaluation_s, budget_s / 2) / 60,
