@@ -282,7 +282,8 @@ def gated_delta_as_text(report: GatedDeltaReport) -> str:
     about, s = report.environment, report.settings
     native: Any = about["native"]
     how = native["instruction_set"] if native else "no native library"
-    where = f"{about['processor']} ({how}), {about['threads']} thread{'' if about['threads'] == 1 else 's'}, torch {torch.__version__}"
+    threads = f"{about['threads']} thread{'' if about['threads'] == 1 else 's'}"
+    where = f"{about['processor']} ({how}), {threads}, torch {torch.__version__}"
     heads = f"{s.num_key_heads} key heads and {s.num_value_heads} value heads of {s.head_dim}"
     size = f"{report.num_parameters / 1e6:.1f} M parameters"
     lines = [
