@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 import json
 import os
+import re
 import shutil
 from pathlib import Path
 from typing import Any
@@ -69,6 +70,16 @@ def test_a_run_leaves_what_the_documentation_says(finished: Run) -> None:
     assert result.metrics == last
     assert result.as_dict()["held_out"] == last
     assert json.dumps(result.as_dict())
+
+
+def test_a_card_loads_what_it_says_and_holds_results_alone(finished: Run) -> None:
+    card = (finished.directory / "model" / "README.md").read_text()
+    path = re.search(r'AutoTokenizer\.from_pretrained\("(.*)"\)', card)
+    assert path is not None
+    assert Path(path[1], "config.json").is_file()
+    metrics = [line.split(" | ")[0].strip("| ") for line in card.partition("## Figures")[2].splitlines() if "|" in line]
+    assert {"loss", "val_loss", "val_ppl"} <= set(metrics)
+    assert not {"step", "epoch", "tokens", "learning_rate", "grad_norm", "tokens_per_s", "elapsed_s"} & set(metrics)
 
 
 def test_metrics_hold_every_figure_at_the_steps_of_the_recipe(finished: Run) -> None:

@@ -50,6 +50,7 @@ def write_model_card(
     metrics: Mapping[str, Any],
     recipe: Mapping[str, Any] | None = None,
     name: str | None = None,
+    path: str | None = None,
     data: str | None = None,
     license: str | None = None,  # noqa: A002  # the Hub's word
     language: str | None = None,
@@ -61,6 +62,7 @@ def write_model_card(
         metrics: the run's figures by name, such as the last line of its metrics.jsonl; what is no number is left out.
         recipe: the run's settings by section, as `dataclasses.asdict` makes of a recipe.
         name: the model's name; None: that of the directory, or of the run that it is in.
+        path: what the example in the card loads; None: the name, as behind an upload.
         data: what the figures were measured on.
         license: of the weights, as the Hub spells it ("mit").
         language: of the text ("en").
@@ -97,7 +99,7 @@ def write_model_card(
         license=license,
         language=language,
     )
-    body = "\n".join(_body(name, directory, config, figures, recipe, data))
+    body = "\n".join(_body(name, path or name, directory, config, figures, recipe, data))
     text = str(ModelCard(f"---\n{card.to_yaml()}\n---\n\n{body}"))
     write_text(directory / "README.md", text)
     return directory / "README.md"
@@ -144,6 +146,7 @@ def _config_of(directory: Path) -> dict[str, Any]:
 
 def _body(
     name: str,
+    path: str,
     directory: Path,
     config: Mapping[str, Any],
     figures: Mapping[str, float],
@@ -161,8 +164,8 @@ def _body(
             yield f"| {label} | {value:,} |"
     yield "\n## Use\n\n```python\nimport cottention  # makes the model known to transformers"
     yield f"from transformers import {auto_class}, AutoTokenizer\n"
-    yield f'model = {auto_class}.from_pretrained("{name}")'
-    yield f'tokenizer = AutoTokenizer.from_pretrained("{name}")\n```'
+    yield f'model = {auto_class}.from_pretrained("{path}")'
+    yield f'tokenizer = AutoTokenizer.from_pretrained("{path}")\n```'
     if "auto_map" in config:
         yield "\nTools with a process of their own open it with trust_remote_code=True, where cottention is installed."
     if figures:

@@ -214,8 +214,9 @@ def _pretrain(
                     write_model_card(
                         staging,
                         recipe={"arch": recipe.arch, **dataclasses.asdict(recipe)},
-                        metrics=_last_figures(run_dir),
+                        metrics=_results(run_dir),
                         name=run_dir.resolve().name,
+                        path=str(model_dir),
                         data=_held_out_name(recipe),
                     )
                     seal(staging, model_files(staging, tokenizer=True))
@@ -321,10 +322,11 @@ def _last_held_out(run_dir: Path) -> dict[str, Any]:
     return lines[-1] if lines else {}
 
 
-def _last_figures(run_dir: Path) -> dict[str, Any]:
-    """The last line on training and the last on held-out text, in one."""
+def _results(run_dir: Path) -> dict[str, Any]:
+    """The last losses and the last figures on held-out text, without what the run was doing meanwhile."""
     training = [entry for entry in read_metrics(run_dir / "metrics.jsonl") if "val_loss" not in entry]
-    return {**(training[-1] if training else {}), **_last_held_out(run_dir)}
+    figures = {**(training[-1] if training else {}), **_last_held_out(run_dir)}
+    return {name: value for name, value in figures.items() if name.startswith("val_") or "loss" in name}
 
 
 def _held_out_name(recipe: Recipe) -> str:
