@@ -25,6 +25,7 @@ from cottention.models.shards import join_shards
 from cottention.seals import damage
 from cottention.training.checkpoints import newest_intact_checkpoint
 from cottention.training.recipe_files import replace_settings
+from cottention.training.sharded import read_shards
 from tests.damage import zero_some
 from tests.distributed.ranks import Ranks
 from tests.training import parallel_checks
@@ -95,6 +96,9 @@ def test_a_sharded_run_goes_on_exactly_and_its_checkpoints_open(ranks: Ranks, co
     assert_same_run(tmp_path / "stopped", tmp_path / "whole")
 
     truth = weights_of(tmp_path / "whole" / "model")
+    for strange in ({"model.nothing": torch.zeros(3)}, {"model.transformer.wte.weight": torch.zeros(3, 3)}):
+        with pytest.raises(CheckpointError, match=r"shards is not of this model or damaged: .*(nothing|wte)"):
+            read_shards(strange, checkpoint / "shards")
     opened, _ = load_model_and_tokenizer(checkpoint, "causal-lm")
     for model in (opened, AutoModelForCausalLM.from_pretrained(checkpoint)):
         weights = model.state_dict()
