@@ -79,14 +79,18 @@ void tile(const Product* products, int num_products, float* c, uint16_t* lost, i
         return;
     }
 #pragma GCC unroll 16
-    for (int i = 0; i < kRows; i++)
+    for (int i = 0; i < kRows; i++, c += ld, lost += ld) {
 #pragma GCC unroll 4
         for (int j = 0; j < kVectors; j++) {
-            const int64_t at = i * ld + j * kWidth;
-            const Vector::F before = Vector::load(c + at), after = Vector::add(before, sums[i][j]);
-            Vector::store(c + at, after);
-            Vector::store_lost(lost + at, Vector::sub(sums[i][j], Vector::sub(after, before)));
+            const Vector::F before = Vector::load(c + j * kWidth), after = Vector::add(before, sums[i][j]);
+            Vector::store(c + j * kWidth, after);
+            sums[i][j] = Vector::sub(sums[i][j], Vector::sub(after, before));
         }
+#pragma GCC unroll 2
+        for (int j = 0; j + 1 < kVectors; j += 2) Vector::store_lost(lost + j * kWidth, sums[i][j], sums[i][j + 1]);
+        if (kVectors % 2 == 1)
+            Vector::store_lost(lost + (kVectors - 1) * kWidth, sums[i][kVectors - 1]);
+    }
 }
 
 typedef void (*Tile)(const Product*, int, float*, uint16_t*, int64_t);

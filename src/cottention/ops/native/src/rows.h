@@ -143,25 +143,35 @@ struct UnitScale {
     }
 };
 
-// Rows divided by their norm and multiplied by their weight; null weights are 1.
-inline void load_unit_rows(const Block& block, const Rows& rows, int64_t dtype, int64_t t, int64_t n,
-                           const uint8_t* mask, const float* weight, UnitScale& scale) {
+// Rows as they are, and the squares of their norms in `scale`.
+inline void load_rows_square(const Block& block, const Rows& rows, int64_t dtype, int64_t t, int64_t n,
+                             const uint8_t* mask, UnitScale& scale) {
     with_element(dtype, [&](auto* e) {
         typedef Pointee<decltype(e)> E;
         const E* src = static_cast<const E*>(rows.data) + t * rows.stride;
-        float square[kMaxChunk];
         for (int64_t i = 0; i < n; i++) {
-            square[i] = 0;
+            scale.factor[i] = 0;
             if (is_padding(mask, t + i)) {
                 clear(block.row(i), block.ld);
             } else {
-                square[i] = load_row_square(block.row(i), src + i * rows.stride, block.D);
+                scale.factor[i] = load_row_square(block.row(i), src + i * rows.stride, block.D);
             }
         }
-        scale.set(square, weight, n);
-        for (int64_t i = 0; i < n; i++) scale_row(block.row(i), scale.factor[i], block.ld);
     });
     clear_rows_after(block, n);
+}
+
+// Those rows divided by their norm and multiplied by their weight; null weights are 1.
+inline void make_unit(const Block& block, int64_t n, const float* weight, UnitScale& scale) {
+    scale.set(scale.factor, weight, n);
+    for (int64_t i = 0; i < n; i++) scale_row(block.row(i), scale.factor[i], block.ld);
+}
+
+// Both: where nothing else has to be read in between.
+inline void load_unit_rows(const Block& block, const Rows& rows, int64_t dtype, int64_t t, int64_t n,
+                           const uint8_t* mask, const float* weight, UnitScale& scale) {
+    load_rows_square(block, rows, dtype, t, n, mask, scale);
+    make_unit(block, n, weight, scale);
 }
 
 // Rows to their tokens, or added to what stands there; the block is left with what is stored.

@@ -89,6 +89,9 @@ void causal_forward(const Range& range, float* memory) {
     const Block q = scratch.rows(C, K), k = scratch.rows(C, K), v = scratch.rows(C, range.V);
     const Block o = scratch.rows(C, range.V);
     float *k_transposed = scratch.take(C * k.ld), *scores = scratch.take(C * C + 16);
+    // Rows of whole vectors that are written as they are come from the registers.
+    const bool stores_at_once =
+        range.out_dtype == 0 && range.query_mask == nullptr && !range.mirrored && o.ld == range.V;
     state.load(range.state);
     UnitScale q_scale, k_scale;
     Ahead ahead;
@@ -100,9 +103,11 @@ void causal_forward(const Range& range, float* memory) {
         decay.enter(t, n);
         weights.set(range.divisor, range.key_mask, t, n, count, decay.exponents());
         count += count_real(range.key_mask, t, n);
-        load_unit_rows(q, range.q, range.dtype, t, n, range.query_mask, decay.query_weights(), q_scale);
-        load_unit_rows(k, range.k, range.dtype, t, n, range.key_mask, weights.get(), k_scale);
+        load_rows_square(q, range.q, range.dtype, t, n, range.query_mask, q_scale);
+        load_rows_square(k, range.k, range.dtype, t, n, range.key_mask, k_scale);
         load_rows(v, range.v, range.dtype, t, n, range.key_mask);
+        make_unit(q, n, decay.query_weights(), q_scale);
+        make_unit(k, n, weights.get(), k_scale);
         ahead.clear();
         ask(ahead, range, range.o, t, range.V, true);
         ask(ahead, range, range.q, t + C, range.K, false);
@@ -113,8 +118,13 @@ void causal_forward(const Range& range, float* memory) {
         finish_scores(range, decay, scores, C, n);
         if (decay.moves) scale_to_before(q, decay, n);
         const Product products[] = {times(q, state, K), {scores, C, 1, v.data, v.ld, n}};
-        multiply(n, o.ld, products, 2, o.data, nullptr, o.ld, ahead, keep_lower);
-        store_rows(range.o, range.out_dtype, t, n, range.query_mask, o, range.mirrored);
+        if (stores_at_once) {
+            multiply(n, o.ld, products, 2, static_cast<float*>(range.o.data) + t * range.o.stride, nullptr,
+                     range.o.stride, ahead, keep_lower);
+        } else {
+            multiply(n, o.ld, products, 2, o.data, nullptr, o.ld, ahead, keep_lower);
+            store_rows(range.o, range.out_dtype, t, n, range.query_mask, o, range.mirrored);
+        }
         if (decay.is_split) scale_to_after(k, decay, n);
         if (t + C < range.tokens || range.state_out != nullptr) state.add(k, v, n, ahead, decay.kept());
     }
@@ -142,10 +152,12 @@ void causal_backward_q(const Range& range, float* memory) {
         decay.enter(t, n);
         weights.set(range.divisor, range.key_mask, t, n, count, decay.exponents());
         count += count_real(range.key_mask, t, n);
-        load_unit_rows(q, range.q, range.dtype, t, n, range.query_mask, decay.query_weights(), q_scale);
-        load_unit_rows(k, range.k, range.dtype, t, n, range.key_mask, weights.get(), k_scale);
+        load_rows_square(q, range.q, range.dtype, t, n, range.query_mask, q_scale);
+        load_rows_square(k, range.k, range.dtype, t, n, range.key_mask, k_scale);
         load_rows(v, range.v, range.dtype, t, n, range.key_mask);
         load_rows(g, range.grad, range.dtype, t, n, range.query_mask);
+        make_unit(q, n, decay.query_weights(), q_scale);
+        make_unit(k, n, weights.get(), k_scale);
         ahead.clear();
         ask(ahead, range, range.dq, t, K, true);
         ask(ahead, range, range.q, t + C, K, false);
@@ -193,10 +205,12 @@ void causal_backward_kv(const Range& range, float* memory) {
         count -= count_real(range.key_mask, t, n);
         decay.enter_backward(t, n);
         weights.set(range.divisor, range.key_mask, t, n, count, decay.exponents());
-        load_unit_rows(q, range.q, range.dtype, t, n, range.query_mask, decay.query_weights(), q_scale);
-        load_unit_rows(k, range.k, range.dtype, t, n, range.key_mask, weights.get(), k_scale);
+        load_rows_square(q, range.q, range.dtype, t, n, range.query_mask, q_scale);
+        load_rows_square(k, range.k, range.dtype, t, n, range.key_mask, k_scale);
         load_rows(v, range.v, range.dtype, t, n, range.key_mask);
         load_rows(g, range.grad, range.dtype, t, n, range.query_mask);
+        make_unit(q, n, decay.query_weights(), q_scale);
+        make_unit(k, n, weights.get(), k_scale);
         ahead.clear();
         ask(ahead, range, range.dk, t, K, true);
         ask(ahead, range, range.dv, t, V, true);

@@ -53,6 +53,10 @@ struct Vector {
         const __m128i packed = _mm_packus_epi32(_mm256_castsi256_si128(top), _mm256_extracti128_si256(top, 1));
         _mm_storeu_si128(reinterpret_cast<__m128i*>(p), packed);
     }
+    static inline void store_lost(uint16_t* p, F x, F y) {
+        store_lost(p, x);
+        store_lost(p + kWidth, y);
+    }
 
     // 8 x 8 block of src, rows ld apart, transposed to dst: 4 x 4 inside the lanes, then the lanes themselves.
     static inline void transpose(const float* src, int64_t ld_src, float* dst, int64_t ld_dst) {

@@ -49,36 +49,47 @@ struct Vector {
 #if defined(__AVX512BF16__)
         const __m256i rounded = (__m256i)_mm512_cvtneps_pbh(x);
 #else
-        const __m512i up = _mm512_add_epi32(_mm512_castps_si512(x), _mm512_set1_epi32(0x8000));
-        const __m256i rounded = _mm512_cvtepi32_epi16(_mm512_srli_epi32(up, 16));
+        const __m256i rounded = _mm512_cvtepi32_epi16(_mm512_srli_epi32(to_upper_half(x), 16));
 #endif
         _mm256_storeu_si256(reinterpret_cast<__m256i*>(p), rounded);
     }
+    // The same of two vectors side by side.
+    static inline void store_lost(uint16_t* p, F x, F y) {
+#if defined(__AVX512BF16__)
+        const __m512i both = (__m512i)_mm512_cvtne2ps_pbh(y, x);
+#else
+        const __m512i i = _mm512_set_epi32(15, 14, 13, 12, 11, 10, 9, 8, 7, 6, 5, 4, 3, 2, 1, 0);
+        const __m512i places = _mm512_add_epi32(_mm512_mullo_epi32(i, _mm512_set1_epi32(4 | 4 << 16)),
+                                                _mm512_set1_epi32(1 | 3 << 16));  // of every upper half
+        const __m512i both = _mm512_permutex2var_epi16(to_upper_half(x), places, to_upper_half(y));
+#endif
+        _mm512_storeu_si512(p, both);
+    }
+    static inline __m512i to_upper_half(F x) {
+        return _mm512_add_epi32(_mm512_castps_si512(x), _mm512_set1_epi32(0x8000));
+    }
 
-    // 16 x 16 block of src, rows ld apart, transposed to dst: 4 x 4 inside the lanes, then the lanes themselves.
+    // 16 x 16 block of src, rows ld apart, transposed to dst: four columns of rows i, 4 + i, 8 + i and 12 + i lie in a
+    // vector, so that 4 x 4 blocks inside the lanes are all that is to be transposed.
     static inline void transpose(const float* src, int64_t ld_src, float* dst, int64_t ld_dst) {
-        __m512 r[16], t[16];
-#pragma GCC unroll 16
-        for (int i = 0; i < 16; i++) r[i] = _mm512_loadu_ps(src + i * ld_src);
 #pragma GCC unroll 4
-        for (int i = 0; i < 16; i += 4) {
-            const __m512 a = _mm512_unpacklo_ps(r[i], r[i + 1]), b = _mm512_unpackhi_ps(r[i], r[i + 1]);
-            const __m512 c = _mm512_unpacklo_ps(r[i + 2], r[i + 3]), d = _mm512_unpackhi_ps(r[i + 2], r[i + 3]);
-            t[i] = _mm512_shuffle_ps(a, c, 0x44);
-            t[i + 1] = _mm512_shuffle_ps(a, c, 0xee);
-            t[i + 2] = _mm512_shuffle_ps(b, d, 0x44);
-            t[i + 3] = _mm512_shuffle_ps(b, d, 0xee);
+        for (int j = 0; j < 16; j += 4, dst += 4 * ld_dst) {
+            const float* from = src + j;
+            const __m512 r0 = every_fourth(from, ld_src), r1 = every_fourth(from + ld_src, ld_src);
+            const __m512 r2 = every_fourth(from + 2 * ld_src, ld_src), r3 = every_fourth(from + 3 * ld_src, ld_src);
+            const __m512 a = _mm512_unpacklo_ps(r0, r1), b = _mm512_unpackhi_ps(r0, r1);
+            const __m512 c = _mm512_unpacklo_ps(r2, r3), d = _mm512_unpackhi_ps(r2, r3);
+            _mm512_storeu_ps(dst, _mm512_shuffle_ps(a, c, 0x44));
+            _mm512_storeu_ps(dst + ld_dst, _mm512_shuffle_ps(a, c, 0xee));
+            _mm512_storeu_ps(dst + 2 * ld_dst, _mm512_shuffle_ps(b, d, 0x44));
+            _mm512_storeu_ps(dst + 3 * ld_dst, _mm512_shuffle_ps(b, d, 0xee));
         }
-#pragma GCC unroll 4
-        for (int i = 0; i < 4; i++) {  // t[4 g + i] holds columns i, 4 + i, 8 + i, 12 + i of the rows 4 g ..
-            const __m512 a = _mm512_shuffle_f32x4(t[i], t[4 + i], 0x88), b = _mm512_shuffle_f32x4(t[i], t[4 + i], 0xdd);
-            const __m512 c = _mm512_shuffle_f32x4(t[8 + i], t[12 + i], 0x88);
-            const __m512 d = _mm512_shuffle_f32x4(t[8 + i], t[12 + i], 0xdd);
-            _mm512_storeu_ps(dst + i * ld_dst, _mm512_shuffle_f32x4(a, c, 0x88));
-            _mm512_storeu_ps(dst + (4 + i) * ld_dst, _mm512_shuffle_f32x4(b, d, 0x88));
-            _mm512_storeu_ps(dst + (8 + i) * ld_dst, _mm512_shuffle_f32x4(a, c, 0xdd));
-            _mm512_storeu_ps(dst + (12 + i) * ld_dst, _mm512_shuffle_f32x4(b, d, 0xdd));
-        }
+    }
+    static inline F every_fourth(const float* p, int64_t ld) {
+        F x = _mm512_castps128_ps512(_mm_loadu_ps(p));
+        x = _mm512_insertf32x4(x, _mm_loadu_ps(p + 4 * ld), 1);
+        x = _mm512_insertf32x4(x, _mm_loadu_ps(p + 8 * ld), 2);
+        return _mm512_insertf32x4(x, _mm_loadu_ps(p + 12 * ld), 3);
     }
 };
 

@@ -37,6 +37,10 @@ struct Vector {
     static inline void store_lost(uint16_t* p, F x) {
         for (int i = 0; i < kWidth; i++) p[i] = uint16_t((bits_of(x[i]) + 0x8000) >> 16);
     }
+    static inline void store_lost(uint16_t* p, F x, F y) {
+        store_lost(p, x);
+        store_lost(p + kWidth, y);
+    }
 
     // 4 x 4 block of src, rows ld apart, transposed to dst.
     static inline void transpose(const float* src, int64_t ld_src, float* dst, int64_t ld_dst) {
