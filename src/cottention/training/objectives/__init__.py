@@ -23,7 +23,7 @@ OBJECTIVES: dict[str, type[PretrainingObjective]] = {
     "masked": Masked,
     "pairs": Pairs,
 }
-"""What `recipe.objective` may be. Fine-tuning on GLUE has no recipe and makes its own, `objectives/glue.py`."""
+"""What `recipe.objective` may be. Fine-tuning has no recipe; its losses are `compute_loss` of its trainers."""
 
 __all__ = ["OBJECTIVES", "Carried", "Causal", "Masked", "Objective", "Pairs", "PretrainingObjective", "objective_of"]
 
