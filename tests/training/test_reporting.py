@@ -28,6 +28,7 @@ class Tracker:
         self.ended = 0
 
     def init(self, **options: Any) -> Tracker:
+        print("welcome")
         self.begun.append(options)
         return self
 
@@ -67,7 +68,9 @@ def recipe_for(source: Path, *names: str) -> Any:
     return replace_settings(tiny_recipe("gpt", source), {"training.report_to": list(names)})
 
 
-def test_each_tracker_gets_every_line_by_step_and_is_closed(trackers: dict[str, Tracker], tmp_path: Path) -> None:
+def test_each_tracker_gets_every_line_by_step_and_is_closed(
+    trackers: dict[str, Tracker], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     reports = Reports(recipe_for(tmp_path, *trackers), tmp_path / "mine")
     state: Any = SimpleNamespace(is_world_process_zero=True, global_step=2)
     reports.on_train_begin(None, state, None)  # type: ignore[arg-type]
@@ -81,6 +84,7 @@ def test_each_tracker_gets_every_line_by_step_and_is_closed(trackers: dict[str, 
         assert begun["config"]["training"]["max_steps"] == recipe_for(tmp_path).training.max_steps
     assert trackers["tensorboard"].lines == [(2, {"tokens": 64}), (2, {"loss": 3.5})]
     assert trackers["tensorboard"].begun == [{"directory": str(tmp_path / "mine" / "tensorboard")}]
+    assert capsys.readouterr().out.count("welcome") == 2, "Trackio, which prints, is kept out of the results"
     assert [tracker.ended for tracker in trackers.values()] == [1, 1, 1]
 
 

@@ -10,7 +10,9 @@ own, asked for by `training.report_to` and imported for those who do.
 from __future__ import annotations
 
 import hashlib
+import sys
 from collections.abc import Callable, Sequence
+from contextlib import redirect_stdout
 from dataclasses import asdict
 from importlib import import_module
 from importlib.util import find_spec
@@ -115,14 +117,19 @@ def _wandb(recipe: Recipe, run_dir: Path) -> tuple[Send, Callable[[], object]]:
 
 def _trackio(recipe: Recipe, run_dir: Path) -> tuple[Send, Callable[[], object]]:
     trackio = import_module("trackio")
-    # Its runs have no id but their name.
-    trackio.init(
-        project=_PROJECT,
-        name=f"{run_dir.resolve().name}-{_run_id(run_dir)}",
-        resume="allow",
-        config={"arch": recipe.arch, **asdict(recipe)},
-    )
-    return lambda step, figures: trackio.log(figures, step=step), trackio.finish
+    with redirect_stdout(sys.stderr):  # where it would greet among our results
+        trackio.init(
+            project=_PROJECT,
+            name=f"{run_dir.resolve().name}-{_run_id(run_dir)}",  # its runs have no id but their name
+            resume="allow",
+            config={"arch": recipe.arch, **asdict(recipe)},
+        )
+
+    def close() -> None:
+        with redirect_stdout(sys.stderr):
+            trackio.finish()
+
+    return lambda step, figures: trackio.log(figures, step=step), close
 
 
 def _run_id(run_dir: Path) -> str:
