@@ -22,7 +22,7 @@ PYTEST := env -u PYTHONDONTWRITEBYTECODE OMP_NUM_THREADS=1 HF_HUB_OFFLINE=1 $(BI
 UNATTENDED := not gpu and not slurm and not network and not peers
 
 .DEFAULT_GOAL := help
-.PHONY: versions run-peers help setup quickstart test test-slow test-oldest test-newest test-peers sanitize test-gpu sanitize-gpu check format bench bench-gpu docs clean
+.PHONY: test-kills versions run-peers help setup quickstart test test-slow test-oldest test-newest test-peers sanitize test-gpu sanitize-gpu check format bench bench-gpu docs clean
 
 help: ## list these targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-12s %s\n", $$1, $$2}' $(firstword $(MAKEFILE_LIST))
@@ -77,6 +77,9 @@ sanitize: $(VENV)/.stamp-test $(VENV)/.stamp-native ## run the tests of the nati
 fuzz: $(VENV)/.stamp-test $(VENV)/.stamp-native ## try thousands of command lines and damaged model directories: EXAMPLES=2000
 	COTTENTION_FUZZ_EXAMPLES=$(or $(EXAMPLES),2000) OMP_NUM_THREADS=1 HF_HUB_OFFLINE=1 \
 	    $(BIN)/python -m pytest -m slow $(ARGS) tests/hostile/test_fuzz.py
+
+test-kills: $(VENV)/.stamp-test $(VENV)/.stamp-native ## kill a run at random moments and compare its end: COUNT=30 PROCESSES=2
+	$(BIN)/python -m tests.training.kill_trial --count $(or $(COUNT),30) --processes $(or $(PROCESSES),1) $(ARGS)
 
 test-slurm: $(VENV)/.stamp-test $(VENV)/.stamp-native ## run a job in a SLURM on this machine: needs root, slurm-wlm, munge
 	$(BIN)/python -m pytest -m slurm tests/slurm $(ARGS)
