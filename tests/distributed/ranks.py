@@ -9,6 +9,7 @@ The group is all that torch.distributed knows of, as if no more processes than t
 
 from __future__ import annotations
 
+import gc
 import multiprocessing
 import os
 import tempfile
@@ -86,9 +87,13 @@ def _serve(rank: int, end: Any) -> None:
         except EOFError:
             break
         os.environ |= {"RANK": str(rank), "WORLD_SIZE": str(size), "LOCAL_RANK": str(rank), **_ADDRESS}
-        dist.init_process_group("gloo", init_method=f"file://{store}", rank=rank, world_size=size)
         try:
-            end.send((False, check(dist.group.WORLD, *args)))
+            dist.init_process_group("gloo", init_method=f"file://{store}", rank=rank, world_size=size)
+            answer = (False, check(dist.group.WORLD, *args))
+            dist.destroy_process_group()
         except BaseException:  # noqa: BLE001 - told to the test, whatever it is
-            end.send((True, traceback.format_exc()))
-        dist.destroy_process_group()
+            answer = (True, traceback.format_exc())
+        end.send(answer)
+        if dist.is_initialized():
+            dist.destroy_process_group()
+        gc.collect()  # groups that a cycle of objects holds keep their sockets and threads
