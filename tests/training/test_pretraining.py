@@ -76,7 +76,8 @@ def test_a_card_loads_what_it_says_and_holds_results_alone(finished: Run) -> Non
     card = (finished.directory / "model" / "README.md").read_text()
     path = re.search(r'AutoTokenizer\.from_pretrained\("(.*)"\)', card)
     assert path is not None
-    assert Path(path[1], "config.json").is_file()
+    assert (finished.directory / "model" / path[1] / "config.json").is_file()
+    assert str(finished.directory) not in card, "a moved or published model tells nobody's paths"
     metrics = [line.split(" | ")[0].strip("| ") for line in card.partition("## Figures")[2].splitlines() if "|" in line]
     assert {"loss", "val_loss", "val_ppl"} <= set(metrics)
     assert not {"step", "epoch", "tokens", "learning_rate", "grad_norm", "tokens_per_s", "elapsed_s"} & set(metrics)

@@ -93,7 +93,7 @@ def test_other_processes_report_nothing(trackers: dict[str, Tracker], tmp_path: 
     state: Any = SimpleNamespace(is_world_process_zero=False, global_step=1)
     reports.on_train_begin(None, state, None)  # type: ignore[arg-type]
     reports.on_log(None, state, None, logs={"step": 1, "loss": 1.0})  # type: ignore[arg-type]
-    reports.on_evaluate(None, state, None)  # type: ignore[arg-type]
+    reports.on_log(None, state, None, logs={"step": 1, "val_loss": 1.0})  # type: ignore[arg-type]
     assert trackers["trackio"].begun == trackers["trackio"].lines == []
     assert not (tmp_path / "loss_curve.png").exists()
 

@@ -62,7 +62,8 @@ def write_model_card(
         metrics: the run's figures by name, such as the last line of its metrics.jsonl; what is no number is left out.
         recipe: the run's settings by section, as `dataclasses.asdict` makes of a recipe.
         name: the model's name; None: that of the directory, or of the run that it is in.
-        path: what the example in the card loads; None: the name, as behind an upload.
+        path: what the example in the card loads, "." for the card's own directory, which may be moved; None: the name,
+            as behind an upload.
         data: what the figures were measured on.
         license: of the weights, as the Hub spells it ("mit").
         language: of the text ("en").
@@ -164,7 +165,8 @@ def _body(
             yield f"| {label} | {value:,} |"
     yield "\n## Use\n\n```python\nimport cottention  # makes the model known to transformers"
     yield f"from transformers import {auto_class}, AutoTokenizer\n"
-    yield f'model = {auto_class}.from_pretrained("{path}")'
+    where = "  # in this directory; from elsewhere its path" if path == "." else ""
+    yield f'model = {auto_class}.from_pretrained("{path}"){where}'
     yield f'tokenizer = AutoTokenizer.from_pretrained("{path}")\n```'
     if "auto_map" in config:
         yield "\nTools with a process of their own open it with trust_remote_code=True, where cottention is installed."

@@ -216,7 +216,7 @@ def _pretrain(
                         recipe={"arch": recipe.arch, **dataclasses.asdict(recipe)},
                         metrics=_results(run_dir),
                         name=run_dir.resolve().name,
-                        path=str(model_dir),
+                        path=".",
                         data=_held_out_name(recipe),
                     )
                     seal(staging, model_files(staging, tokenizer=True))

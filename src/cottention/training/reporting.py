@@ -66,16 +66,11 @@ class Reports(TrainerCallback):
         logs: dict[str, Any],
         **_others: Any,
     ) -> None:
-        """Send a line."""
+        """Send a line; behind one on held-out text draw the curves as far as they go."""
         figures = {name: value for name, value in logs.items() if name != "step"}
         for send, _ in self._trackers:
             send(state.global_step, figures)
-
-    def on_evaluate(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_others: Any
-    ) -> None:
-        """Draw the curves as far as they go."""
-        if state.is_world_process_zero:
+        if state.is_world_process_zero and "val_loss" in figures:
             with writing_to(self._run_dir):
                 draw_run(self._run_dir)
 

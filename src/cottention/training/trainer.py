@@ -197,8 +197,8 @@ class PretrainingTrainer(CheckpointingTrainer):
         if not math.isfinite(measured["val_loss"]):
             step = self.state.global_step
             self._stop("held-out loss", step, newest_good=step - 1)
-        self._log(measured)
-        with self._stopwatch.paused():
+        with self._stopwatch.paused():  # pictures are drawn
+            self._log(measured)
             self.tell("on_evaluate", metrics=measured)
 
     def measure_held_out(self) -> dict[str, float]:
