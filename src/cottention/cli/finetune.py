@@ -9,6 +9,8 @@ from __future__ import annotations
 import dataclasses
 import json
 import shlex
+from collections.abc import Iterable
+from functools import partial
 from importlib import resources
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, get_type_hints
@@ -22,7 +24,7 @@ from cottention.training.finetune_settings import FinetuneSettings
 from cottention.training.plain_yaml import read_yaml, shown
 
 if TYPE_CHECKING:
-    from cottention.training.finetuning import FinetuneResult
+    from cottention.training.finetuning import FinetuneResult, FinetuneRun
 
 _DESCRIPTION = """Fine-tune a pretrained BERT or GPT on labels of your own, or a BERT on tasks of GLUE (--task).
 
@@ -38,6 +40,7 @@ cottention finetune --model runs/bert/model --data movies.jsonl --label-column g
 cottention finetune --model runs/bert/model --data train.conll --dev dev.conll
 cottention finetune --model runs/bert/model --objective similarity --data a.tsv --text-column q --text-pair-column a
 cottention finetune --model runs/bert/model --task cola,rte --data glue/ --seeds 1,2,3
+cottention finetune --model runs/bert/model --task all --data glue/ --seeds 1,2,3 --dry-run
 """
 
 _GLUE_DIR, _OWN_DIR = "runs/glue", "runs/finetuned"
@@ -82,6 +85,11 @@ def build_parser() -> jsonargparse.ArgumentParser:
     add("--output-dir", metavar="DIR", help=f"the run (default: {_OWN_DIR}; with --task {_GLUE_DIR}/TASK)")
     add("--seeds", default="0", metavar="N,N", help="one training per seed")
     add("--overwrite", action="store_true", help="delete the runs of these tasks in the directory first")
+    add(
+        "--dry-run",
+        action="store_true",
+        help="say what the run would be (rows, parameters, memory, steps, time) and write nothing",
+    )
     add("--json", action="store_true", help="print the results as JSON")
     _add_settings(parser)
     return parser
@@ -137,19 +145,15 @@ def _glue(args: jsonargparse.Namespace, settings: FinetuneSettings, seeds: list[
 
     output_dir = args.output_dir or _GLUE_DIR
     tasks = list(GLUE_TASKS) if args.task == "all" else [glue_task(name.strip()).name for name in args.task.split(",")]
-    from cottention.training.finetuning import finetune  # seconds of torch, after the settings have been checked
+    # Seconds of torch, after the settings have been checked.
+    from cottention.training.finetuning import task_run, train_seeds
 
+    planned = partial(task_run, args.model, data=args.data, output_dir=output_dir, settings=settings)
+    if args.dry_run:
+        return _dry_run((planned(task=task) for task in tasks), args, seeds)
     results = []
     for task in tasks:
-        result = finetune(
-            args.model,
-            task=task,
-            data=args.data,
-            output_dir=output_dir,
-            settings=settings,
-            seeds=seeds,
-            overwrite=args.overwrite,
-        )
+        result = train_seeds(planned(task=task), seeds=seeds, overwrite=args.overwrite)
         if result.stopped_by is not None:
             return result.exit_code
         results.append(result)
@@ -182,12 +186,15 @@ def _own_data(args: jsonargparse.Namespace, settings: FinetuneSettings, seeds: l
         raise SettingsError("--objective similarity needs --text-pair-column: it learns from pairs of texts")
     rows.check_files(needs_labels=not alike)
     if alike:
-        from cottention.training.similarity import finetune_similarity as train
+        from cottention.training.similarity import similarity_run as planned
     else:
-        from cottention.training.labelled import finetune_labels as train
+        from cottention.training.labelled import label_run as planned
+    from cottention.training.finetuning import train_seeds
 
-    output_dir = args.output_dir or _OWN_DIR
-    result = train(args.model, rows, output_dir=output_dir, settings=settings, seeds=seeds, overwrite=args.overwrite)
+    run = planned(args.model, rows, output_dir=args.output_dir or _OWN_DIR, settings=settings)
+    if args.dry_run:
+        return _dry_run([run], args, seeds)
+    result = train_seeds(run, seeds=seeds, overwrite=args.overwrite)
     if result.stopped_by is not None:
         return result.exit_code
     if args.json:
@@ -200,6 +207,23 @@ def _own_data(args: jsonargparse.Namespace, settings: FinetuneSettings, seeds: l
     print(_summary(Path(args.data).name, result))
     following = "embed" if alike else "classify"
     print(f"next: cottention {following} --model {shlex.quote(str(result.model_dir))} FILE")
+    return 0
+
+
+def _dry_run(runs: Iterable[FinetuneRun], args: jsonargparse.Namespace, seeds: list[int]) -> int:
+    from cottention.training.dry_run import dry_run_finetuning
+    from cottention.training.progress import duration
+
+    found = []
+    for run in runs:
+        found.append(dry_run_finetuning(run, seeds=seeds, overwrite=args.overwrite))
+        if not args.json:
+            print(found[-1].described(), flush=True)
+    if args.json:
+        figures = [each.as_dict() for each in found]
+        print(json.dumps(figures if args.task else figures[0], indent=2))
+    elif len(found) > 1:
+        print(f"all tasks: about {duration(sum(each.run_s for each in found))}")
     return 0
 
 

@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import tempfile
 import time
 import uuid
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -107,6 +108,18 @@ def cached_map(
 def datasets_cache() -> Path:
     """Where `datasets` keeps what it has made."""
     return Path(datasets_config.HF_DATASETS_CACHE)
+
+
+@contextlib.contextmanager
+def temporary_cache() -> Iterator[None]:
+    """Keep what is made inside in a cache of its own, which goes at the end: nothing is left on the disk."""
+    usual = datasets_config.HF_DATASETS_CACHE
+    with tempfile.TemporaryDirectory() as folder:
+        datasets_config.HF_DATASETS_CACHE = Path(folder)
+        try:
+            yield
+        finally:
+            datasets_config.HF_DATASETS_CACHE = usual
 
 
 def fingerprint_of(dataset: Dataset) -> str:

@@ -1,31 +1,46 @@
-"""What a pretraining run will cost, found out without beginning it: nothing is read and nothing is written.
+"""What a run will cost, found out without beginning it: nothing is written.
 
-The model is built; one pass over random tokens, forward and backward, and one step of the optimizer are timed here and
-now, a few times after the first. From them come
+Of a pretraining nothing is read either. The model is built; one pass over random tokens, forward and backward, and one
+step of the optimizer are timed here and now, a few times after the first. Of a fine-tuning the rows are read, since
+their number decides the steps, and its first steps are timed. From these come
 
     memory      16 bytes a parameter (float32 weights, gradients, two moments of AdamW), and what the forward pass keeps
-                for the backward pass of a micro batch, counted tensor by tensor
+                for the backward pass of a micro batch, counted tensor by tensor; the most of the batches seen
     minutes     steps x (passes of a step x time of a pass + time of the optimizer), without evaluations and checkpoints
 
 Both are of one process on this machine, which may be busier or idler tomorrow.
 
     print(dry_run(load_recipe("quickstart_gpt")).described())
+    run = task_run("runs/bert/model", task="cola", data="glue/", output_dir="runs/glue", settings=FinetuneSettings())
+    print(dry_run_finetuning(run, seeds=[1, 2, 3]).described())
 """
 
 from __future__ import annotations
 
 import dataclasses
+import tempfile
 import time
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
-from transformers import PreTrainedModel, set_seed
+from transformers import (
+    PreTrainedModel,
+    TrainerCallback,
+    TrainerControl,
+    TrainerState,
+    TrainingArguments,
+    set_seed,
+)
 
+from cottention.data.arrow_cache import temporary_cache
 from cottention.training.arguments import compute_type
+from cottention.training.finetuning import FinetuneRun, opened
 from cottention.training.objectives import objective_of
 from cottention.training.optimizer import build_optimizer
 from cottention.training.pretraining import build_model
@@ -35,10 +50,11 @@ from cottention.training.recipe_files import replace_settings
 
 _BYTES_A_PARAMETER = 16
 _TIMES = 3
+_FIRST_STEPS = 9  # of a fine-tuning, whose batches are of different lengths
 _LONG_ENOUGH_S = 10.0  # of timing; a slow pass needs no second look
 # The first sign that is in a parameter's name says which part it belongs to.
 _PARTS = (
-    ("head", ("lm_head.", "cls.")),
+    ("head", ("lm_head.", "cls.", "pooler.", "classifier.", "score.")),
     ("norms", ("LayerNorm.", "ln_")),
     ("embeddings", ("wte.", "embeddings.")),
     ("attention", ("attn.", "attention.")),
@@ -47,8 +63,8 @@ _PARTS = (
 
 
 @dataclass(frozen=True, kw_only=True)
-class DryRun:
-    """What a run will be."""
+class _Cost:
+    """What any training costs."""
 
     parameters: dict[str, int]
     """Of each part; a matrix that two parts share is counted at the first."""
@@ -57,9 +73,7 @@ class DryRun:
     activation_bytes: int
     """What a micro batch keeps for its backward pass."""
     steps: int
-    """Updates."""
-    tokens: int
-    """Tokens that they read, at most."""
+    """Updates of one training."""
     step_s: float
     """Time of an update on this machine."""
     device: str
@@ -72,7 +86,7 @@ class DryRun:
 
     @property
     def run_s(self) -> float:
-        """Time of all updates; where windows become longer, by their tokens."""
+        """Time of all updates."""
         return self.steps * self.step_s
 
     def as_dict(self) -> dict[str, Any]:
@@ -80,20 +94,71 @@ class DryRun:
         values = dataclasses.asdict(self)
         return {**values, "total_parameters": self.total, "run_s": self.run_s}
 
-    def described(self) -> str:
-        """Some lines for people."""
+    def _described(self, *, training: str, batch: str, timed: str, without: str) -> str:
         parts = ", ".join(f"{name} {count:,}" for name, count in self.parameters.items())
         needed = self.state_bytes + self.activation_bytes
-        state, batch = _size(self.state_bytes), _size(self.activation_bytes)
+        state, kept = _size(self.state_bytes), _size(self.activation_bytes)
         return (
             f"parameters: {self.total:,} ({parts})\n"
-            f"memory: about {_size(needed)} (weights, gradients and optimizer {state}, a micro batch {batch}), beside "
+            f"memory: about {_size(needed)} (weights, gradients and optimizer {state}, a {batch} {kept}), beside "
             "Python and its libraries\n"
-            f"training: {self.steps:,} steps, {self.tokens:,} tokens at most\n"
+            f"training: {training}\n"
             f"time: about {duration(self.run_s)} in one process on this {self.device} ({self.step_s:.3g} s a step, "
-            "timed with random tokens), without evaluations and checkpoints\n"
+            f"timed with {timed}), without {without}\n"
             "nothing was written"
         )
+
+
+@dataclass(frozen=True, kw_only=True)
+class DryRun(_Cost):
+    """What a pretraining will be."""
+
+    tokens: int
+    """Tokens that the updates read, at most; where windows become longer, an update's time is by its tokens."""
+
+    def described(self) -> str:
+        """Some lines for people."""
+        return self._described(
+            training=f"{self.steps:,} steps, {self.tokens:,} tokens at most",
+            batch="micro batch",
+            timed="random tokens",
+            without="evaluations and checkpoints",
+        )
+
+
+@dataclass(frozen=True, kw_only=True)
+class FinetuneDryRun(_Cost):
+    """What a fine-tuning will be; `steps` are those of a seed."""
+
+    title: str
+    """The task, or the file of the rows."""
+    num_rows: dict[str, int]
+    """Examples of each split."""
+    batch_size: int
+    """Rows of a step."""
+    epochs: int
+    """Passes over the training rows."""
+    num_seeds: int
+    """Trainings."""
+
+    @property
+    def run_s(self) -> float:
+        """Time of all updates of all seeds."""
+        return self.num_seeds * super().run_s
+
+    def described(self) -> str:
+        """Some lines for people."""
+        rows = ", ".join(f"{split} {count:,}" for split, count in self.num_rows.items())
+        cost = self._described(
+            training=(
+                f"{self.steps:,} steps of {self.batch_size} rows a seed (epochs: {self.epochs}), "
+                f"{self.num_seeds * self.steps:,} in all (seeds: {self.num_seeds})"
+            ),
+            batch="batch",
+            timed="the first rows",
+            without="measuring and saving",
+        )
+        return f"rows of {self.title}: {rows}\n{cost}"
 
 
 def dry_run(recipe: Recipe) -> DryRun:
@@ -132,6 +197,77 @@ def dry_run(recipe: Recipe) -> DryRun:
     )
 
 
+def dry_run_finetuning(run: FinetuneRun, *, seeds: Sequence[int], overwrite: bool = False) -> FinetuneDryRun:
+    """Find out what a fine-tuning costs here.
+
+    Args:
+        run: what would be trained, and where: a run of other settings is refused there.
+        seeds: one training each.
+        overwrite: a run that is there would be deleted.
+
+    Raises:
+        CottentionError: what the run itself would raise.
+        MemoryError, RuntimeError: a batch does not fit.
+    """
+    with (
+        temporary_cache(),
+        tempfile.TemporaryDirectory() as folder,
+        opened(run, seeds=seeds, overwrite=overwrite) as (runs, _),
+        torch.random.fork_rng(),
+    ):
+        trainer = runs.trainer(seeds[0], Path(folder))
+        with _counting(trainer.model) as kept:
+            watch = _FirstSteps(kept)
+            trainer.add_callback(watch)
+            trainer.train()
+    parameters = _parameters(trainer.model)
+    return FinetuneDryRun(
+        title=runs.title,
+        num_rows=runs.description["num_rows"],
+        batch_size=trainer.args.per_device_train_batch_size,
+        epochs=trainer.settings.epochs,
+        num_seeds=len(seeds),
+        parameters=parameters,
+        state_bytes=_BYTES_A_PARAMETER * sum(parameters.values()),
+        activation_bytes=watch.kept_bytes,
+        steps=trainer.args.max_steps,
+        step_s=watch.step_s,
+        device="GPU" if trainer.processes.device.type == "cuda" else "CPU",
+    )
+
+
+class _FirstSteps(TrainerCallback):
+    """Times the first steps of a training, then stops it; nothing is measured or saved."""
+
+    def __init__(self, kept: dict[int, int]) -> None:
+        self.kept_bytes = 0
+        self._kept = kept
+        self._ends: list[float] = []  # the start first
+
+    def on_train_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_others: Any
+    ) -> None:
+        """Begin to count."""
+        self._ends.append(time.perf_counter())
+
+    def on_step_end(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_others: Any
+    ) -> None:
+        """Count; ask to stop."""
+        self._ends.append(time.perf_counter())
+        self.kept_bytes = max(self.kept_bytes, sum(self._kept.values()))
+        self._kept.clear()
+        control.should_evaluate = control.should_save = False
+        enough = len(self._ends) > _FIRST_STEPS or self._ends[-1] - self._ends[0] > _LONG_ENOUGH_S
+        control.should_training_stop = control.should_training_stop or enough
+
+    @property
+    def step_s(self) -> float:
+        """The mean of a step; without the first, which makes the moments, where there are others."""
+        ends = self._ends[1:] if len(self._ends) > 2 else self._ends
+        return (ends[-1] - ends[0]) / (len(ends) - 1)
+
+
 def _measure(
     recipe: Recipe, model: PreTrainedModel, num_windows: int, device: torch.device
 ) -> tuple[float, float, int]:
@@ -145,6 +281,16 @@ def _measure(
             loss = model(**batch).loss
         loss.backward()
 
+    with _counting(model) as kept:
+        run_pass()
+    pass_s = _seconds(run_pass, device)
+    optimizer.step()  # makes the moments
+    return pass_s, _seconds(optimizer.step, device), sum(kept.values())
+
+
+@contextmanager
+def _counting(model: PreTrainedModel) -> Iterator[dict[int, int]]:
+    """Where memory lies that passes inside keep for their backward pass, beside the weights, and its bytes."""
     own = {parameter.untyped_storage().data_ptr() for parameter in model.parameters()}
     kept: dict[int, int] = {}
 
@@ -155,10 +301,7 @@ def _measure(
         return tensor
 
     with torch.autograd.graph.saved_tensors_hooks(note, lambda tensor: tensor):
-        run_pass()
-    pass_s = _seconds(run_pass, device)
-    optimizer.step()  # makes the moments
-    return pass_s, _seconds(optimizer.step, device), sum(kept.values())
+        yield kept
 
 
 def _seconds(work: Callable[[], Any], device: torch.device) -> float:

@@ -17,8 +17,8 @@ import json
 import os
 import shutil
 import signal
-from collections.abc import Callable, Sequence
-from contextlib import ExitStack
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -111,15 +111,8 @@ def finetune(
         DataError: the task's files cannot be used.
         NonFiniteLossError: the loss became infinite or NaN.
     """
-    settings = settings or FinetuneSettings()
-    chosen, run_dir = glue_task(task), Path(output_dir) / task
-    check_seeds(seeds)
-    if not has_split(chosen, data, "train"):
-        task_folder(chosen, data)  # says what is missing; a folder without the file is told of when it is read
-    content = {"model": str(model), "data": str(data), "task": task, **settings.as_dict()}
-    return train_seeds(
-        run_dir, content, lambda: _prepared(chosen, model, data, settings), seeds=seeds, overwrite=overwrite
-    )
+    run = task_run(model, task=task, data=data, output_dir=output_dir, settings=settings or FinetuneSettings())
+    return train_seeds(run, seeds=seeds, overwrite=overwrite)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -134,32 +127,62 @@ class SeedRuns:
     """Makes the training of a seed, in that seed's directory."""
 
 
-def train_seeds(
-    run_dir: Path,
-    content: dict[str, Any],
-    prepare: Callable[[], SeedRuns],
-    *,
-    seeds: Sequence[int],
-    overwrite: bool,
-) -> FinetuneResult:
-    """Train seed after seed in a directory, from where it stands; keep the best model.
+@dataclass(frozen=True, kw_only=True)
+class FinetuneRun:
+    """A run before it begins: its choices are checked, nothing is opened."""
+
+    run_dir: Path
+    """Where it is written."""
+    content: dict[str, Any]
+    """What the run is, of plain types; another one in the same place is refused."""
+    prepare: Callable[[], SeedRuns]
+    """Opens model and data; what it raises leaves nothing behind."""
+
+
+def task_run(
+    model: str | Path, *, task: str, data: str | Path, output_dir: str | Path, settings: FinetuneSettings
+) -> FinetuneRun:
+    """The run of `finetune`, with its arguments and errors."""
+    chosen = glue_task(task)
+    if not has_split(chosen, data, "train"):
+        task_folder(chosen, data)  # says what is missing; a folder without the file is told of when it is read
+    return FinetuneRun(
+        run_dir=Path(output_dir) / task,
+        content={"model": str(model), "data": str(data), "task": task, **settings.as_dict()},
+        prepare=lambda: _prepared(chosen, model, data, settings),
+    )
+
+
+def train_seeds(run: FinetuneRun, *, seeds: Sequence[int], overwrite: bool) -> FinetuneResult:
+    """Train seed after seed in the run's directory, from where it stands; keep the best model.
 
     Args:
-        run_dir: of the run; nobody else writes it meanwhile.
-        content: what the run is, of plain types; another one in the same place is refused.
-        prepare: opens model and data; what it raises leaves nothing behind.
+        run: what is trained, and where.
         seeds: one training each.
         overwrite: delete the run that is there and start again.
     """
+    with opened(run, seeds=seeds, overwrite=overwrite) as (runs, continues):
+        if not continues:  # only now: a mistake in model or data leaves nothing behind
+            _claim(run.run_dir, run.content)
+        metrics = _metrics_of(run.run_dir, {**run.content, **runs.description})
+        return _train_seeds(run.run_dir, metrics, runs, seeds)
+
+
+@contextmanager
+def opened(run: FinetuneRun, *, seeds: Sequence[int], overwrite: bool) -> Iterator[tuple[SeedRuns, bool]]:
+    """The run's trainings, and whether it goes on; nobody else writes its directory meanwhile, and it stays as it is.
+
+    Args:
+        run: to open.
+        seeds: one training each.
+        overwrite: whatever is there does not go on.
+    """
     check_seeds(seeds)
     with ExitStack() as held:
-        with writing_to(run_dir):
-            held.enter_context(sole_writer(run_dir))
-        continues = _continues(run_dir, content, overwrite=overwrite)
-        runs = prepare()
-        if not continues:  # only now: a mistake in model or data leaves nothing behind
-            _claim(run_dir, content)
-        return _train_seeds(run_dir, _metrics_of(run_dir, {**content, **runs.description}), runs, seeds)
+        with writing_to(run.run_dir):
+            held.enter_context(sole_writer(run.run_dir))
+        continues = _continues(run.run_dir, run.content, overwrite=overwrite)
+        yield run.prepare(), continues
 
 
 def _train_seeds(run_dir: Path, metrics: dict[str, Any], runs: SeedRuns, seeds: Sequence[int]) -> FinetuneResult:

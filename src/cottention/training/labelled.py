@@ -29,7 +29,7 @@ from cottention.errors import DataError
 from cottention.generation import load_model_and_tokenizer
 from cottention.logging import get_logger
 from cottention.training.finetune_settings import FinetuneSettings
-from cottention.training.finetuning import FinetuneResult, SeedRuns, check_max_length, check_seeds, train_seeds
+from cottention.training.finetuning import FinetuneResult, FinetuneRun, SeedRuns, check_max_length, train_seeds
 from cottention.training.labelled_trainer import LabelTask, LabelTrainer
 from cottention.training.own_data import OwnData
 
@@ -77,12 +77,18 @@ def finetune_labels(
         DataError: a file cannot be used; one line with the row.
         NonFiniteLossError: the loss became infinite or NaN.
     """
-    settings = settings or FinetuneSettings()
-    check_seeds(seeds)
+    run = label_run(model, rows, output_dir=output_dir, settings=settings or FinetuneSettings())
+    return train_seeds(run, seeds=seeds, overwrite=overwrite)
+
+
+def label_run(model: str | Path, rows: OwnData, *, output_dir: str | Path, settings: FinetuneSettings) -> FinetuneRun:
+    """The run of `finetune_labels`, with its arguments and errors."""
     rows.check_files()
-    content = {"model": str(model), **rows.as_dict(), **settings.as_dict()}
-    run_dir = Path(output_dir)
-    return train_seeds(run_dir, content, lambda: _prepared(model, rows, settings), seeds=seeds, overwrite=overwrite)
+    return FinetuneRun(
+        run_dir=Path(output_dir),
+        content={"model": str(model), **rows.as_dict(), **settings.as_dict()},
+        prepare=lambda: _prepared(model, rows, settings),
+    )
 
 
 def build_labeller(source: str | Path, task: LabelTask, *, seed: int, from_scratch: bool = False) -> PreTrainedModel:

@@ -35,7 +35,7 @@ from cottention.logging import get_logger
 from cottention.models import CottentionBertModel
 from cottention.training.finetune_settings import FinetuneSettings
 from cottention.training.finetune_trainer import FinetuneTrainer
-from cottention.training.finetuning import FinetuneResult, SeedRuns, check_max_length, check_seeds, train_seeds
+from cottention.training.finetuning import FinetuneResult, FinetuneRun, SeedRuns, check_max_length, train_seeds
 from cottention.training.own_data import OwnData
 from cottention.training.processes import to_device
 
@@ -80,15 +80,23 @@ def finetune_similarity(
     Raises:
         SettingsError, CheckpointError, DataError, NonFiniteLossError: as for `finetune_labels`.
     """
-    settings = settings or FinetuneSettings()
-    check_seeds(seeds)
+    run = similarity_run(model, rows, output_dir=output_dir, settings=settings or FinetuneSettings())
+    return train_seeds(run, seeds=seeds, overwrite=overwrite)
+
+
+def similarity_run(
+    model: str | Path, rows: OwnData, *, output_dir: str | Path, settings: FinetuneSettings
+) -> FinetuneRun:
+    """The run of `finetune_similarity`, with its arguments and errors."""
     if rows.text_pair_column is None:
         raise SettingsError("--objective similarity needs --text-pair-column: it learns from pairs of texts")
     if len(rows.label_column) > 1 or rows.label_type not in ("auto", "number") or rows.label_separator is not None:
         raise SettingsError("--objective similarity takes one --label-column of numbers, or none")
-    content = {"model": str(model), "objective": "similarity", **rows.as_dict(), **settings.as_dict()}
-    run_dir = Path(output_dir)
-    return train_seeds(run_dir, content, lambda: _prepared(model, rows, settings), seeds=seeds, overwrite=overwrite)
+    return FinetuneRun(
+        run_dir=Path(output_dir),
+        content={"model": str(model), "objective": "similarity", **rows.as_dict(), **settings.as_dict()},
+        prepare=lambda: _prepared(model, rows, settings),
+    )
 
 
 def _prepared(model: str | Path, rows: OwnData, settings: FinetuneSettings) -> SeedRuns:
