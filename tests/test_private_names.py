@@ -79,7 +79,7 @@ _OVERRIDDEN = {
         "set_output_embeddings",
         "supports_gradient_checkpointing",
     ],
-    "transformers.TrainerCallback": ["on_log", "on_step_end", "on_train_begin", "on_train_end"],
+    "transformers.TrainerCallback": ["on_evaluate", "on_log", "on_step_end", "on_train_begin", "on_train_end"],
 }
 
 # Library's class or module -> what we take from it: private names, and public ones that have no promise.
