@@ -1,7 +1,7 @@
 """What mkdocs makes from the code while it builds: the page of commands and the reference of public names.
 
 A page holds a marker, `<!-- commands -->` or `<!-- public names -->`; what stands there comes from the parsers and from
-`__all__`, so neither page can be behind the code.
+`__all__`, so neither page can be behind the code. The notebooks of examples/ travel with the site.
 """
 
 from __future__ import annotations
@@ -29,11 +29,21 @@ PACKAGES = (
 )
 """Heading and package of each part of the reference."""
 
+_NOTEBOOKS = "examples/notebooks"
 _HELP_COLUMNS = "110"  # what a page shows without scrolling
 
 
+def on_files(files: Any, config: Any, **_: Any) -> None:
+    """Add the notebooks, which lie outside of docs/."""
+    from mkdocs.structure.files import File
+
+    for path in sorted((Path(__file__).parents[1] / _NOTEBOOKS).glob("*.ipynb")):
+        files.append(File.generated(config, f"notebooks/{path.name}", abs_src_path=str(path)))
+
+
 def on_page_markdown(markdown: str, **_: Any) -> str:
-    """Fill the markers of a page; mkdocs calls this for each."""
+    """Fill the markers of a page, and lead its links to notebooks to where they are; mkdocs calls this for each."""
+    markdown = markdown.replace(f"](../{_NOTEBOOKS}/", "](notebooks/")
     if "<!-- commands -->" in markdown:
         markdown = markdown.replace("<!-- commands -->", commands())
     if "<!-- public names -->" in markdown:
