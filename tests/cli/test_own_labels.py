@@ -55,6 +55,17 @@ def moods(bert: Path, reviews: Path, tmp_path_factory: pytest.TempPathFactory) -
     return folder
 
 
+def test_a_fine_tuned_model_has_a_card_with_its_scores(moods: Path, reviews: Path) -> None:
+    card = (moods / "model/README.md").read_text(encoding="utf-8")
+    metrics = json.loads((moods / "metrics.json").read_text())
+    best = metrics["seeds"][0]["epochs"][metrics["best"]["epoch"] - 1]["splits"]["dev"]["official"]
+    for name, value in best.items():
+        assert f"| {name} | {value:.6g} |" in card
+    assert "Measured on reviews.csv, 0.1 of the rows." in card
+    assert f'AutoModelForSequenceClassification.from_pretrained("{moods / "model"}")' in card
+    assert "license of the weights" not in card
+
+
 def command(model: Path, data: Path, output: Path) -> list[Any]:
     return [
         *["finetune", "--model", model, "--data", data, "--text-column", "review", "--label-column", "mood"],

@@ -13,6 +13,7 @@ from typing import Any
 
 import pytest
 import torch
+import transformers
 from huggingface_hub import ModelCard
 
 from cottention.errors import CheckpointError
@@ -67,6 +68,29 @@ def test_a_bert_fills_masks(tmp_path: Path) -> None:
     assert (card.data.pipeline_tag, card.data.model_name) == ("fill-mask", "me/bert")
     assert "A BERT with softmax attention, trained with cottention." in card.text
     assert 'model = AutoModelForMaskedLM.from_pretrained("me/bert")' in card.text
+
+
+@pytest.mark.parametrize(
+    ("architecture", "task", "auto_class"),
+    [
+        ("CottentionGPTForSequenceClassification", "text-classification", "AutoModelForSequenceClassification"),
+        ("CottentionGPTForTokenClassification", "token-classification", "AutoModelForTokenClassification"),
+        ("CottentionGPTForQuestionAnswering", "question-answering", "AutoModelForQuestionAnswering"),
+        ("CottentionGPTModel", "feature-extraction", "AutoModel"),
+    ],
+)
+def test_a_card_opens_the_head_that_is_there(directory: Path, architecture: str, task: str, auto_class: str) -> None:
+    content = json.loads((directory / "config.json").read_text())
+    (directory / "config.json").write_text(json.dumps({**content, "architectures": [architecture]}))
+    card: Any = ModelCard.load(write_model_card(directory, metrics={}))
+    assert card.data.pipeline_tag == task
+    assert hasattr(transformers, auto_class)
+    assert f'model = {auto_class}.from_pretrained("mine")' in card.text
+
+
+def test_a_license_is_named_or_none_is_claimed(directory: Path) -> None:
+    assert "| license of the weights | mit |" in write_model_card(directory, metrics={}, license="mit").read_text()
+    assert "license" not in write_model_card(directory, metrics={}).read_text()
 
 
 def test_what_is_no_model_is_one_line(directory: Path, tmp_path: Path) -> None:

@@ -16,7 +16,7 @@ from safetensors.torch import save_file
 
 from cottention.errors import CheckpointError, CottentionError, DataError, SettingsError
 from cottention.models import CottentionBertForMaskedLM, CottentionGPTForCausalLM
-from cottention.training import checkpoints
+from cottention.training import checkpoints, pretraining
 from cottention.training.pretraining import build_model, pretrain
 from cottention.training.recipe_files import load_recipe, recipe_text, replace_settings
 from tests.training.helpers import Run, assert_same_run, metrics_of, steps_of, tiny_recipe, write_corpus
@@ -81,6 +81,22 @@ def test_a_card_loads_what_it_says_and_holds_results_alone(finished: Run) -> Non
     metrics = [line.split(" | ")[0].strip("| ") for line in card.partition("## Figures")[2].splitlines() if "|" in line]
     assert {"loss", "val_loss", "val_ppl"} <= set(metrics)
     assert not {"step", "epoch", "tokens", "learning_rate", "grad_norm", "tokens_per_s", "elapsed_s"} & set(metrics)
+
+
+@pytest.mark.parametrize(
+    ("changes", "license_name"),
+    [
+        ({}, "mit"),
+        ({"data.source": ["sotu:train", "sotu:validation"]}, "mit"),
+        ({"data.source": ["sotu", "books/"]}, None),
+        ({"data.source": "sotus.txt"}, None),
+        ({"training.init_from": "runs/other/model"}, None),
+    ],
+)
+def test_a_license_is_claimed_for_what_the_embedded_text_alone_has_made(
+    changes: dict[str, Any], license_name: str | None
+) -> None:
+    assert pretraining._license(load_recipe("quickstart_gpt", changes)) == license_name
 
 
 def test_metrics_hold_every_figure_at_the_steps_of_the_recipe(finished: Run) -> None:

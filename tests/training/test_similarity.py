@@ -82,11 +82,14 @@ def test_pairs_alone(bert: Path, tmp_path: Path, capsys: pytest.CaptureFixture[s
     draw = random.Random(0)
     texts = [draw.sample(WORDS, 3) for _ in range(80)]
     rows = [{"a": " ".join(words), "b": " ".join([*words[::-1], "in"])} for words in texts]
-    found = finetune(bert, rows, tmp_path, capsys, "--epochs", 3, "--dev-share", 0.2)
+    found = finetune(bert, rows, tmp_path, capsys, "--epochs", 3, "--dev-share", 0.2, "--license", "mit")
     official = [epoch["splits"]["dev"]["official"] for epoch in found["seeds"][0]["epochs"]]
     assert found["scale"] is None
     assert max(each["reciprocal_rank"] for each in official) > 0.6  # of 16 at random: 0.21
     assert all(0 <= each["nearest_is_right"] <= each["reciprocal_rank"] <= 1 for each in official)
+    card = (tmp_path / "run/model/README.md").read_text(encoding="utf-8")
+    assert "AutoModel.from_pretrained" in card
+    assert "| license of the weights | mit |" in card
 
 
 def test_mistakes(bert: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

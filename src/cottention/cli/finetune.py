@@ -75,6 +75,7 @@ def build_parser() -> jsonargparse.ArgumentParser:
     )
     add("--label-separator", metavar="SIGN", help="what stands between several labels in one cell")
     add("--dev-share", type=float, default=0.1, metavar="X", help="share of the rows held out where there is no --dev")
+    add("--license", metavar="NAME", help="of the weights, for the model's card (mit); without it none is claimed")
     add(
         "--objective",
         choices=["labels", "similarity"],
@@ -134,7 +135,7 @@ def run(args: jsonargparse.Namespace) -> int:
         return _own_data(args, settings, seeds)
     if args.objective != "labels":
         raise SettingsError(f"--objective {args.objective} goes with rows of one's own, --task with GLUE's; got both")
-    for name in ("dev", "text_column", "text_pair_column", "label_column", "label_separator"):
+    for name in ("dev", "text_column", "text_pair_column", "label_column", "label_separator", "license"):
         if args[name] is not None:
             raise SettingsError(f"--{name.replace('_', '-')} goes with rows of one's own, --task with GLUE's; got both")
     return _glue(args, settings, seeds)
@@ -180,6 +181,7 @@ def _own_data(args: jsonargparse.Namespace, settings: FinetuneSettings, seeds: l
         label_type=args.label_type,
         label_separator=args.label_separator,
         dev_share=args.dev_share,
+        license=args.license,
     )
     alike = args.objective == "similarity"
     if alike and rows.text_pair_column is None:

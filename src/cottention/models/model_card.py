@@ -29,6 +29,13 @@ _KINDS = {
     "cottention-gpt": ("text-generation", "GPT", "AutoModelForCausalLM"),
     "cottention-bert": ("fill-mask", "BERT", "AutoModelForMaskedLM"),
 }
+# Of a fine-tuned model, by the end of its class's name.
+_HEADS = {
+    "ForSequenceClassification": "text-classification",
+    "ForTokenClassification": "token-classification",
+    "ForQuestionAnswering": "question-answering",
+    "Model": "feature-extraction",
+}
 _SIZES = {
     "layers": ("n_layer", "num_hidden_layers"),
     "width": ("n_embd", "hidden_size"),
@@ -76,7 +83,7 @@ def write_model_card(
     """
     directory = Path(model_dir).expanduser()
     config = _config_of(directory)
-    pipeline_tag = _KINDS[config["model_type"]][0]
+    pipeline_tag, auto_class = _use(config)
     name = name or (directory.resolve().parent.name if directory.name == "model" else directory.resolve().name)
     figures = {key: value for key, value in metrics.items() if _is_number(value)}
     results = [
@@ -100,7 +107,7 @@ def write_model_card(
         license=license,
         language=language,
     )
-    body = "\n".join(_body(name, path or name, directory, config, figures, recipe, data))
+    body = "\n".join(_body(name, path or name, auto_class, directory, config, figures, recipe, data, license))
     text = str(ModelCard(f"---\n{card.to_yaml()}\n---\n\n{body}"))
     write_text(directory / "README.md", text)
     return directory / "README.md"
@@ -148,13 +155,15 @@ def _config_of(directory: Path) -> dict[str, Any]:
 def _body(
     name: str,
     path: str,
+    auto_class: str,
     directory: Path,
     config: Mapping[str, Any],
     figures: Mapping[str, float],
     recipe: Mapping[str, Any] | None,
     data: str | None,
+    license_name: str | None,
 ) -> Iterator[str]:
-    _, kind, auto_class = _KINDS[config["model_type"]]
+    kind = _KINDS[config["model_type"]][1]
     yield f"# {name}\n"
     yield f"A {kind} with {_attention(config)} attention, trained with cottention.\n"
     yield "| | |\n|---|---|"
@@ -163,6 +172,8 @@ def _body(
         value = next((config[key] for key in keys if key in config), None)
         if value is not None:
             yield f"| {label} | {value:,} |"
+    if license_name is not None:
+        yield f"| license of the weights | {license_name} |"
     yield "\n## Use\n\n```python\nimport cottention  # makes the model known to transformers"
     yield f"from transformers import {auto_class}, AutoTokenizer\n"
     where = "  # in this directory; from elsewhere its path" if path == "." else ""
@@ -178,6 +189,17 @@ def _body(
         settings = yaml.safe_dump(json.loads(json.dumps(recipe, default=str)), sort_keys=False, allow_unicode=True)
         yield f"\n## Training\n\n```yaml\n{settings.rstrip()}\n```"
     yield ""
+
+
+def _use(config: Mapping[str, Any]) -> tuple[str, str]:
+    """What the Hub calls the model's task, and the class that opens it with its head."""
+    architectures = config.get("architectures")
+    name = str(architectures[0]) if isinstance(architectures, list) and architectures else ""
+    for ending, task in _HEADS.items():
+        if name.endswith(ending):
+            return task, f"Auto{'' if ending == 'Model' else 'ModelFor'}{ending.removeprefix('For')}"
+    task, _, auto_class = _KINDS[config["model_type"]]
+    return task, auto_class
 
 
 def _attention(config: Mapping[str, Any]) -> str:

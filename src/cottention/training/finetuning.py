@@ -39,6 +39,7 @@ from cottention.json_files import read_json_object
 from cottention.locks import LOCK, sole_writer
 from cottention.logging import get_logger
 from cottention.models import CottentionBertForSequenceClassification
+from cottention.models.model_card import write_model_card
 from cottention.seals import check_model, damage, is_intact_record, missing_parts, sealed_record
 from cottention.training.checkpoints import atomic_directory, write_atomically, writing_to
 from cottention.training.finetune_settings import FinetuneSettings
@@ -430,10 +431,37 @@ def _take_in(run_dir: Path, seed_dir: Path, metrics: dict[str, Any]) -> dict[str
             best = {"seed": entry["seed"], "epoch": epoch["epoch"], "score": epoch["score"]}
             with atomic_directory(run_dir / "model", sealed=False) as staging:
                 shutil.copytree(seed_dir / "best", staging, dirs_exist_ok=True)
+                _write_card(staging, run_dir, epoch["splits"])
         metrics = sealed_record({**metrics, "best": best, "seeds": [*metrics["seeds"], entry]})
         write_atomically(run_dir / _METRICS, json.dumps(metrics, indent=2) + "\n")
         shutil.rmtree(seed_dir, ignore_errors=True)
     return metrics
+
+
+def _write_card(model_dir: Path, run_dir: Path, splits: dict[str, dict[str, Any]]) -> None:
+    settings = read_yaml(run_dir / _SETTINGS, str(run_dir / _SETTINGS))
+    write_model_card(
+        model_dir,
+        metrics={
+            name if len(splits) == 1 else f"{split} {name}": value
+            for split, scores in splits.items()
+            for name, value in scores["official"].items()
+        },
+        recipe=settings,
+        name=run_dir.resolve().name,
+        path=str(run_dir / "model"),
+        data=_measured_on(settings),
+        license=settings.get("license"),
+    )
+
+
+def _measured_on(settings: dict[str, Any]) -> str:
+    """The dev rows in a few words, without the folders that they lie in."""
+    if "task" in settings:
+        return f"the dev rows of {settings['task']}, GLUE"
+    if settings["dev"] is not None:
+        return Path(settings["dev"]).name
+    return f"{Path(settings['data']).name}, {settings['dev_share']:.3g} of the rows"
 
 
 def _result(run_dir: Path, metrics: dict[str, Any], stopped_by: signal.Signals | None) -> FinetuneResult:

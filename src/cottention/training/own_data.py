@@ -33,6 +33,8 @@ class OwnData:
     """What stands between the labels of one cell."""
     dev_share: float = 0.1
     """Share of the rows that is held out to measure on where dev names none."""
+    license: str | None = None
+    """Of the weights, as the Hub spells it ("mit"), for the model's card; null: none is claimed."""
 
     def __post_init__(self) -> None:
         if not 0 < self.dev_share < 1:

@@ -218,6 +218,7 @@ def _pretrain(
                         name=run_dir.resolve().name,
                         path=".",
                         data=_held_out_name(recipe),
+                        license=_license(recipe),
                     )
                     seal(staging, model_files(staging, tokenizer=True))
     trainer.processes.wait_for_everyone()
@@ -336,6 +337,13 @@ def _held_out_name(recipe: Recipe) -> str:
         own = data.source == DEFAULT_CORPUS
         return f"{_names(data.source)}, {'its held-out years' if own else f'{data.validation:.3g} of the documents'}"
     return _names(data.validation)
+
+
+def _license(recipe: Recipe) -> str | None:
+    """The package's own for weights that know its embedded text alone, which is in the public domain; else None."""
+    sources = [recipe.data.source] if isinstance(recipe.data.source, str) else recipe.data.source
+    knows_others = recipe.training.init_from is not None
+    return "mit" if not knows_others and {name.partition(":")[0] for name in sources} == {DEFAULT_CORPUS} else None
 
 
 def _names(source: str | list[str]) -> str:
