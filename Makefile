@@ -122,7 +122,7 @@ bench-gpu: $(VENV)/.stamp-run ## measure the attention on a GPU against flash at
 # Each is a run that goes on where it was stopped; what is packed opens where it is unpacked, by the path in its card.
 MINUTES ?= 5
 # What two slow cores learn from in about as many minutes.
-PAIRS := $(shell awk 'BEGIN { print int($(MINUTES) * 4000) }')
+PAIRS = $(shell awk 'BEGIN { print int($(MINUTES) * 4000) }')
 MODELS := dist/models
 COTTENTION = cd $(MODELS) && $(abspath $(BIN))/cottention
 
