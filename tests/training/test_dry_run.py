@@ -112,6 +112,7 @@ def test_figures_of_a_fine_tuning_are_those_of_its_rows(bert: Path, glue: Path, 
     found = dry_run_finetuning(run, seeds=[1, 2])
     model = build_classifier(bert, glue_task("mnli"), seed=0)
     assert found.total == sum(parameter.numel() for parameter in model.parameters())
+    assert model.bert.pooler is not None
     head = [*model.classifier.parameters(), *model.bert.pooler.parameters()]
     assert found.parameters["head"] == sum(parameter.numel() for parameter in head)
     assert set(found.parameters) == {"embeddings", "attention", "feed-forward", "norms", "head"}

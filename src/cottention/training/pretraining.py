@@ -341,7 +341,8 @@ def _held_out_name(recipe: Recipe) -> str:
 
 def _license(recipe: Recipe) -> str | None:
     """The package's own for weights that know its embedded text alone, which is in the public domain; else None."""
-    sources = [recipe.data.source] if isinstance(recipe.data.source, str) else recipe.data.source
+    source = recipe.data.source
+    sources = [source] if isinstance(source, str) else source
     knows_others = recipe.training.init_from is not None
     return "mit" if not knows_others and {name.partition(":")[0] for name in sources} == {DEFAULT_CORPUS} else None
 

@@ -10,6 +10,7 @@ states and first derivatives are theirs; derivatives of another kind come from `
 from __future__ import annotations
 
 import importlib.util
+import warnings
 from collections.abc import Callable
 from functools import cache, partial
 from typing import Any
@@ -41,8 +42,10 @@ def _rules() -> Rules | str:
     if importlib.util.find_spec("fla") is None:
         return "it needs flash-linear-attention: pip install 'cottention[gpu]'"
     try:
-        from fla.ops import gated_delta_rule  # pyright: ignore[reportMissingImports]
-    except ImportError as error:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # without a GPU it tells everybody so
+            from fla.ops import gated_delta_rule  # pyright: ignore[reportMissingImports]
+    except (ImportError, RuntimeError) as error:  # it asks for the GPU's driver while it is imported
         return f"flash-linear-attention cannot be imported ({error}): pip install --upgrade 'cottention[gpu]'"
     return gated_delta_rule.chunk_gated_delta_rule, gated_delta_rule.fused_recurrent_gated_delta_rule
 
