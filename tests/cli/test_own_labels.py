@@ -6,6 +6,8 @@ import csv
 import io
 import json
 import random
+import re
+import shutil
 import sys
 from pathlib import Path
 from types import SimpleNamespace
@@ -62,8 +64,17 @@ def test_a_fine_tuned_model_has_a_card_with_its_scores(moods: Path, reviews: Pat
     for name, value in best.items():
         assert f"| {name} | {value:.6g} |" in card
     assert "Measured on reviews.csv, 0.1 of the rows." in card
-    assert f'AutoModelForSequenceClassification.from_pretrained("{moods / "model"}")' in card
+    assert 'AutoModelForSequenceClassification.from_pretrained(".")' in card
     assert "license of the weights" not in card
+
+
+def test_a_card_of_a_fine_tuned_model_opens_it_wherever_it_lies(moods: Path, tmp_path: Path) -> None:
+    moved = Path(shutil.copytree(moods / "model", tmp_path / "unpacked" / "elsewhere"))
+    card = (moved / "README.md").read_text(encoding="utf-8")
+    opened = re.search(r'AutoModelForSequenceClassification\.from_pretrained\("(.*)"\)  # in this directory', card)
+    assert opened is not None
+    assert (moved / opened[1] / "model.safetensors").is_file()
+    assert str(moods) not in card, "a moved or published model tells nobody's paths"
 
 
 def command(model: Path, data: Path, output: Path) -> list[Any]:

@@ -449,7 +449,7 @@ def _write_card(model_dir: Path, run_dir: Path, splits: dict[str, dict[str, Any]
         },
         recipe=settings,
         name=run_dir.resolve().name,
-        path=str(run_dir / "model"),
+        path=".",
         data=_measured_on(settings),
         license=settings.get("license"),
     )
