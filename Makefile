@@ -22,7 +22,7 @@ PYTEST := env -u PYTHONDONTWRITEBYTECODE OMP_NUM_THREADS=1 HF_HUB_OFFLINE=1 $(BI
 UNATTENDED := not gpu and not slurm and not network and not peers
 
 .DEFAULT_GOAL := help
-.PHONY: test-kills versions run-peers help setup quickstart test test-slow test-oldest test-newest test-peers sanitize test-gpu sanitize-gpu check format bench bench-gpu release-models docs clean
+.PHONY: test-browser test-kills versions run-peers help setup quickstart test test-slow test-oldest test-newest test-peers sanitize test-gpu sanitize-gpu check format bench bench-gpu release-models docs clean
 
 help: ## list these targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-14s %s\n", $$1, $$2}' $(firstword $(MAKEFILE_LIST))
@@ -58,6 +58,11 @@ versions: $(VENV)/.stamp-$(EXTRA)
 run-peers: $(VENV)/.stamp-peers $(VENV)/.stamp-native
 	$(BIN)/python -m tests.peers.unpack
 	$(PYTEST) -m peers tests/peers $(ARGS)
+
+# The models are tiny and the browser starts once: less than a minute. A browser that is missing is an error here, not a skip.
+test-browser: $(VENV)/.stamp-browser $(VENV)/.stamp-native ## drive the playground's page in a headless Chromium, at two widths
+	@command -v chromium chromium-browser google-chrome >/dev/null || { echo "make: no Chromium here; Debian has it: apt-get install chromium" >&2; exit 1; }
+	$(PYTEST) -n 0 -m slow tests/playground/test_page.py $(ARGS)
 
 # The sanitizers of gcc have to be loaded before everything else. Leaks at exit are Python's and torch's.
 SANITIZER := -fsanitize=address,undefined -fno-sanitize-recover=all -fno-omit-frame-pointer -g1 -O1
@@ -161,7 +166,7 @@ $(VENV)/.stamp-run: pyproject.toml $(CONSTRAINTS) | $(BIN)/python
 	$(PIP_INSTALL) --no-build-isolation --editable .
 	@touch $@
 
-$(VENV)/.stamp-test $(VENV)/.stamp-peers $(VENV)/.stamp-dev $(VENV)/.stamp-docs: $(VENV)/.stamp-%: $(VENV)/.stamp-run
+$(VENV)/.stamp-test $(VENV)/.stamp-peers $(VENV)/.stamp-dev $(VENV)/.stamp-docs $(VENV)/.stamp-browser: $(VENV)/.stamp-%: $(VENV)/.stamp-run
 	$(PIP_INSTALL) --no-build-isolation --editable '.[$*]'
 	@touch $@
 

@@ -30,7 +30,7 @@ PACKAGES = (
 """Heading and package of each part of the reference."""
 
 _NOTEBOOKS = "examples/notebooks"
-_HELP_COLUMNS = "110"  # what a page shows without scrolling
+_HELP_COLUMNS = "104"  # what a page shows without scrolling
 
 
 def on_files(files: Any, config: Any, **_: Any) -> None:
@@ -62,7 +62,7 @@ def public_names() -> str:
 
 
 def commands() -> str:
-    """The `--help` of every command, and of each command below it, as a terminal of 110 columns shows it."""
+    """The `--help` of every command, and of each command below it, as a terminal of 104 columns shows it."""
     columns = os.environ.get("COLUMNS")
     os.environ["COLUMNS"] = _HELP_COLUMNS
     try:

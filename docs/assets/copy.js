@@ -1,5 +1,6 @@
-// A button on each block of code that copies it.
+// A button beside each block of code that copies it; signatures of the reference are there to be read.
 document.querySelectorAll("pre").forEach((block) => {
+  if (block.closest(".doc-signature")) return;
   const button = document.createElement("button");
   button.className = "copy";
   button.type = "button";

@@ -30,6 +30,8 @@ def test_each_directory_opens_as_what_it_is(models: list[OpenedModel], tmp_path:
     assert [each.is_gpt for each in models] == [True, True, False]
     assert not models[2].has_next_sentence
     assert models[1].description.startswith("GPT, ")
+    size = sum(x.numel() for x in models[2].model.parameters())
+    assert models[2].description == f"BERT, {size:,} parameters, cosine attention"
     with pytest.raises(CheckpointError, match="nowhere"):
         open_models([str(tmp_path / "nowhere")], device="cpu")
 

@@ -19,6 +19,12 @@ LAYER_TYPES = {"cosine": "linear_attention", "softmax": "full_attention"}
 SLIDING = "sliding_attention"
 BERT_LAYER_TYPES = tuple(LAYER_TYPES.values())
 GPT_LAYER_TYPES = (*BERT_LAYER_TYPES, SLIDING)
+TYPE_WORDS = {
+    LAYER_TYPES["cosine"]: "cosine",
+    LAYER_TYPES["softmax"]: "softmax",
+    SLIDING: "sliding-window softmax",
+}
+"""What people read in place of those names."""
 _LONGEST_NAME = 40
 
 

@@ -23,7 +23,7 @@ from safetensors import SafetensorError, safe_open
 from cottention.errors import CheckpointError
 from cottention.files import one_line, write_text
 from cottention.models.auto import REMOTE_MODULE
-from cottention.models.layer_types import is_uniform
+from cottention.models.layer_types import TYPE_WORDS, is_uniform
 
 _KINDS = {
     "cottention-gpt": ("text-generation", "GPT", "AutoModelForCausalLM"),
@@ -42,11 +42,6 @@ _SIZES = {
     "heads": ("n_head", "num_attention_heads"),
     "positions in training": ("n_positions", "max_position_embeddings"),
     "vocabulary": ("vocab_size",),
-}
-_WORDS = {
-    "linear_attention": "cosine",
-    "full_attention": "softmax",
-    "sliding_attention": "sliding-window softmax",
 }
 _UPLOADED = ("*.json", "*.safetensors", "*.txt", "README.md", f"{REMOTE_MODULE}.py")
 
@@ -207,7 +202,7 @@ def _attention(config: Mapping[str, Any]) -> str:
     layer_types = config.get("layer_types")
     if not isinstance(layer_types, list) or is_uniform(layer_types):
         return str(config["attention_type"])
-    counts = {_WORDS[name]: layer_types.count(name) for name in _WORDS if name in layer_types}
+    counts = {word: layer_types.count(name) for name, word in TYPE_WORDS.items() if name in layer_types}
     return " and ".join(f"{word} ({count} of {len(layer_types)} layers)" for word, count in counts.items())
 
 

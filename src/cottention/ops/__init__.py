@@ -61,14 +61,14 @@ def cosine_attention(
 ) -> tuple[Float[Tensor, "B T H V"], CosineState | None]:
     """Cosine attention in O(T) time and memory.
 
-    causal:         o_t = sum_{j <= t} (q_hat_t . k_hat_j) v_j / max(c_j ** sigmoid(m), 1)
-    bidirectional:  o_t = sum_j        (q_hat_t . k_hat_j) v_j / max(n ** sigmoid(m), 1)
+        causal:         o_t = sum_{j <= t} (q_hat_t . k_hat_j) v_j / max(c_j ** sigmoid(m), 1)
+        bidirectional:  o_t = sum_j        (q_hat_t . k_hat_j) v_j / max(n ** sigmoid(m), 1)
 
     With log_decay or beta, a = exp(log_decay), v' = v / max(c ** sigmoid(m), 1) (the count does not decay):
 
-    log_decay:      S_t = a_t S_{t-1} + k_hat_t v'_t^T                                         o_t = S_t^T q_hat_t
-    beta:           S_t = a_t (I - beta_t k_hat_t k_hat_t^T) S_{t-1} + beta_t k_hat_t v'_t^T    (the delta rule)
-    bidirectional:  o_t = sum_j exp(-|G_t - G_j|) (q_hat_t . k_hat_j) v'_j,  G the running sum of log_decay
+        log_decay:      S_t = a_t S_{t-1} + k_hat_t v'_t^T                                        o_t = S_t^T q_hat_t
+        beta:           S_t = a_t (I - beta_t k_hat_t k_hat_t^T) S_{t-1} + beta_t k_hat_t v'_t^T   (the delta rule)
+        bidirectional:  o_t = sum_j exp(-|G_t - G_j|) (q_hat_t . k_hat_j) v'_j,  G the running sum of log_decay
 
     q_hat and k_hat are q and k divided by their L2 norm, c_j counts the real tokens up to j, n all real tokens of
     the sequence. There is no softmax, no 1/sqrt(K) and no dropout. States and sums are float32 (float64 for float64

@@ -38,7 +38,7 @@ def cosine_attention_step(
 ) -> tuple[Tensor, CosineState]:
     """One token of causal cosine attention in O(K V) time, whatever came before.
 
-    S_t = S_{t-1} + k_hat_t (v_t / max(c_t ** sigmoid(m), 1))^T;  o_t = S_t^T q_hat_t
+        S_t = S_{t-1} + k_hat_t (v_t / max(c_t ** sigmoid(m), 1))^T;  o_t = S_t^T q_hat_t
 
     and with log_decay and beta as in `cosine_attention`.
 

@@ -19,6 +19,7 @@ from cottention.errors import CheckpointError
 from cottention.generation import GenerationResult, load_model_and_tokenizer
 from cottention.generation.source import resolve_directory
 from cottention.json_files import read_json
+from cottention.models.layer_types import TYPE_WORDS
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -45,12 +46,9 @@ class OpenedModel:
     @property
     def description(self) -> str:
         """Kind, size and attention in a line."""
-        config = self.model.config
-        kinds = sorted(set(config.layer_types))
+        kinds = [word for name, word in TYPE_WORDS.items() if name in self.model.config.layer_types]
         size = sum(x.numel() for x in self.model.parameters())
-        return (
-            f"{'GPT' if self.is_gpt else 'BERT'}, {size / 1e6:.1f} M parameters, {', '.join(kinds).replace('_', ' ')}"
-        )
+        return f"{'GPT' if self.is_gpt else 'BERT'}, {size:,} parameters, {' and '.join(kinds)} attention"
 
 
 def open_models(sources: Sequence[str], *, device: str) -> list[OpenedModel]:

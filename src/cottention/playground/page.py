@@ -124,8 +124,9 @@ def _options(length: float, temperature: float, top_p: float, penalty: float, se
 def _figures(result: GenerationResult, keeps_state: bool) -> str:
     row = result.rows[0]
     kept = "a state of" if keeps_state else "keys and values of"
+    read = f"{row.num_prompt_tokens:,} token{'s' * (row.num_prompt_tokens != 1)}"
     return (
-        f"{row.num_prompt_tokens:,} tokens read in {result.prefill_s:.2f} s, {row.num_new_tokens:,} written at "
+        f"{read} read in {result.prefill_s:.2f} s, {row.num_new_tokens:,} written at "
         f"{result.tokens_per_s:.0f} tokens/s; {kept} {result.state_bytes / 1024:,.0f} KiB at the end"
     )
 
