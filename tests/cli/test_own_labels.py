@@ -280,3 +280,13 @@ def test_mistakes(bert: Path, moods: Path, reviews: Path, tmp_path: Path, capsys
     assert not output.exists()
     run(capsys, *label, broken, "--text-column", "review", "--output", output, "--skip-malformed")
     assert len(json_lines(output.read_text())) == 1
+
+
+def test_the_end_of_a_labelling_says_how_many_rows_were_written(
+    moods: Path, reviews: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    words = ["classify", "--model", moods / "model", reviews, "--text-column", "review"]
+    _, err = run(capsys, *words)
+    assert err.endswith("60 rows labelled\n")
+    _, err = run(capsys, *words, "--output", tmp_path / "labels.csv")
+    assert err.endswith(f"60 rows labelled: {tmp_path / 'labels.csv'}\n")

@@ -99,3 +99,12 @@ def test_mistakes(bert: Path, bert_dir: Path, tmp_path: Path, capsys: pytest.Cap
     said = mistake(capsys, *embed, tmp_path / "bad.txt", "--output", "vectors.txt")
     assert said == "--output must end in .npy; got 'vectors.txt'"
     assert "cannot be read" in mistake(capsys, *embed, tmp_path / "none.txt")
+
+
+def test_the_end_of_an_embedding_says_how_many_texts_were_written(
+    bert: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "texts.txt").write_text("the people\n")
+    capsys.readouterr()
+    assert main(["embed", "--model", str(bert), str(tmp_path / "texts.txt"), "--output", str(tmp_path / "a.npy")]) == 0
+    assert capsys.readouterr().err.endswith(f"1 text embedded: {tmp_path / 'a.npy'}\n")

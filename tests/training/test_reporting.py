@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import sys
 from importlib.machinery import ModuleSpec
 from pathlib import Path
@@ -131,3 +132,13 @@ def test_a_tracker_that_is_not_installed_is_one_line_before_anything_is_done(
     with pytest.raises(SettingsError, match="report_to: trackio is not installed; pip install trackio, or take it out"):
         pretrain(recipe_for(tmp_path, "wandb", "trackio"), output_dir=tmp_path / "run")
     assert not (tmp_path / "run").exists()
+
+
+def test_the_line_about_a_missing_tracker_names_the_extra_that_brings_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(reporting, "find_spec", lambda name: None)
+    with pytest.raises(SettingsError, match="the extra `tracking` of cottention brings all three"):
+        check_trackers(["wandb"])
+    text = (Path(__file__).resolve().parents[2] / "pyproject.toml").read_text(encoding="utf-8")
+    extra = re.search(r"^tracking = \[(.*)\]$", text, re.MULTILINE)
+    assert extra is not None
+    assert set(re.findall(r'"(\w+)>=', extra[1])) == set(reporting._OPENERS)

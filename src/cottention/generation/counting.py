@@ -49,3 +49,8 @@ def counted(items: Iterable[_Item], unit: str) -> Iterator[_Item]:
         if now >= next_line:
             next_line = now + _SECONDS_BETWEEN_LINES
             logger.info("%d %s, %.0f a second", number, unit, number / (now - started))
+
+
+def num_of(count: int, unit: str) -> str:
+    """How many of something there are, in words: "1 row", "2,000 rows"."""
+    return f"{count:,} {unit}" if count == 1 else f"{count:,} {unit}s"

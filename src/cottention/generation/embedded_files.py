@@ -28,7 +28,7 @@ import pyarrow.parquet as pq
 from cottention.data.tables import STDIN, read_lines_of, read_table, table_kind
 from cottention.errors import CheckpointError, DataError, SettingsError
 from cottention.files import one_line, written_file
-from cottention.generation.counting import Cuts, counted
+from cottention.generation.counting import Cuts, counted, num_of
 from cottention.generation.loading import load_model_and_tokenizer
 from cottention.generation.sentences import embed_sentences
 from cottention.generation.source import resolve_directory
@@ -112,6 +112,7 @@ def embed_file(
             count += len(window)
     if cuts.count:
         logger.warning("%d of %d texts are longer than %d tokens and were cut", cuts.count, count, cuts.limit)
+    logger.info("%s embedded%s", num_of(count, "text"), "" if output is None else f": {output}")
     return count
 
 

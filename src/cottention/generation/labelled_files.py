@@ -19,7 +19,7 @@ from cottention.data.tables import LeftOut, read_table
 from cottention.data.word_files import is_tagged_file, read_words
 from cottention.errors import SettingsError
 from cottention.files import written_file
-from cottention.generation.counting import Cuts, counted
+from cottention.generation.counting import Cuts, counted, num_of
 from cottention.generation.labelling import label_kind, label_texts, label_words
 from cottention.generation.loading import load_model_and_tokenizer
 from cottention.logging import get_logger
@@ -96,6 +96,7 @@ def label_file(
     head = ["text", *(["text_pair"] if text_pair_column is not None else []), "label", "score"]
     count = _write(lines, output, head=_csv_line({name: name for name in head}) if ending == ".csv" else None)
     _report(path, left_out, cuts, count)
+    logger.info("%s labelled%s", num_of(count, "row"), "" if output is None else f": {output}")
     return count
 
 

@@ -13,6 +13,7 @@ import gradio as gr  # pyright: ignore[reportMissingImports]
 
 from cottention.errors import CottentionError, SettingsError
 from cottention.generation import Conversation, GenerationResult
+from cottention.generation.counting import num_of
 from cottention.playground import inside, texts
 from cottention.playground.opened import OpenedModel, stream_pieces
 
@@ -124,9 +125,8 @@ def _options(length: float, temperature: float, top_p: float, penalty: float, se
 def _figures(result: GenerationResult, keeps_state: bool) -> str:
     row = result.rows[0]
     kept = "a state of" if keeps_state else "keys and values of"
-    read = f"{row.num_prompt_tokens:,} token{'s' * (row.num_prompt_tokens != 1)}"
     return (
-        f"{read} read in {result.prefill_s:.2f} s, {row.num_new_tokens:,} written at "
+        f"{num_of(row.num_prompt_tokens, 'token')} read in {result.prefill_s:.2f} s, {row.num_new_tokens:,} written at "
         f"{result.tokens_per_s:.0f} tokens/s; {kept} {result.state_bytes / 1024:,.0f} KiB at the end"
     )
 

@@ -334,7 +334,7 @@ class TrainingSettings:
     save_total_limit: int = 2
     """Checkpoints to keep."""
     report_to: list[Literal["tensorboard", "wandb", "trackio"]] = field(default_factory=list)
-    """Where the lines of metrics.jsonl are shown too; each is a package to install."""
+    """Where the lines of metrics.jsonl are shown too; each is a package to install (the extra `tracking`: all)."""
 
     def __post_init__(self) -> None:
         _check_positive(

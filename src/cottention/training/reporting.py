@@ -40,7 +40,10 @@ def check_trackers(names: Sequence[str]) -> None:
     """
     for name in names:
         if find_spec(name) is None:
-            raise SettingsError(f"training.report_to: {name} is not installed; pip install {name}, or take it out")
+            raise SettingsError(
+                f"training.report_to: {name} is not installed; pip install {name}, or take it out "
+                "(the extra `tracking` of cottention brings all three)"
+            )
 
 
 class Reports(TrainerCallback):
