@@ -43,7 +43,7 @@ step on sentence pairs, packed end to end and padded to the longest. Takes some 
 
 _FIGURES_DESCRIPTION = """Measure one attention layer over lengths, widths and numbers of heads, and a decoded token, as
 the published figures do: cosine attention, softmax with its T x T scores, softmax in one fused pass. One JSON, and
-pictures of it as PNG and SVG, with the published readings. Takes half an hour on two cores; --quick some minutes."""
+pictures of it as PNG and SVG, with the published readings. Takes half an hour on two cores; --quick five minutes."""
 
 _CLOCK_HELP = "time of the processor, for a machine with other work; needs OMP_NUM_THREADS=1"
 
